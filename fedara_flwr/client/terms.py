@@ -1,0 +1,104 @@
+"""Terms: what a method adds to local training. Training knows terms, never methods (contracts.md §1).
+
+Another package adds one with the entry-point group `fedara_flwr.client_terms`. torch is imported where it is used: a node
+tells its terms' names without loading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedara_flwr.adapters.attach import AdaptedModel
+
+GROUP = "fedara_flwr.client_terms"
+
+TERMS: dict[str, type[Term]] = {}
+
+
+class Term:
+    """Base: does nothing. A subclass overrides what it needs; parameters come as keyword arguments."""
+
+    def __init__(self, adapted: AdaptedModel, **parameters: float) -> None:
+        """Called after the received values are loaded and before the first step."""
+        if parameters:
+            raise ValueError(f"{type(self).__name__} takes no parameters, got {sorted(parameters)}")
+        self.adapted = adapted
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar added to the loss of every step."""
+        return None
+
+    def after_backward(self) -> None:
+        """Before the optimiser's step, for example to change gradients."""
+
+    def after_step(self) -> None:
+        """After the optimiser's step, for example to project values."""
+
+    def finish(self) -> None:
+        """After the last step, before values are collected."""
+
+
+def register(name: str) -> Callable[[type[Term]], type[Term]]:
+    """Decorator: make a term known by `name`."""
+
+    def add(cls: type[Term]) -> type[Term]:
+        TERMS[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all terms of this node, built in and from installed packages."""
+    return sorted(set(TERMS) | {point.name for point in entry_points(group=GROUP)})
+
+
+def find(name: str) -> type[Term]:
+    """The term `name`; ValueError where this node has none."""
+    if name not in TERMS:
+        found = [point for point in entry_points(group=GROUP) if point.name == name]
+        if not found:
+            raise ValueError(f"unknown term {name!r}, this node has {names()}")
+        TERMS[name] = found[0].load()
+    return TERMS[name]
+
+
+@register("prox")
+class Prox(Term):
+    """mu/2·‖w - w_received‖² over all trainable values (FedProx, arXiv 1812.06127, eq. 2)."""
+
+    def __init__(self, adapted: AdaptedModel, *, mu: float) -> None:
+        super().__init__(adapted)
+        self.mu = mu
+        trainable = [p for p in adapted.model.parameters() if p.requires_grad]
+        self._pairs = [(p, p.detach().clone()) for p in trainable]
+
+    def penalty(self) -> torch.Tensor | None:
+        import torch
+
+        if not self._pairs:
+            return None
+        return self.mu / 2 * torch.stack([(p - start).square().sum() for p, start in self._pairs]).sum()
+
+
+@register("orthogonality")
+class Orthogonality(Term):
+    """weight · mean of ‖A·Aᵀ - I‖_F and ‖Bᵀ·B - I‖_F over living modules (AdaLoRA, arXiv 2303.10512, eq. 4, as PEFT has it)."""
+
+    def __init__(self, adapted: AdaptedModel, *, weight: float) -> None:
+        super().__init__(adapted)
+        self.weight = weight
+
+    def penalty(self) -> torch.Tensor | None:
+        import torch
+
+        norms = []
+        for _, values in self.adapted.alive():
+            for gram in (values["A"] @ values["A"].T, values["B"].T @ values["B"]):
+                norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.weight * torch.stack(norms).mean() if norms else None

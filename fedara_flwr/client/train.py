@@ -1,0 +1,183 @@
+"""Local training: exactly what a TrainPlan says, on one client's examples."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedara_flwr import seeds
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.score import SlotScorer
+from fedara_flwr.client.terms import Term, find
+from fedara_flwr.ranks import rank_order
+from fedara_flwr.spec import Arrays
+from fedara_flwr.tasks.base import Task
+from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+
+WINDOW = 8  # batches among which examples are sorted by length
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples: token ids per row and labels of shape (n,)."""
+
+    ids: list[list[int]]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client holds: rows to train on, and its own held-out rows (may be none)."""
+
+    train: Encoded
+    held_out: Encoded
+
+
+def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Row numbers of each step's batch.
+
+    By steps: `steps` batches of min(batch_size, n) rows from one permutation after another. By epochs: every row once per
+    epoch, the last batch may be short. Within a window of 8 batches rows go together by length, and the batches are
+    shuffled, so that padding is short and the order still random.
+    """
+    n, size = len(lengths), min(plan.batch_size, len(lengths))
+    if plan.steps:
+        repeats = -(-plan.steps * size // n)
+        passes = [np.concatenate([rng.permutation(n) for _ in range(repeats)])[: plan.steps * size]]
+    else:
+        passes = [rng.permutation(n) for _ in range(plan.epochs)]
+    for rows in passes:
+        for start in range(0, len(rows), WINDOW * size):
+            window = rows[start : start + WINDOW * size]
+            window = window[np.argsort([lengths[i] for i in window], kind="stable")]
+            pieces = [window[i : i + size] for i in range(0, len(window), size)]
+            for i in rng.permutation(len(pieces)):
+                yield pieces[i]
+
+
+def train(
+    adapted: AdaptedModel,
+    task: Task,
+    tokenizer: Any,
+    data: ClientData,
+    plan: TrainPlan,
+    arrays: Arrays,
+    client_key: str,
+) -> Update:
+    """Run one client's round.
+
+    Returns:
+        The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens`, `seconds-train`,
+        `seconds-all`, `peak-memory-mb`, and `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received
+        model where the plan asks for it.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+        ValueError: an unknown term, or no example to train on.
+    """
+    began = time.perf_counter()
+    if not len(data.train):
+        raise ValueError("no example to train on")
+    stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
+    torch.manual_seed(stream)
+    adapted.load(arrays, plan.mask, plan.scales, plan.trainable)
+    metrics: dict[str, float] = {}
+    if plan.evaluate and len(data.held_out):
+        scores = predict(adapted, task, tokenizer, data.held_out.ids, data.held_out.labels)
+        metrics |= {f"eval-{name}": value for name, value in scores.items()}
+        metrics["eval-examples"] = len(data.held_out)
+    terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
+    optimizer, scheduler = _make_optimizer(adapted, plan)
+    scorer = SlotScorer(adapted, plan.importance) if plan.report else None
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    adapted.model.train(plan.dropout)
+    started = time.perf_counter()
+    losses, tokens = [], 0
+    steps = list(batches([len(row) for row in data.train.ids], plan, np.random.default_rng(stream)))
+    for step, rows in enumerate(steps):
+        batch = task.collate(tokenizer, [data.train.ids[i] for i in rows], data.train.labels[rows].tolist())
+        tokens += batch["input_ids"].numel()
+        loss = task.loss(adapted.logits(batch), batch)
+        losses.append(loss.detach())
+        for penalty in (term.penalty() for term in terms):
+            loss = loss if penalty is None else loss + penalty
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        # with E = 0 the first step gives A and B no gradient, so it is scored only where it is the only one
+        scored = scorer is not None and (step > 0 or len(steps) == 1)
+        gradients = scorer.gradients(copy=plan.clip_norm > 0) if scorer is not None and scored else []
+        if scorer is not None and scored and plan.importance_time == "before":
+            scorer.observe(gradients)
+        for term in terms:
+            term.after_backward()
+        if plan.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, plan.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        if scorer is not None and scored and plan.importance_time == "after":
+            scorer.observe(gradients)
+        for term in terms:
+            term.after_step()
+    for term in terms:
+        term.finish()
+    values = torch.stack(losses)
+    if not bool(torch.isfinite(values).all()):
+        raise FloatingPointError(f"the loss is not finite after {len(losses)} steps: lower the learning rates")
+    metrics |= {
+        "loss": float(values.mean()),
+        "loss-last": float(values[-1]),
+        "steps": len(losses),
+        "tokens": tokens,
+        "seconds-train": time.perf_counter() - started,
+    }
+    update = _collect(adapted, plan, scorer, len(data.train), metrics)
+    metrics["peak-memory-mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metrics["seconds-all"] = time.perf_counter() - began
+    return update
+
+
+def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW without weight decay, new each round; linear warm-up over the first `warmup_steps` steps."""
+    rates = {
+        "B": plan.learning_rate,
+        "E": plan.learning_rate * plan.e_lr_factor,
+        "A": plan.learning_rate,
+        "head": plan.head_learning_rate,
+    }
+    groups = [
+        {"params": parameters, "lr": rate}
+        for part, rate in rates.items()
+        if part in plan.trainable and (parameters := adapted.parameters(part))
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    warmup = plan.warmup_steps
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)) if warmup else 1.0
+    )
+    return optimizer, scheduler
+
+
+def _collect(
+    adapted: AdaptedModel, plan: TrainPlan, scorer: SlotScorer | None, examples: int, metrics: dict[str, float]
+) -> Update:
+    vote, mask = None, plan.mask
+    parts = frozenset(p for p in plan.trainable if p == "head" or plan.mask.count)
+    arrays = adapted.collect(parts)
+    if scorer is not None:
+        ranks = rank_order(scorer.scores())
+        vote = Vote(ranks < plan.budget, ranks.astype(np.uint16) if "scores" in plan.report else None)
+        if plan.upload_mask == "local":
+            mask = plan.mask.keep(vote.keep)
+            arrays = adapted.spec.slice(arrays, plan.mask, mask)
+    return Update(arrays, mask, examples, metrics, vote)

@@ -1,0 +1,268 @@
+"""The whole run configuration as one pydantic model: every key, its default, its unit and what is allowed.
+
+Flower hands the app a flat dictionary with dotted keys; `Settings.from_flat` checks it. The defaults here are the ones in
+pyproject.toml (`[tool.flwr.app.config]`), which a test compares.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Scalar = str | int | float | bool
+OptionsModel = type[BaseModel]
+
+
+class ConfigError(ValueError):
+    """A setting that the user must change; one line that names key, value and what is allowed."""
+
+
+class Group(BaseModel):
+    """Base of every group of keys: kebab-case names, unknown keys and wrong types refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+
+class ModelSettings(Group):
+    name: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        min_length=1,
+        description="backbone: a local directory or a Hugging Face id of a sequence-classification architecture",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number type of the frozen backbone; adapters, head and optimiser are always float32"
+    )
+    pooling: Literal["pretrained", "identity"] = Field(
+        "identity",
+        description="BERT-like poolers: as pre-trained, or frozen at the identity (tanh of the first token's state)",
+    )
+
+
+class AdapterSettings(Group):
+    rank: int = Field(12, ge=1, le=1024, description="rank slots per module at the start (r0)")
+    final_rank: float = Field(3.0, gt=0, description="rank slots per module, on average, when the budget has fallen")
+    alpha: float = Field(24.0, gt=0, description="scale of the adapters: alpha / rank, fixed for the whole run")
+    init: Literal["unit", "gaussian"] = Field(
+        "unit", description="how A and B start: N(0, init-scale²/d), unit-norm vectors at 1.0, or N(0, init-scale²)"
+    )
+    init_scale: float = Field(1.0, gt=0, description="factor of the start (init)")
+    target_modules: str = Field(
+        "", description="name endings of the linear layers to adapt, comma-separated; '' = all inside the blocks"
+    )
+
+
+class StrategySettings(Group):
+    fraction_train: float = Field(0.25, gt=0, le=1, description="share of the nodes that train each round")
+    min_train_nodes: int = Field(2, ge=1, description="at least so many nodes train each round")
+    min_available_nodes: int = Field(
+        2, ge=1, description="nodes to wait for at the start where nodes do not tell num-partitions"
+    )
+    min_replies: int = Field(1, ge=1, description="good replies below which a round leaves the model as it was")
+    max_failed_rounds: int = Field(3, ge=1, description="so many such rounds in a row end the run")
+    node_timeout: float = Field(120.0, gt=0, description="seconds to wait for nodes and for their answers to queries")
+    round_timeout: float = Field(600.0, gt=0, description="seconds after which a round goes on with the replies it has")
+    arbitration: Literal["budget", "threshold"] = Field(
+        "budget", description="fedara: how votes become the global mask"
+    )
+    threshold: float = Field(0.5, gt=0, le=1, description="fedara: share of votes (weighted) that a slot needs")
+    warmup_rounds: int = Field(-1, ge=-1, description="fedara: rounds before the budget falls; -1 = a tenth")
+    final_rounds: int = Field(-1, ge=-1, description="fedara: rounds at the final budget; -1 = a tenth")
+    importance: Literal["sensitivity", "gradient-product", "magnitude"] = Field(
+        "gradient-product", description="fedara: how a client scores its slots"
+    )
+    importance_time: Literal["before", "after"] = Field(
+        "before", description="fedara: weights in the score taken before or after the optimiser's step"
+    )
+    upload_mask: Literal["global", "local"] = Field(
+        "global", description="fedara: slots a client sends back: all it got, or those it voted for"
+    )
+    weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in every average")
+    options: str = Field("", description="keys of a method of another package, as TOML: 'a = 1' or '{a = 1, b = 2}'")
+
+
+class TrainSettings(Group):
+    steps: int = Field(8, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
+    epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
+    batch_size: int = Field(16, ge=1, description="examples per step")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW learning rate of the adapters' A and B")
+    e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
+    head_learning_rate: float = Field(1e-2, gt=0, description="AdamW learning rate of the head")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")
+    clip_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0 = not clipped")
+    dropout: bool = Field(False, description="whether the backbone's own dropout is on while training")
+    prox_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 times the squared distance from the received values")
+    orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
+    threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
+
+
+class DataSettings(Group):
+    name: str = Field("docstrings", min_length=1, description="'docstrings' or a Hugging Face dataset id")
+    path: str = Field("", description="local parquet, csv or jsonl file, or a folder with train.* and test.*")
+    text_column: str = Field("text", min_length=1, description="column of the text")
+    pair_column: str = Field("", description="column of the second text of a sentence pair; '' = none")
+    label_column: str = Field("label", min_length=1, description="column of the label")
+    labels: str = Field("", description="label names in order, comma-separated; '' = as the data has them")
+    partition: Literal["iid", "dirichlet", "pathological", "natural"] = Field(
+        "dirichlet", description="how training data is split over clients"
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="partition = 'dirichlet': the smaller, the more skewed")
+    labels_per_client: int = Field(2, ge=1, description="partition = 'pathological': labels a client sees")
+    id_column: str = Field("", description="partition = 'natural': column that names the owner of a row")
+    test: float = Field(0.15, gt=0, lt=1, description="share kept for the final test where the data has no test split")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the training data that the server validates on")
+    client_validation: float = Field(
+        0.0, ge=0, lt=1, description="share of its own examples on which a client evaluates the model it receives"
+    )
+    max_length: int = Field(64, ge=8, description="tokens after which a text is cut")
+
+
+class OutputSettings(Group):
+    name: str = Field(
+        "", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time"
+    )
+    dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs")
+    threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
+
+
+class Settings(Group):
+    """The run configuration (contracts.md §5)."""
+
+    num_server_rounds: int = Field(20, ge=1, description="rounds")
+    seed: int = Field(42, ge=0, lt=2**62, description="seed of every random stream")
+    method: str = Field("fedara", min_length=1, description="strategy: fedara, fedara-static, fedlora, head, …")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    strategy: StrategySettings = Field(default_factory=StrategySettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    run: OutputSettings = Field(default_factory=OutputSettings)
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> Settings:
+        """Check a flat run configuration; keys that are absent take their defaults.
+
+        Raises:
+            ConfigError: for an unknown key, a wrong type or an impossible value.
+        """
+        known = describe()
+        for key, value in flat.items():
+            if key not in known:
+                raise ConfigError(f"{key} = {value!r}: there is no such key{nearest(key, known)}")
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            group, _, name = key.rpartition(".")
+            (nested.setdefault(group, {}) if group else nested)[name] = value
+        try:
+            settings = cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, known)) from None
+        settings._check_relations()
+        return settings
+
+    def _check_relations(self) -> None:
+        rounds = self.num_server_rounds
+        if self.adapter.final_rank > self.adapter.rank:
+            raise ConfigError(
+                f"adapter.final-rank = {self.adapter.final_rank!r}: allowed is at most adapter.rank = {self.adapter.rank}"
+            )
+        if self.warmup_rounds + self.final_rounds >= rounds and rounds > 1:
+            raise ConfigError(
+                f"strategy.warmup-rounds = {self.warmup_rounds}: with strategy.final-rounds = {self.final_rounds} "
+                f"allowed is a sum below num-server-rounds = {rounds}"
+            )
+        if self.run.dir and not self.run.dir.startswith(("/", "~")):
+            raise ConfigError(
+                f"run.dir = {self.run.dir!r}: allowed is an absolute path (Flower runs apps from a folder of its own)"
+            )
+        if self.data.partition == "natural" and not self.data.id_column:
+            raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
+
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds before the budget falls (t_i)."""
+        return self._tenth(self.strategy.warmup_rounds)
+
+    @property
+    def final_rounds(self) -> int:
+        """Rounds at the final budget (t_f)."""
+        return self._tenth(self.strategy.final_rounds)
+
+    def _tenth(self, value: int) -> int:
+        return round(0.1 * self.num_server_rounds) if value < 0 else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`strategy.options` as a dictionary; ConfigError where it is no TOML."""
+        text = self.strategy.options.strip()
+        try:
+            parsed = tomllib.loads(f"options = {text}" if text.startswith("{") else text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"strategy.options = {text!r}: not TOML ({error})") from None
+        return parsed["options"] if text.startswith("{") else parsed
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """The inverse of `from_flat`, every key present."""
+        return {key: value for key, (value, _) in _walk(self).items()}
+
+
+def check_options(model: OptionsModel, options: dict[str, Any], method: str) -> BaseModel:
+    """The keys of `strategy.options`, checked by the method's own model.
+
+    Raises:
+        ConfigError: for a key or value that the method does not allow.
+    """
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        known = {f"strategy.options.{name}": field for name, field in fields.items()}
+        line = one_line(error, known, prefix="strategy.options.")
+        raise ConfigError(f"{line} (method {method!r})") from None
+
+
+def nearest(word: str, words: Any) -> str:
+    """'; did you mean …?' for the closest of `words`, else ''."""
+    words = [str(w) for w in words]
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if not close:  # the last part may be right in the wrong group
+        close = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: ValidationError, known: Mapping[str, Any], prefix: str = "") -> str:
+    """The first problem of a ValidationError as 'key = value: what is allowed; nearest name'."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = prefix + ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key} = {first['input']!r}: there is no such key{nearest(key, known)}{more}"
+    hint = ""
+    if key in known and get_origin(known[key].annotation) is Literal:
+        hint = nearest(str(first["input"]), get_args(known[key].annotation))
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key} = {first['input']!r}: {message}{hint}{more}"
+
+
+def _walk(group: Group, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, field in type(group).model_fields.items():
+        value, key = getattr(group, name), prefix + (field.alias or name)
+        found |= _walk(value, key + ".") if isinstance(value, Group) else {key: (value, field)}
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Every key with its pydantic field (default, description, constraints)."""
+    return {key: field for key, (_, field) in _walk(Settings()).items()}

@@ -1,0 +1,1 @@
+"""Labelled texts: built-in docstrings, local files, Hugging Face ids; and their partitions."""

@@ -1,0 +1,56 @@
+"""Who holds what in a simulation: the server's validation and test data, and each client's share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fedara_flwr import seeds
+from fedara_flwr.config import DataSettings
+from fedara_flwr.data.examples import Examples
+from fedara_flwr.data.load import load
+from fedara_flwr.data.partitions import partition, split
+
+
+@dataclass(frozen=True)
+class Federation:
+    """One data set, dealt out.
+
+    Attributes:
+        pool: training rows that clients share among them.
+        validation: rows for the server's curves and for tuning.
+        test: rows for one evaluation at the end.
+        labels: label names in order.
+        digest: sha256 of the pool; server and simulated clients compare it.
+    """
+
+    pool: Examples
+    validation: Examples
+    test: Examples
+    labels: tuple[str, ...]
+    digest: str
+
+
+@lru_cache(maxsize=4)
+def federation(settings: DataSettings, seed: int) -> Federation:
+    """Load and split, once per process."""
+    data = load(settings, seed)
+    pool, validation = split(data.train, seed, settings.validation)
+    rest = data.train.take(pool)
+    return Federation(rest, data.train.take(validation), data.test, data.labels, rest.digest())
+
+
+@lru_cache(maxsize=4)
+def shares(settings: DataSettings, seed: int, clients: int) -> list[np.ndarray]:
+    """Row numbers of the pool for each client."""
+    return partition(federation(settings, seed).pool, settings, clients, seed)
+
+
+def hold_out(examples: Examples, settings: DataSettings, seed: int, client_key: str) -> tuple[Examples, Examples]:
+    """A client's (training, own evaluation) rows by `data.client-validation`."""
+    if not settings.client_validation or len(examples) < 2:
+        return examples, examples.take([])
+    train, own = split(examples, seeds.derive(seed, "client-validation", client_key), settings.client_validation)
+    return examples.take(train), examples.take(own)

@@ -1,0 +1,154 @@
+"""Reads a data set by the run's settings: built in, from local files, or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from fedara_flwr.config import ConfigError, DataSettings, nearest
+from fedara_flwr.data import docstrings
+from fedara_flwr.data.examples import Dataset, Examples
+from fedara_flwr.data.partitions import split
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+
+
+@lru_cache(maxsize=4)
+def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Dataset:
+    """Training and test data with label names; test rows are split off where the source has no test split.
+
+    Args:
+        settings: which data.
+        seed: of the split.
+        names: label names to read labels by, where they are given from outside (a device and its server).
+
+    Raises:
+        ConfigError: no such file, column or label; the line names the key.
+    """
+    if settings.path:
+        splits, labels = _read_files(Path(settings.path).expanduser()), _read_labels(Path(settings.path).expanduser())
+        key = f"data.path = {settings.path!r}"
+    elif settings.name == "docstrings":
+        everything, labels = docstrings.load()
+        rest, test = split(everything, seed, settings.test)
+        return Dataset(everything.take(rest), everything.take(test), labels)
+    else:
+        splits, labels = _read_hub(settings.name), ()
+        key = f"data.name = {settings.name!r}"
+    names = names or _label_names(settings, splits, labels)
+    train = _examples(splits["train"], settings, names, key)
+    if not len(train):
+        raise ConfigError(f"{key}: there are no rows with text and label")
+    if "test" in splits:
+        test_rows = _examples(splits["test"], settings, names, key)
+    else:
+        rest, held_out = split(train, seed, settings.test)
+        train, test_rows = train.take(rest), train.take(held_out)
+    return Dataset(train, test_rows, names)
+
+
+def _read_files(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        files = {
+            name: found
+            for name in ("train", "test")
+            if (
+                found := next(
+                    (path / f"{name}{ending}" for ending in FORMATS if (path / f"{name}{ending}").is_file()), None
+                )
+            )
+        }
+        if "train" not in files:
+            raise ConfigError(
+                f"data.path = {str(path)!r}: no train file in it, allowed endings are {', '.join(FORMATS)}"
+            )
+    elif path.is_file():
+        files = {"train": path}
+    else:
+        raise ConfigError(f"data.path = {str(path)!r}: there is no such file or folder")
+    ending = files["train"].suffix
+    if ending not in FORMATS:
+        raise ConfigError(f"data.path = {str(path)!r}: allowed endings are {', '.join(FORMATS)}")
+    try:
+        return {
+            name: datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", keep_in_memory=True)
+            for name, file in files.items()
+        }
+    except Exception as error:  # the reader's own errors are many and long
+        raise ConfigError(f"data.path = {str(path)!r}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    """labels.json beside the files: a list of names by label id."""
+    file = (path if path.is_dir() else path.parent) / "labels.json"
+    return tuple(str(name) for name in json.loads(file.read_text())) if file.is_file() else ()
+
+
+def _read_hub(name: str) -> dict[str, Any]:
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # not there, no network, gated: all the same to the user
+        raise ConfigError(f"data.name = {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if "train" not in found:
+        raise ConfigError(f"data.name = {name!r}: it has no split 'train', but {sorted(found)}")
+    return dict(found)
+
+
+def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[str, ...]) -> tuple[str, ...]:
+    if settings.labels:
+        return tuple(name.strip() for name in settings.labels.split(","))
+    if labels:
+        return labels
+    table, column = splits["train"], settings.label_column
+    _check_column(table, column, "data.label-column")
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    values = {v for s in splits.values() if column in s.column_names for v in s[column] if v is not None}
+    if all(isinstance(v, int) for v in values):
+        return tuple(str(i) for i in range(max(values, default=-1) + 1))
+    return tuple(sorted(str(v) for v in values))
+
+
+def _check_column(table: Any, column: str, key: str) -> None:
+    if column not in table.column_names:
+        raise ConfigError(
+            f"{key} = {column!r}: no such column, allowed are {table.column_names}{nearest(column, table.column_names)}"
+        )
+
+
+def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: str) -> Examples:
+    columns = {"data.text-column": settings.text_column, "data.label-column": settings.label_column}
+    columns |= {"data.pair-column": settings.pair_column} if settings.pair_column else {}
+    columns |= {"data.id-column": settings.id_column} if settings.id_column else {}
+    for name, column in columns.items():
+        _check_column(table, column, name)
+    ids = {name: i for i, name in enumerate(names)}
+    texts, labels = table[settings.text_column], table[settings.label_column]
+    kept, index = [], []
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if text is None or not str(text).strip() or label is None:
+            continue
+        number = label if isinstance(label, int) and not isinstance(label, bool) else ids.get(str(label), -1)
+        if not 0 <= number < len(names):
+            raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
+        kept.append(row)
+        index.append(number)
+
+    def column(name: str) -> tuple[str, ...] | None:
+        if not name:
+            return None
+        values = list(table[name])
+        return tuple(str(values[row]) for row in kept)
+
+    return Examples(
+        column(settings.text_column) or (),
+        np.array(index, dtype=np.int64),
+        column(settings.pair_column),
+        column(settings.id_column),
+    )

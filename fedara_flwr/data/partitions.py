@@ -1,0 +1,60 @@
+"""Splits training data over clients: seeded, the same on every machine and for every order of the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedara_flwr import seeds
+from fedara_flwr.config import DataSettings
+from fedara_flwr.data.examples import Examples
+
+Index = NDArray[np.int64]
+
+
+def by_hash(examples: Examples, seed: int) -> Index:
+    """Row numbers in the order of sha256(seed, text)."""
+    keys = examples.keys(seed)
+    return np.array(sorted(range(len(keys)), key=lambda i: (keys[i], i)), dtype=np.int64)
+
+
+def split(examples: Examples, seed: int, share: float) -> tuple[Index, Index]:
+    """Row numbers of (the rest, the share), at least one row each where there are two."""
+    order = by_hash(examples, seed)
+    cut = min(max(1, round(share * len(order))), max(len(order) - 1, 0))
+    return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+def partition(examples: Examples, settings: DataSettings, clients: int, seed: int) -> list[Index]:
+    """Row numbers of each client; disjoint, together all rows. A client may be left without any.
+
+    iid: equal shares. dirichlet: for each label, shares over clients ~ Dir(alpha) (Hsu et al., arXiv 1909.06335).
+    pathological: rows sorted by label, cut into clients × labels-per-client shards (McMahan et al., arXiv 1602.05629).
+    natural: one client per owner, in the order of the owners' names, wrapped round where there are more owners.
+    """
+    order = by_hash(examples, seed)
+    labels = examples.labels[order]
+    rng = seeds.generator(seed, "partition", settings.partition, clients)
+    match settings.partition:
+        case "iid":
+            parts = [order[i::clients] for i in range(clients)]
+        case "dirichlet":
+            buckets: list[list[Index]] = [[] for _ in range(clients)]
+            for label in np.unique(labels):
+                rows = order[labels == label]
+                shares = rng.dirichlet(np.full(clients, settings.dirichlet_alpha))
+                cuts = np.floor(np.cumsum(shares)[:-1] * len(rows) + 0.5).astype(np.int64)
+                for bucket, piece in zip(buckets, np.split(rows, cuts), strict=True):
+                    bucket.append(piece)
+            parts = [np.concatenate(bucket) for bucket in buckets]
+        case "pathological":
+            by_label = order[np.argsort(labels, kind="stable")]
+            shards = np.array_split(by_label, clients * settings.labels_per_client)
+            dealt = rng.permutation(len(shards)).reshape(clients, settings.labels_per_client)
+            parts = [np.concatenate([shards[i] for i in row]) for row in dealt]
+        case _:
+            owners = examples.owners or ()
+            names = {name: i for i, name in enumerate(sorted(set(owners)))}
+            owner = np.array([names[o] for o in owners], dtype=np.int64)[order]
+            parts = [order[owner % clients == i] for i in range(clients)]
+    return [np.sort(part) for part in parts]

@@ -1,0 +1,1 @@
+"""The server's half: who is there, who trains, what comes back, what is kept."""

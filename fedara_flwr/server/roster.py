@@ -1,0 +1,191 @@
+"""The roster: which nodes are there, under which client key, and which of them can train.
+
+Two queries (contracts.md §3): `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
+is first drawn. A node that does not fit is dropped with the reason and not asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedara_flwr import seeds
+from fedara_flwr.config import ConfigError, StrategySettings
+from fedara_flwr.server.messages import replies
+from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.meter import ByteMeter
+
+logger = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every node must agree on; `data` is compared with nodes that hold a share of the run's own data."""
+
+    fingerprint: str
+    tokenizer: str
+    data: str
+    labels: tuple[str, ...]
+    terms: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that answered `whoami`."""
+
+    key: str
+    node_id: int
+    partitions: int
+
+
+class Roster:
+    """Nodes by client key."""
+
+    def __init__(self, settings: StrategySettings, seed: int, expected: Expected, meter: ByteMeter) -> None:
+        self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
+        self.nodes: dict[str, Node] = {}
+        self.examples: dict[str, int] = {}
+        self.unfit: dict[str, str] = {}
+        self._asked: set[int] = set()
+
+    # -- who is there -----------------------------------------------------------------------------------------------
+    def wait(self, grid: Grid) -> None:
+        """Until as many nodes are there as the first one says there are, or `node-timeout` is over.
+
+        Raises:
+            ConfigError: a term of the run is missing on a node.
+            TimeoutError: fewer than `min-train-nodes` came in time.
+        """
+        deadline = time.monotonic() + self.settings.node_timeout
+        while True:
+            self.refresh(grid)
+            told = max((node.partitions for node in self.nodes.values()), default=0)
+            wanted = told or self.settings.min_available_nodes
+            if len(self.nodes) >= wanted:
+                return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        least = self.settings.min_train_nodes
+        if len(self.nodes) < least:
+            raise TimeoutError(
+                f"{len(self.nodes)} nodes after strategy.node-timeout = {self.settings.node_timeout:g} s, "
+                f"strategy.min-train-nodes = {least} are needed"
+            )
+        logger.warning("only %d of %d nodes came in time: going on with them", len(self.nodes), wanted)
+
+    def refresh(self, grid: Grid) -> None:
+        """Ask nodes that are new who they are; forget those that left."""
+        present = set(grid.get_node_ids())
+        self.nodes = {key: node for key, node in self.nodes.items() if node.node_id in present}
+        new = sorted(present - self._asked)
+        if not new:
+            return
+        self._asked |= set(new)
+        for node_id, content in self._ask(grid, new, "query.whoami", RecordDict()):
+            if isinstance(content, str):
+                logger.warning("node %d does not say who it is: %s", node_id, content)
+                self._asked.discard(node_id)  # it may only be slow
+                continue
+            self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
+
+    def _admit(self, node_id: int, who: ConfigRecord) -> None:
+        key = str(who.get("client-key", ""))[:64] or f"node-{node_id}"
+        if who.get("protocol") != PROTOCOL:
+            logger.warning("node %d dropped: protocol version %r, expected %d", node_id, who.get("protocol"), PROTOCOL)
+            return
+        terms = who.get("terms", "")
+        missing = self.expected.terms - set(terms.split(",") if isinstance(terms, str) else ())
+        if missing:
+            raise ConfigError(f"client {key!r} does not know the term {sorted(missing)[0]!r} that this run needs")
+        if key in self.nodes:
+            logger.warning("node %d dropped: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
+            return
+        if key.startswith("node-"):
+            logger.warning("node %d has no client-key or partition-id: its random streams cannot be repeated", node_id)
+        partitions = who.get("num-partitions", 0)
+        self.nodes[key] = Node(key, node_id, partitions if isinstance(partitions, int) else 0)
+        self.examples.pop(key, None)  # a node that came back under its key is asked again
+        self.unfit.pop(key, None)
+
+    # -- who can train ----------------------------------------------------------------------------------------------
+    def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
+        """`count` nodes that can train, drawn from the client keys by (seed, round); fewer where there are not enough.
+
+        The draw is one permutation of all keys, so a node that turns out unfit only moves the next one up.
+        """
+        keys = sorted(self.nodes, key=lambda key: (len(key), key))
+        order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
+        drawn: list[Node] = []
+        queue = [self.nodes[keys[i]] for i in order if keys[i] not in self.unfit]
+        while queue and len(drawn) < count:
+            batch, queue = queue[: count - len(drawn)], queue[count - len(drawn) :]
+            self._check_ready(grid, [node for node in batch if node.key not in self.examples])
+            drawn += [node for node in batch if node.key in self.examples]
+        return drawn
+
+    def count(self) -> int:
+        """How many nodes to draw: `fraction-train` of those there, at least `min-train-nodes`."""
+        usable = len([key for key in self.nodes if key not in self.unfit])
+        wanted = max(int(usable * self.settings.fraction_train), self.settings.min_train_nodes)
+        return min(usable, wanted)
+
+    def _check_ready(self, grid: Grid, nodes: list[Node]) -> None:
+        if not nodes:
+            return
+        by_id = {node.node_id: node.key for node in nodes}
+        question = RecordDict({"ready": ConfigRecord({"protocol": PROTOCOL, "labels": list(self.expected.labels)})})
+        for node_id, content in self._ask(grid, list(by_id), "query.ready", question):
+            key = by_id[node_id]
+            if isinstance(content, str):
+                self.unfit[key] = content
+            else:
+                self._judge(key, content)
+            if key in self.unfit:
+                logger.warning("client %s is left out: %s", key, self.unfit[key])
+
+    def _judge(self, key: str, content: RecordDict) -> None:
+        answer = content.config_records.get("ready", ConfigRecord())
+        examples = content.metric_records.get("metrics", {}).get("num-examples", 0)
+        if "error" in answer:
+            self.unfit[key] = str(answer["error"])[:300]
+            return
+        for name in ("fingerprint", "tokenizer", "data"):
+            mine, theirs = getattr(self.expected, name), answer.get(name)
+            if theirs != mine and not (name == "data" and theirs == "own"):
+                self.unfit[key] = f"its {name} differs: {str(theirs)[:16]!r}, the server has {mine[:16]!r}"
+                return
+        if not isinstance(examples, int) or examples < 1:
+            self.unfit[key] = f"too small to train: {examples!r} examples"
+            return
+        self.examples[key] = examples
+
+    def _ask(
+        self, grid: Grid, node_ids: list[int], kind: str, content: RecordDict
+    ) -> Iterable[tuple[int, RecordDict | str]]:
+        """(node id, answer or what went wrong) for each node, in the order of `node_ids`."""
+        timeout = self.settings.node_timeout
+        messages = [Message(content, node_id, kind, ttl=timeout) for node_id in node_ids]
+        for _ in messages:
+            self.meter.count("down", content)
+        answers: dict[int, RecordDict | str] = {}
+        for index, reply in replies(grid, messages, timeout):
+            if isinstance(reply, Exception):
+                answers[index] = f"unreadable answer ({type(reply).__name__})"
+            elif reply.has_error():
+                answers[index] = f"error {reply.error.code}: {last_line(reply.error.reason)}"
+            else:
+                self.meter.count("up", reply.content)
+                answers[index] = reply.content
+        return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(node_ids)]
+
+
+def last_line(reason: str | None) -> str:
+    """The last line of a traceback that came as a reason, cut to a readable length."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given")[:300]

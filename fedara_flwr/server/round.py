@@ -1,0 +1,133 @@
+"""One round's replies: checked as they come, merged in sampling order as the gaps close."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flwr.app import Message
+
+from fedara_flwr.server.roster import Node, last_line
+from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.wire.meter import ByteMeter
+from fedara_flwr.wire.plan import TrainPlan, Update
+from fedara_flwr.wire.records import Rejected, update_from_content
+
+logger = logging.getLogger("flwr")
+Record = dict[str, object]
+
+
+class Merger(Protocol):
+    """Takes updates in sampling order, one at a time (contracts.md §4).
+
+    `memory` says what it holds: "one" a running sum, "stack" all factors, "all" all updates.
+    """
+
+    memory: str
+
+    def add(self, client_key: str, update: Update, weight: int) -> None: ...
+
+    def result(self) -> Arrays: ...
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A reply that did not count, and why."""
+
+    client: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class Round:
+    """The work of one round from sampling to the last reply.
+
+    Attributes:
+        asked: nodes in sampling order; `plans` and `messages` go with them.
+        limits: examples that each node declared first.
+        down: bytes sent to each client, by part.
+    """
+
+    number: int
+    spec: ModelSpec
+    asked: list[Node]
+    plans: list[TrainPlan]
+    messages: list[Message]
+    limits: dict[str, int]
+    meter: ByteMeter
+    weighting: str
+    down: list[dict[str, int]] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    good: int = 0
+    _results: dict[int, Update | None] = field(default_factory=dict)
+    _next: int = 0
+
+    def collect(self, replies: Iterable[Message], merger: Merger, take: Callable[[str, Update, int], None]) -> None:
+        """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in."""
+        by_message: dict[str, int] = {}
+        for reply in replies:  # ids are set when the messages are sent, which a lazy iterable does at its first reply
+            by_message = by_message or {message.metadata.message_id: i for i, message in enumerate(self.messages)}
+            index = by_message.get(reply.metadata.reply_to_message_id)
+            if index is None:
+                self._drop(f"node {reply.metadata.src_node_id}", "not-asked", "a reply to no message of this round")
+                continue
+            if index in self._results or index < self._next:
+                self._drop(self.asked[index].key, "duplicate", "a second reply in one round")
+                continue
+            self._results[index] = self._check(index, reply)
+            self._feed(merger, take)
+        for index in range(self._next, len(self.asked)):
+            if index not in self._results:
+                self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
+                self._results[index] = None
+        self._feed(merger, take)
+
+    def unreadable(self, index: int, error: Exception) -> None:
+        """A reply that Flower itself could not read or deliver."""
+        self._drop(self.asked[index].key, "unreadable", f"{type(error).__name__}: {str(error)[:200]}")
+        self._results[index] = None
+
+    def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:
+        while self._next in self._results:
+            update, node = self._results.pop(self._next), self.asked[self._next]
+            self._next += 1
+            if update is not None:
+                weight = update.num_examples if self.weighting == "examples" else 1
+                merger.add(node.key, update, weight)
+                take(node.key, update, weight)
+                self.good += 1
+
+    def _check(self, index: int, reply: Message) -> Update | None:
+        node, plan = self.asked[index], self.plans[index]
+        if reply.has_error():
+            self._drop(node.key, f"error-{reply.error.code}", last_line(reply.error.reason))
+            return None
+        if reply.metadata.src_node_id != node.node_id:
+            self._drop(node.key, "sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
+            return None
+        up = dict(self.meter.count("up", reply.content))
+        try:
+            update = update_from_content(reply.content, self.spec, plan, self.limits[node.key])
+        except Rejected as error:
+            self._drop(node.key, error.reason, str(error))
+            return None
+        self.records.append(
+            {
+                "type": "client",
+                "round": self.number,
+                "client": node.key,
+                "num-examples": update.num_examples,
+                **update.metrics,
+                "bytes-down": self.down[index],
+                "bytes-up": up,
+            }
+        )
+        return update
+
+    def _drop(self, client: str, reason: str, detail: str) -> None:
+        logger.warning("round %d: reply of client %s dropped: %s (%s)", self.number, client, reason, detail)
+        self.drops.append(Drop(client, reason, detail))

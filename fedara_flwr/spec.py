@@ -1,0 +1,88 @@
+"""What the model is, as far as ranks, bytes and merging care: names and sizes, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedara_flwr.ranks import RankMask
+
+Vector = NDArray[np.float32]
+SLOT_PARTS = ("B", "E", "A")
+PARTS = (*SLOT_PARTS, "head")
+Arrays = dict[str, Vector]
+"""One packed float32 vector per part; the slot parts under some RankMask, the head in the order of `ModelSpec.head`."""
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One adapted linear layer: its full name, the shape (d_out, d_in) of its weight and the index of its block."""
+
+    name: str
+    d_out: int
+    d_in: int
+    block: int
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of the head."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Backbone and head as server and clients must agree on them.
+
+    Attributes:
+        fingerprint: sha256 over the backbone's float32 weights, the head left out.
+        modules: adapted layers; their order is the module index everywhere.
+        head: parameters of the head, in the order in which they are packed.
+    """
+
+    fingerprint: str
+    modules: tuple[ModuleSpec, ...]
+    head: tuple[ParameterSpec, ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many repeated blocks the backbone has."""
+        return 1 + max(m.block for m in self.modules)
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in the head."""
+        return sum(p.size for p in self.head)
+
+    def widths(self, part: str) -> tuple[int, ...]:
+        """Numbers per slot of each module in one slot part."""
+        match part:
+            case "B":
+                return tuple(m.d_out for m in self.modules)
+            case "E":
+                return tuple(1 for _ in self.modules)
+            case "A":
+                return tuple(m.d_in for m in self.modules)
+        raise ValueError(f"{part!r} is not a slot part, allowed are {SLOT_PARTS}")
+
+    def length(self, part: str, mask: RankMask) -> int:
+        """Length of the packed vector of `part` under `mask`."""
+        return self.head_size if part == "head" else mask.length(self.widths(part))
+
+    def slice(self, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
+        """Arrays packed under `mask`, cut down to `sub`; the head as it is."""
+        if mask == sub:
+            return dict(arrays)
+        return {
+            part: vector if part == "head" else mask.slice(vector, self.widths(part), sub)
+            for part, vector in arrays.items()
+        }

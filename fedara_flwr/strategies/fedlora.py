@@ -1,0 +1,30 @@
+"""`fedlora`: LoRA with FedAvg of A and B (FedIT, arXiv 2305.05644). E ≡ 1 is neither trained nor sent."""
+
+import numpy as np
+
+from fedara_flwr import seeds
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import Arrays
+from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import BaseStrategy
+
+
+@register
+class FedLoRA(BaseStrategy):
+    """A ~ U(-1/√d_in, 1/√d_in) (Kaiming with a = √5, as PEFT has it), B = 0."""
+
+    name = "fedlora"
+    title = "LoRA, FedAvg of A and B (FedIT)"
+    paper = "arXiv 2305.05644"
+    trainable = frozenset({"B", "A", "head"})
+
+    def start_arrays(self, mask: RankMask) -> Arrays:
+        """ΔW = 0 since B = 0."""
+        widths = np.array(self.spec.widths("A"))[mask.modules[mask.bits]]
+        bound = np.repeat(1.0 / np.sqrt(widths), widths)
+        noise = seeds.generator(self.settings.seed, "start", "A").uniform(-1.0, 1.0, self.spec.length("A", mask))
+        return {
+            "head": self.start_head(),
+            "A": (noise * bound).astype(np.float32),
+            "B": np.zeros(self.spec.length("B", mask), dtype=np.float32),
+        }

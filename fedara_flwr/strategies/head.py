@@ -1,0 +1,18 @@
+"""`head`: only the task layer is trained, the backbone is as it was. The row that every adapter must beat."""
+
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import BaseStrategy
+
+
+@register
+class Head(BaseStrategy):
+    """No module has a slot."""
+
+    name = "head"
+    title = "the task layer alone, FedAvg"
+    trainable = frozenset({"head"})
+
+    def start_mask(self) -> RankMask:
+        """Masks of length 0: nothing to send, nothing in the model."""
+        return RankMask.full([0] * len(self.spec.modules))

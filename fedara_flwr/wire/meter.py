@@ -1,0 +1,60 @@
+"""The byte meter: counts the records that are sent, by direction and part (contracts.md §4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Literal
+
+from flwr.app import RecordDict
+
+from fedara_flwr.spec import PARTS
+
+Direction = Literal["down", "up"]
+COUNTED = (*PARTS, "mask", "other")
+_MASKS = ("mask", "votes", "slot-ranks")
+
+
+def payload(content: RecordDict) -> Counter[str]:
+    """Bytes of one message by part; the sum is what Flower's own `count_bytes()` says of its records.
+
+    B, E, A and head count 4 bytes per number; mask the packed bits and slot ranks; other is what remains: npy headers,
+    names and the settings in the plan.
+    """
+    parts: Counter[str] = Counter()
+    total = 0
+    for record in content.values():
+        total += record.count_bytes()
+    for arrays in content.array_records.values():
+        for name, array in arrays.items():
+            # what a header claims is not believed beyond the bytes that are there
+            parts[name if name in PARTS else "other"] += max(0, min(4 * prod(array.shape), len(array.data)))
+    for config in content.config_records.values():
+        for key in _MASKS:
+            value = config.get(key)
+            parts["mask"] += len(value) if isinstance(value, bytes) else 0
+    parts["other"] += total - sum(parts.values())
+    return parts
+
+
+class ByteMeter:
+    """Running totals of one round and of the run, in bytes by (direction, part)."""
+
+    def __init__(self, total: Counter[str] | None = None) -> None:
+        self.total: Counter[str] = Counter(total or {})
+        self._round: Counter[str] = Counter()
+
+    def count(self, direction: Direction, content: RecordDict) -> Counter[str]:
+        """Add one message; returns its bytes by part."""
+        parts = payload(content)
+        for part, size in parts.items():
+            self.total[f"{direction}.{part}"] += size
+            self._round[f"{direction}.{part}"] += size
+        return parts
+
+    def take_round(self) -> dict[str, int]:
+        """Bytes since the last call, every (direction, part) present, and `down` and `up` in all."""
+        taken = {f"{d}.{p}": self._round[f"{d}.{p}"] for d in ("down", "up") for p in COUNTED}
+        taken |= {d: sum(taken[f"{d}.{p}"] for p in COUNTED) for d in ("down", "up")}
+        self._round.clear()
+        return taken

@@ -1,0 +1,91 @@
+"""TrainPlan and Update: what the server asks of a client, and what it gets back (contracts.md §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedara_flwr.ranks import Bools, RankMask
+from fedara_flwr.spec import Arrays
+
+REPORTS = ("votes", "scores")
+Ranks = NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """One client's orders for one round.
+
+    Attributes:
+        server_round: counted from 1.
+        seed: the run's seed; the client's streams derive from (seed, round, client key).
+        mask: slots that travel and live in the client's model.
+        scales: s of y = W0·x + s·B·diag(E)·A·x, one per module.
+        trainable: parts that are trained and sent back, out of B, E, A and head. The others keep what was received.
+        steps: optimiser steps; 0 = `epochs` passes over the client's examples.
+        learning_rate: AdamW, of A and B; E has `e_lr_factor` times that, the head `head_learning_rate`.
+        clip_norm: 0 = gradients are not clipped.
+        terms: client-side terms by name, each with its parameters.
+        report: what to add to the update: "votes" (needs `budget`), "scores" (their ranks, too).
+        budget: slots the client may vote for.
+        evaluate: whether to evaluate the received model on the client's own held-out share.
+        offset_version: version of the shared backbone offset that the client must hold; 0 = none.
+    """
+
+    server_round: int
+    seed: int
+    mask: RankMask
+    scales: tuple[float, ...]
+    trainable: frozenset[str]
+    steps: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    e_lr_factor: float
+    head_learning_rate: float
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    dropout: bool = False
+    terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    report: frozenset[str] = frozenset()
+    budget: int = 0
+    importance: str = "gradient-product"
+    importance_time: str = "before"
+    upload_mask: str = "global"
+    evaluate: bool = False
+    offset_version: int = 0
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A client's local mask.
+
+    Attributes:
+        keep: shape (alive slots,), True for the slots the client would keep; packed under the plan's mask.
+        ranks: rank of every alive slot by the client's score, 0 = best; None where only the bits were asked for.
+    """
+
+    keep: Bools
+    ranks: Ranks | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back in one round.
+
+    Attributes:
+        arrays: the trained parts, packed under `mask`.
+        mask: slots that came: the plan's, or those of them that the client voted for (`upload_mask = "local"`).
+        num_examples: examples the client trains on.
+        metrics: losses, seconds, bytes of memory; names as in docs.
+        vote: the local mask, where the plan asked for it.
+    """
+
+    arrays: Arrays
+    mask: RankMask
+    num_examples: int
+    metrics: Mapping[str, float]
+    vote: Vote | None = None

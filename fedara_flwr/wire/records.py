@@ -1,0 +1,253 @@
+"""TrainPlan and Update ⇄ Flower records. Reading an Update checks everything that can be checked without the model.
+
+A message holds `arrays` (ArrayRecord: one float32 vector per part) and `plan` or `reply` (ConfigRecord); an update also
+`metrics` (MetricRecord). Empty strings and lists never enter a ConfigRecord: Flower cannot count their bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedara_flwr.ranks import RankMask, pack_bits, unpack_bits
+from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
+from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+
+_SCALARS = {
+    "round": "server_round",
+    "seed": "seed",
+    "steps": "steps",
+    "epochs": "epochs",
+    "batch-size": "batch_size",
+    "learning-rate": "learning_rate",
+    "e-lr-factor": "e_lr_factor",
+    "head-learning-rate": "head_learning_rate",
+    "warmup-steps": "warmup_steps",
+    "clip-norm": "clip_norm",
+    "dropout": "dropout",
+    "budget": "budget",
+    "importance": "importance",
+    "importance-time": "importance_time",
+    "upload-mask": "upload_mask",
+    "evaluate": "evaluate",
+    "offset-version": "offset_version",
+}
+MAX_METRICS = 64
+MAX_NAME = 64
+
+
+class Rejected(Exception):
+    """A message that fails a check: `reason` is a short fixed word for counting, the text has the figures."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+# -- arrays ---------------------------------------------------------------------------------------------------------
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Arrays as an ArrayRecord, parts in the fixed order of PARTS."""
+    return ArrayRecord({part: Array(arrays[part]) for part in PARTS if part in arrays})
+
+
+def read_vector(array: Array, length: int, name: str) -> Vector:
+    """The float32 vector of `length` numbers in a Flower Array; nothing is allocated before its header agrees.
+
+    Raises:
+        Rejected: dtype, shape, header or size differ, or a number is not finite.
+    """
+    if array.stype != "numpy.ndarray":
+        raise Rejected("format", f"{name} is serialised as {array.stype[:MAX_NAME]!r}, allowed is 'numpy.ndarray'")
+    if array.dtype != "float32" or tuple(array.shape) != (length,):
+        raise Rejected(
+            "shape", f"{name} is {array.dtype[:MAX_NAME]} {tuple(array.shape)[:4]}, expected float32 ({length},)"
+        )
+    stream = io.BytesIO(array.data[:256])
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise Rejected("format", f"{name} has npy version {version}, allowed is (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Rejected:
+        raise
+    except Exception as error:  # numpy parses the header as Python literals: whatever goes wrong there is one reason
+        raise Rejected("format", f"{name} has no readable npy header ({str(error)[:80]})") from None
+    if shape != (length,) or fortran or dtype != np.dtype("<f4"):
+        raise Rejected("shape", f"{name}'s header says {dtype} {shape[:4]}, expected float32 ({length},)")
+    start = stream.tell()
+    if len(array.data) - start != 4 * length:
+        raise Rejected("format", f"{name} has {len(array.data) - start} bytes of data, expected {4 * length}")
+    vector = np.frombuffer(array.data, dtype="<f4", offset=start)
+    if not np.isfinite(vector).all():
+        raise Rejected("not-finite", f"{name} has {int((~np.isfinite(vector)).sum())} numbers that are not finite")
+    return vector
+
+
+def read_arrays(content: RecordDict, spec: ModelSpec, mask: RankMask, parts: frozenset[str]) -> Arrays:
+    """Exactly `parts`, packed under `mask`; Rejected otherwise."""
+    records = content.array_records
+    if set(records) != {"arrays"}:
+        raise Rejected("records", f"array records {_names(records)}, expected ['arrays']")
+    record = records["arrays"]
+    if set(record) != parts:
+        raise Rejected("parts", f"parts {_names(record)}, expected {sorted(parts)}")
+    return {part: read_vector(record[part], spec.length(part, mask), part) for part in PARTS if part in parts}
+
+
+def _names(record: Any) -> list[str]:
+    return sorted(str(name)[:MAX_NAME] for name in record)[:8]
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+def plan_to_content(plan: TrainPlan, arrays: Arrays) -> RecordDict:
+    """A TRAIN message: the plan and the arrays packed under its mask."""
+    config: dict[str, Any] = {key: getattr(plan, name) for key, name in _SCALARS.items()}
+    config |= {
+        "protocol": PROTOCOL,
+        "ranks": list(_shorten(plan.mask.ranks)),
+        "mask": plan.mask.to_bytes(),
+        "scales": list(_shorten(plan.scales)),
+        "trainable": ",".join(sorted(plan.trainable)),
+    }
+    if plan.report:
+        config["report"] = ",".join(sorted(plan.report))
+    for term, parameters in plan.terms.items():
+        config[f"term.{term}"] = True
+        config |= {f"term.{term}.{name}": float(value) for name, value in parameters.items()}
+    return RecordDict({"arrays": to_record(arrays), "plan": ConfigRecord(config)})
+
+
+def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
+    """The inverse of `plan_to_content`, on the client.
+
+    Raises:
+        Rejected: another protocol version, or a plan that does not fit a model of `modules` modules.
+    """
+    config = content.config_records.get("plan")
+    if config is None:
+        raise Rejected("records", "no record 'plan'")
+    if config.get("protocol") != PROTOCOL:
+        raise Rejected("protocol", f"the server speaks version {config.get('protocol')!r}, this node {PROTOCOL}")
+    try:
+        terms: dict[str, dict[str, float]] = {}
+        for key in config:
+            head, _, rest = key.partition(".")
+            if head == "term":
+                term, _, name = rest.partition(".")
+                parameters = terms.setdefault(term, {})
+                if name:
+                    parameters[name] = float(config[key])
+        ranks = _lengthen([int(r) for r in config["ranks"]], modules)
+        return TrainPlan(
+            **{name: config[key] for key, name in _SCALARS.items()},
+            mask=RankMask.from_bytes(ranks, config["mask"]),
+            scales=tuple(_lengthen([float(s) for s in config["scales"]], modules)),
+            trainable=frozenset(str(config["trainable"]).split(",")),
+            report=frozenset(str(config["report"]).split(",")) if "report" in config else frozenset(),
+            terms=terms,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise Rejected("plan", f"the plan does not fit this model ({error!r})") from None
+
+
+def received_parts(plan: TrainPlan, e_is_one: bool) -> frozenset[str]:
+    """Parts that a TRAIN message carries: all, without E where it is 1 and frozen, without slots where none lives."""
+    slots = {part for part in SLOT_PARTS if plan.mask.count and not (part == "E" and e_is_one)}
+    return frozenset(slots | {"head"})
+
+
+def sent_parts(plan: TrainPlan) -> frozenset[str]:
+    """Parts that an update must carry: the trainable ones, without slot parts where no slot is alive."""
+    return frozenset(p for p in plan.trainable if p == "head" or plan.mask.count)
+
+
+def _shorten(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return values[:1] if len(set(values)) == 1 else values
+
+
+def _lengthen(values: list[Any], length: int) -> list[Any]:
+    return values * length if len(values) == 1 else values
+
+
+# -- the update -------------------------------------------------------------------------------------------------------
+def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
+    """The reply to TRAIN."""
+    config: dict[str, Any] = {"protocol": PROTOCOL, "round": plan.server_round}
+    if update.vote is not None:
+        config["votes"] = pack_bits(update.vote.keep)
+        if update.vote.ranks is not None:
+            config["slot-ranks"] = update.vote.ranks.astype("<u2").tobytes()
+    metrics: dict[str, int | float] = {"num-examples": int(update.num_examples)}
+    metrics |= {name: float(value) for name, value in update.metrics.items()}
+    return RecordDict(
+        {"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)}
+    )
+
+
+def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, max_examples: int) -> Update:
+    """Check a reply against the plan it answers, before any array is materialised, and read it.
+
+    Args:
+        max_examples: what the node declared first; more than that is refused.
+
+    Raises:
+        Rejected: the reply is not what was asked for; the reason is counted and logged.
+    """
+    if set(content.config_records) != {"reply"} or set(content.metric_records) != {"metrics"}:
+        raise Rejected("records", f"records {_names(content)}, expected ['arrays', 'metrics', 'reply']")
+    config, metrics = content.config_records["reply"], content.metric_records["metrics"]
+    if config.get("protocol") != PROTOCOL:
+        raise Rejected("protocol", f"version {str(config.get('protocol'))[:MAX_NAME]!r}, expected {PROTOCOL}")
+    if config.get("round") != plan.server_round:
+        raise Rejected("round", f"answers round {str(config.get('round'))[:MAX_NAME]}, asked was {plan.server_round}")
+    num_examples = _check_metrics(metrics, max_examples)
+    vote = _read_vote(config, plan)
+    mask = plan.mask
+    if plan.upload_mask == "local" and vote is not None:
+        mask = mask.keep(vote.keep)
+    arrays = read_arrays(content, spec, mask, sent_parts(plan))
+    values = {name: float(value) for name, value in metrics.items() if name != "num-examples"}
+    return Update(arrays, mask, num_examples, values, vote)
+
+
+def _check_metrics(metrics: MetricRecord, max_examples: int) -> int:
+    if len(metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in metrics):
+        raise Rejected("metrics", f"{len(metrics)} metrics, allowed are {MAX_METRICS} with names up to {MAX_NAME}")
+    if any(isinstance(value, list) for value in metrics.values()):
+        raise Rejected("metrics", "a metric is a list, allowed are numbers")
+    value = metrics.get("num-examples")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= max_examples:
+        raise Rejected("num-examples", f"{value!r}, allowed is an integer from 1 to {max_examples}")
+    for name, metric in metrics.items():
+        if not math.isfinite(float(metric)):  # type: ignore[arg-type]
+            raise Rejected("not-finite", f"metric {name!r} is {metric!r}")
+    return value
+
+
+def _read_vote(config: ConfigRecord, plan: TrainPlan) -> Vote | None:
+    if "votes" not in plan.report:
+        return None
+    count, votes, ranks = plan.mask.count, config.get("votes"), None
+    if not isinstance(votes, bytes):
+        raise Rejected("votes", "the vote is missing")
+    try:
+        keep = unpack_bits(votes, count)
+    except ValueError as error:
+        raise Rejected("votes", str(error)) from None
+    if int(keep.sum()) != min(plan.budget, count):
+        raise Rejected("votes", f"votes for {int(keep.sum())} slots, allowed are {min(plan.budget, count)}")
+    if "scores" in plan.report:
+        raw = config.get("slot-ranks")
+        if not isinstance(raw, bytes) or len(raw) != 2 * count:
+            raise Rejected("votes", f"slot ranks have the wrong size, expected {2 * count} bytes")
+        ranks = np.frombuffer(raw, dtype="<u2")
+        if not np.array_equal(np.sort(ranks), np.arange(count)):
+            raise Rejected("votes", f"slot ranks are no permutation of 0..{count - 1}")
+        if not np.array_equal(ranks < plan.budget, keep):
+            raise Rejected("votes", "slot ranks and vote contradict each other")
+    return Vote(keep, ranks)
