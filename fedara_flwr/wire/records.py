@@ -110,10 +110,11 @@ def plan_to_content(plan: TrainPlan, arrays: Arrays) -> RecordDict:
     config |= {
         "protocol": PROTOCOL,
         "ranks": list(_shorten(plan.mask.ranks)),
-        "mask": plan.mask.to_bytes(),
         "scales": list(_shorten(plan.scales)),
         "trainable": ",".join(sorted(plan.trainable)),
     }
+    if len(plan.mask.bits):
+        config["mask"] = plan.mask.to_bytes()
     if plan.report:
         config["report"] = ",".join(sorted(plan.report))
     for term, parameters in plan.terms.items():
@@ -145,7 +146,7 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
         ranks = _lengthen([int(r) for r in config["ranks"]], modules)
         return TrainPlan(
             **{name: config[key] for key, name in _SCALARS.items()},
-            mask=RankMask.from_bytes(ranks, config["mask"]),
+            mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
             scales=tuple(_lengthen([float(s) for s in config["scales"]], modules)),
             trainable=frozenset(str(config["trainable"]).split(",")),
             report=frozenset(str(config["report"]).split(",")) if "report" in config else frozenset(),

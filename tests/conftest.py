@@ -1,0 +1,103 @@
+"""Tiny random-weight backbones of every architecture, as directories that `Backbone` loads like any user's model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    LlamaConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+from fedara_flwr.adapters.backbone import PACKAGED, Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.tasks import TASKS
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+silence_libraries()
+MINILM = next(iter(PACKAGED))
+VOCABULARY = 97
+LABELS = ("red", "green", "blue")
+ENCODER = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+CONFIGS = {
+    "bert": BertConfig(hidden_size=16, intermediate_size=24, **ENCODER),
+    "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=3, n_heads=2),
+    "roberta": RobertaConfig(hidden_size=16, intermediate_size=24, **ENCODER),
+    "deberta-v3": DebertaV2Config(
+        hidden_size=16,
+        intermediate_size=24,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        **ENCODER,
+    ),
+    "llama": LlamaConfig(**DECODER),
+    "qwen": Qwen2Config(**DECODER),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One directory per architecture: random weights, no head."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(root / name)
+    return {name: root / name for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with MiniLM's tokenizer, for whole runs in seconds."""
+    path = tmp_path_factory.mktemp("tiny") / "bert"
+    tokenizer = load_tokenizer(MINILM)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    AutoModel.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def backbone(path: Path, **options: str) -> Backbone:
+    return Backbone(str(path), TASKS["classification"], LABELS, pad_token_id=0, **options)
+
+
+def random_arrays(spec: ModelSpec, mask: RankMask, seed: int = 0, spread: float = 0.3) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return {part: rng.normal(0, spread, spec.length(part, mask)).astype(np.float32) for part in ("B", "E", "A", "head")}
+
+
+def random_batch(seed: int = 0, rows: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (rows, length), generator=rng)
+    labels = torch.randint(0, len(LABELS), (rows,), generator=rng)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -1,0 +1,254 @@
+"""Adapters on every architecture: what shrinking, removing and loading do to logits, gradients and memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, LABELS, backbone, random_arrays, random_batch
+
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.backbone import Backbone
+from fedara_flwr.config import ConfigError
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.tasks import TASKS
+
+RANK = 4
+ALL = frozenset({"B", "E", "A", "head"})
+architectures = pytest.mark.parametrize("name", list(CONFIGS))
+
+
+def some_mask(spec, seed=0, share=0.5):
+    """About half of the slots, and module 1 without any."""
+    full = RankMask.full([RANK] * len(spec.modules))
+    bits = np.random.default_rng(seed).random(full.count) < share
+    bits[RANK : 2 * RANK] = False
+    return RankMask(full.ranks, bits)
+
+
+def scales(spec, alpha=8.0):
+    return tuple(alpha / RANK for _ in spec.modules)
+
+
+@architectures
+def test_adapts_only_linear_layers_inside_blocks(tiny_models, name):
+    loaded = backbone(tiny_models[name])
+    per_block = {"bert": 6, "distilbert": 6, "roberta": 6, "deberta-v3": 6, "llama": 7, "qwen": 7}[name]
+    assert len(loaded.spec.modules) == 3 * per_block
+    assert [m.block for m in loaded.spec.modules] == sorted(m.block for m in loaded.spec.modules)
+    assert loaded.spec.blocks == 3
+
+
+@architectures
+def test_head_is_the_task_layer(tiny_models, name):
+    expected = {
+        "bert": {"classifier"},
+        "distilbert": {"pre_classifier", "classifier"},
+        "roberta": {"classifier"},
+        "deberta-v3": {"pooler", "classifier"},
+        "llama": {"score"},
+        "qwen": {"score"},
+    }[name]
+    loaded = backbone(tiny_models[name])
+    assert set(loaded.head_modules) == expected
+    assert {p.name.split(".")[0] for p in loaded.spec.head} == expected
+
+
+@architectures
+def test_zero_start_is_the_backbones_function(tiny_models, name):
+    bare = backbone(tiny_models[name])
+    adapted = AdaptedModel(backbone(tiny_models[name]))
+    mask = RankMask.full([RANK] * len(adapted.spec.modules))
+    arrays = random_arrays(adapted.spec, mask)
+    arrays["E"] = np.zeros_like(arrays["E"])
+    adapted.load(arrays, mask, scales(adapted.spec))
+    batch = random_batch()
+    for own, other in zip(bare.head_parameters(), adapted.head, strict=True):
+        own.data = other.data.clone()
+    with torch.no_grad():
+        expected = bare.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        assert torch.equal(adapted.logits(batch), expected)
+
+
+@architectures
+def test_shrinking_equals_zeroing_dead_slots(tiny_models, name):
+    adapted = AdaptedModel(backbone(tiny_models[name]))
+    spec = adapted.spec
+    full = RankMask.full([RANK] * len(spec.modules))
+    mask, arrays, batch = some_mask(spec), random_arrays(spec, full), random_batch()
+    zeroed = dict(arrays, E=np.where(mask.bits, arrays["E"], 0).astype(np.float32))
+    with torch.no_grad():
+        adapted.load(zeroed, full, scales(spec))
+        expected = adapted.logits(batch)
+        adapted.load(spec.slice(arrays, full, mask), mask, scales(spec))
+        assert torch.allclose(adapted.logits(batch), expected, atol=1e-5)
+        adapted.load(arrays, full, scales(spec))
+        assert not torch.allclose(adapted.logits(batch), expected, atol=1e-3)
+
+
+@architectures
+def test_gradients_of_alive_slots_equal_those_of_the_unshrunk_model(tiny_models, name):
+    adapted, task = AdaptedModel(backbone(tiny_models[name])), TASKS["classification"]
+    spec = adapted.spec
+    full = RankMask.full([RANK] * len(spec.modules))
+    mask, arrays, batch = some_mask(spec), random_arrays(spec, full), random_batch()
+
+    def gradients(values, alive):
+        adapted.load(values, alive, scales(spec), ALL)
+        task.loss(adapted.logits(batch), batch).backward()
+        rows = {part: [] for part in SLOT_PARTS}
+        for _, triplet in adapted.alive():
+            for part, parameter in triplet.items():
+                grad = parameter.grad.T if part == "B" else parameter.grad
+                rows[part].append(grad.reshape(-1))
+        return {part: torch.cat(r).numpy() for part, r in rows.items()} | {
+            "head": torch.cat([p.grad.reshape(-1) for p in adapted.head]).numpy()
+        }
+
+    unshrunk = gradients(dict(arrays, E=np.where(mask.bits, arrays["E"], 0).astype(np.float32)), full)
+    shrunk = gradients(spec.slice(arrays, full, mask), mask)
+    expected = spec.slice(unshrunk, full, mask)
+    for part in ALL:
+        assert np.abs(expected[part]).max() > 0
+        np.testing.assert_allclose(shrunk[part], expected[part], atol=2e-6)
+
+
+@architectures
+def test_load_then_collect_returns_the_values(tiny_models, name):
+    adapted = AdaptedModel(backbone(tiny_models[name]))
+    mask = some_mask(adapted.spec)
+    arrays = random_arrays(adapted.spec, mask)
+    adapted.load(arrays, mask, scales(adapted.spec))
+    collected = adapted.collect(ALL)
+    assert all(np.array_equal(collected[part], arrays[part]) for part in ALL)
+
+
+def test_scale_is_alpha_over_the_first_rank_after_pruning(tiny_models):
+    """ΔW = s·B·diag(E)·A with s = 8/4 = 2 also where one slot of four is alive."""
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    spec = adapted.spec
+    bits = np.zeros(RANK * len(spec.modules), dtype=bool)
+    bits[2] = True
+    mask = RankMask((RANK,) * len(spec.modules), bits)
+    arrays = random_arrays(spec, mask)
+    adapted.load(arrays, mask, scales(spec))
+    delta = adapted.layers[0].get_delta_weight("default").detach().numpy()
+    np.testing.assert_allclose(delta, 2.0 * arrays["E"][0] * np.outer(arrays["B"], arrays["A"]), rtol=1e-5)
+
+
+def test_dead_modules_leave_the_model_and_come_back(tiny_models):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    spec = adapted.spec
+    place = adapted.model.get_submodule(spec.modules[1].name.rpartition(".")[0])
+    child = spec.modules[1].name.rpartition(".")[2]
+    mask = some_mask(spec)
+    adapted.load(random_arrays(spec, mask), mask, scales(spec), ALL)
+    assert type(getattr(place, child)) is torch.nn.Linear
+    assert sum(p.numel() for p in adapted.model.parameters() if p.requires_grad) == sum(spec.length(p, mask) for p in ALL)
+    full = RankMask.full(mask.ranks)
+    adapted.load(random_arrays(spec, full), full, scales(spec), ALL)
+    assert getattr(place, child) is adapted.layers[1]
+
+
+@architectures
+def test_no_activation_is_kept_below_the_lowest_living_block(tiny_models, name):
+    """With adapters in the last block only, backward keeps what a one-block model keeps; block by block it grows."""
+    adapted, task = AdaptedModel(backbone(tiny_models[name])), TASKS["classification"]
+    spec, batch = adapted.spec, random_batch()
+
+    def saved(lowest: int) -> int:
+        bits = np.repeat([m.block >= lowest for m in spec.modules], RANK)
+        mask = RankMask((RANK,) * len(spec.modules), bits)
+        adapted.load(random_arrays(spec, mask), mask, scales(spec), ALL)
+        kept: dict[int, int] = {}
+        parameters = {p.data_ptr() for p in adapted.model.parameters()}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = task.loss(adapted.logits(batch), batch)
+        total = sum(kept.values())
+        del loss
+        return total
+
+    none, one, two, three = saved(3), saved(2), saved(1), saved(0)
+    assert none < one < two < three
+    assert two - one == pytest.approx(three - two, rel=0.25)
+
+
+def test_no_gradient_flows_when_only_the_head_is_trained(tiny_models):
+    adapted, task, batch = AdaptedModel(backbone(tiny_models["bert"])), TASKS["classification"], random_batch()
+    mask = RankMask.full([0] * len(adapted.spec.modules))
+    adapted.load({"head": np.ones(adapted.spec.head_size, np.float32)}, mask, scales(adapted.spec), frozenset({"head"}))
+    task.loss(adapted.logits(batch), batch).backward()
+    assert [p for p in adapted.model.parameters() if p.grad is not None] == list(adapted.head)
+
+
+def test_lora_is_the_same_layer_with_e_one(tiny_models):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    spec = adapted.spec
+    mask = RankMask.full([RANK] * len(spec.modules))
+    arrays = random_arrays(spec, mask)
+    del arrays["E"]
+    adapted.load(arrays, mask, scales(spec), frozenset({"A", "B", "head"}))
+    module = spec.modules[0]
+    b = arrays["B"][: RANK * module.d_out].reshape(RANK, module.d_out).T
+    a = arrays["A"][: RANK * module.d_in].reshape(RANK, module.d_in)
+    np.testing.assert_allclose(adapted.layers[0].get_delta_weight("default").detach().numpy(), 2.0 * b @ a, atol=1e-6)
+    assert not any(p.requires_grad for p in adapted.parameters("E"))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_bfloat16_backbone_keeps_trainable_parts_in_float32(tiny_models, name):
+    adapted, task, batch = AdaptedModel(backbone(tiny_models[name], dtype="bfloat16")), TASKS["classification"], random_batch()
+    mask = RankMask.full([RANK] * len(adapted.spec.modules))
+    adapted.load(random_arrays(adapted.spec, mask), mask, scales(adapted.spec), ALL)
+    logits = adapted.logits(batch)
+    task.loss(logits, batch).backward()
+    trainable = [p for p in adapted.model.parameters() if p.requires_grad]
+    assert logits.dtype == torch.float32
+    assert {p.dtype for p in trainable} == {p.grad.dtype for p in trainable} == {torch.float32}
+    assert adapted.layers[0].base_layer.weight.dtype == torch.bfloat16
+
+
+def test_fingerprint_leaves_out_the_head_and_the_dtype(tiny_models):
+    first = backbone(tiny_models["bert"])
+    second = Backbone(str(tiny_models["bert"]), TASKS["classification"], (*LABELS, "more"), dtype="bfloat16")
+    assert first.spec.fingerprint == second.spec.fingerprint
+    assert first.spec.fingerprint != backbone(tiny_models["roberta"]).spec.fingerprint
+
+
+def test_target_modules_choose_by_ending(tiny_models):
+    loaded = backbone(tiny_models["bert"], target_modules="query, attention.output.dense")
+    assert {m.name.split("layer.")[1][2:] for m in loaded.spec.modules} == {"attention.self.query", "attention.output.dense"}
+    with pytest.raises(ConfigError, match="adapter.target-modules = 'q_proj'.*query"):
+        backbone(tiny_models["bert"], target_modules="q_proj")
+
+
+def test_identity_pooler_only_where_one_is_pretrained(tiny_models):
+    bert = backbone(tiny_models["bert"], pooling="identity")
+    assert bert.identity_pooler == "bert.pooler"
+    assert torch.equal(bert.model.bert.pooler.dense.weight, torch.eye(16))
+    assert backbone(tiny_models["deberta-v3"], pooling="identity").identity_pooler == ""
+    assert backbone(tiny_models["llama"], pooling="identity").identity_pooler == ""
+
+
+def test_missing_model_is_one_clear_line():
+    with pytest.raises(ConfigError, match=r"model.name = '/nowhere/model': there is no such directory"):
+        Backbone("/nowhere/model", TASKS["classification"], LABELS)
+
+
+def test_checkpoint_with_a_hole_in_a_block_is_refused(tiny_models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in tiny_models["bert"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks .*layer\.1\.output\.dense\.weight"):
+        backbone(tmp_path)
