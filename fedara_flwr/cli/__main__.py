@@ -1,0 +1,5 @@
+"""`python -m fedara_flwr.cli`."""
+
+from fedara_flwr.cli import app
+
+app()

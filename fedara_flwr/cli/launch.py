@@ -1,0 +1,219 @@
+"""Starts a run and gives back its outcome, which `flwr run` does not (its exit code is 0 even for a run that failed).
+
+The simulation runs on a SuperLink of its own, on a free port and from a neutral folder: a shared one would keep the
+environment and the folder of whoever came first, and its clients could import another checkout's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from flwr.cli.config_utils import parse_config_args
+from flwr.common.config import flatten_dict
+
+from fedara_flwr.config import ConfigError, Scalar, Settings, check_options
+from fedara_flwr.strategies import find
+
+TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
+START_SECONDS = 60
+
+
+class RunError(RuntimeError):
+    """The run did not complete; the line says why."""
+
+
+def launch(app: Path, overrides: list[str], federation: Path | None, engine: str) -> None:
+    """Check the settings, run the app in simulation, stream its log.
+
+    Args:
+        app: folder with pyproject.toml.
+        overrides: `--run-config` strings as `flwr run` takes them, or one TOML file.
+        federation: TOML file of Flower's simulation settings; None = federation.toml of the app.
+        engine: "flower" or "inprocess".
+
+    Raises:
+        ConfigError: before anything is started.
+        RunError: the run failed or was stopped.
+    """
+    config = read_config(app, overrides)
+    federation = federation or app / "federation.toml"
+    try:
+        simulation = tomllib.loads(federation.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--federation-config {federation}: cannot be read ({error})") from None
+    if engine == "inprocess":
+        from fedara_flwr import engine as in_process
+        from fedara_flwr.strategies.base import RunFailed
+
+        try:
+            in_process.run(config, int(simulation.get("num-supernodes", 2)))
+        except (RunFailed, TimeoutError) as error:
+            raise RunError(str(error)) from None
+    elif engine == "flower":
+        with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
+            _run_flower(app, config, federation.resolve(), Path(neutral))
+    else:
+        raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
+
+
+def read_config(app: Path, overrides: list[str]) -> dict[str, Scalar]:
+    """The app's run configuration with the overrides, names, types and values checked.
+
+    Raises:
+        ConfigError: as `Settings.from_flat`, or for an unknown method or option.
+    """
+    try:
+        table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{app}: no Flower app ({error!r})") from None
+    config: dict[str, Scalar] = flatten_dict(table)
+    for text in overrides:
+        config |= parse_config_args([text])
+    config["run.dir"] = config["run.dir"] or str(app / "runs")
+    settings = Settings.from_flat(config)
+    check_options(find(settings.method).Options, settings.options, settings.method)
+    return config
+
+
+def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path) -> None:
+    (neutral / "run.toml").write_text("".join(f"{key} = {_toml(value)}\n" for key, value in config.items()))
+    env = os.environ | {
+        "FLWR_HOME": str(app / ".flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        TAG: uuid.uuid4().hex,
+    }
+    with _superlink(env, neutral) as port:
+        env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
+        arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]
+        run_id = str(_flwr(arguments, env, neutral)["run-id"])
+        subprocess.run(["flwr", "log", run_id, "--stream"], env=env, cwd=neutral, check=False)
+        status, details = _wait(run_id, env, neutral)
+        if status != "finished:completed":
+            raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
+
+
+def _toml(value: Scalar) -> str:
+    # JSON's strings, numbers and booleans are TOML's
+    return json.dumps(value)
+
+
+def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
+    """A `flwr` command's JSON answer."""
+    done = subprocess.run(["flwr", *arguments, "--format", "json"], env=env, cwd=cwd, capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        raise RunError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-500:]}") from None
+    if not answer.get("success", done.returncode == 0):
+        raise RunError(f"flwr {arguments[0]} failed: {answer.get('error-message', answer)}")
+    return answer
+
+
+def _wait(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
+    """The run's final status and its details."""
+    while True:
+        run = _flwr(["list", "--run-id", run_id], env, cwd)["runs"][0]
+        if str(run["status"]).startswith("finished"):
+            return str(run["status"]), str(run.get("status-details") or "")
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _superlink(env: dict[str, str], cwd: Path) -> Iterator[int]:
+    """A SuperLink of our own; it and every process that came of it are gone afterwards."""
+    log = (cwd / "superlink.log").open("w")
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
+    try:
+        for _ in range(5):
+            port = _free_port()
+            process = subprocess.Popen(
+                [*command, "--port", str(port)], env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True
+            )
+            if _healthy(process, port):
+                break
+        else:
+            tail = (cwd / "superlink.log").read_text()[-500:]
+            raise RunError(f"flower-superlink does not start: {tail.strip()}")
+        yield port
+    finally:
+        with _uninterrupted():
+            _end_processes(env[TAG])
+        log.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(process: subprocess.Popen, port: int) -> bool:
+    """Whether our own process, still alive, answers on the port."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return process.poll() is None and _listens(process.pid, port)
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether `pid` itself, not a stranger who took the port first, listens on it."""
+    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
+def _end_processes(tag: str) -> None:
+    """End every process of this launch: asked first, killed after ten seconds."""
+    mine = _tagged(tag)
+    for process in mine:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(mine, timeout=10)
+    rest = _tagged(tag)
+    for process in rest:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(rest, timeout=10)
+
+
+def _tagged(tag: str) -> list[psutil.Process]:
+    """Processes that carry the launch's tag in their environment, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(TAG) == tag:
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C does not stop the cleaning up."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
