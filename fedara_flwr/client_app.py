@@ -15,6 +15,8 @@ from fedara_flwr.wire import PROTOCOL
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
     from fedara_flwr.client.train import ClientData
+    from fedara_flwr.spec import Arrays
+    from fedara_flwr.wire.plan import TrainPlan
 
 app = ClientApp()
 
@@ -93,16 +95,34 @@ def ready(message: Message, context: Context) -> Message:
     return Message(RecordDict({"ready": answer, "metrics": MetricRecord({"num-examples": examples})}), reply_to=message)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """One round of local training by the plan."""
-    from fedara_flwr.client.train import train as run
-    from fedara_flwr.wire.records import plan_from_content, read_arrays, received_parts, update_to_content
+def _receive(message: Message, context: Context) -> tuple[Session, ClientData, TrainPlan, Arrays]:
+    """What TRAIN and EVALUATE bring, checked against this node's model."""
+    from fedara_flwr.wire.records import plan_from_content, read_arrays, received_parts
 
     resident, data = _open(context)
     spec = resident.adapted.spec
     plan = plan_from_content(message.content, len(spec.modules))
     parts = received_parts(plan, "E" not in message.content.array_records["arrays"])
-    arrays = read_arrays(message.content, spec, plan.mask, parts)
+    return resident, data, plan, read_arrays(message.content, spec, plan.mask, parts)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training by the plan."""
+    from fedara_flwr.client.train import train as run
+    from fedara_flwr.wire.records import update_to_content
+
+    resident, data, plan, arrays = _receive(message, context)
     update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, client_key(context))
     return Message(update_to_content(update, plan), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The received model on this client's own held-out rows."""
+    from fedara_flwr.client.train import evaluate as run
+
+    resident, data, plan, arrays = _receive(message, context)
+    resident.adapted.load(arrays, plan.mask, plan.scales)
+    metrics = run(resident.adapted, resident.task, resident.tokenizer, data)
+    return Message(RecordDict({"metrics": MetricRecord({"eval-examples": 0} | metrics)}), reply_to=message)

@@ -72,9 +72,7 @@ class StrategySettings(Group):
     max_failed_rounds: int = Field(3, ge=1, description="so many such rounds in a row end the run")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for nodes and for their answers to queries")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round goes on with the replies it has")
-    arbitration: Literal["budget", "threshold"] = Field(
-        "budget", description="fedara: how votes become the global mask"
-    )
+    arbitration: Literal["budget", "threshold"] = Field("budget", description="fedara: how votes become the global mask")
     threshold: float = Field(0.5, gt=0, le=1, description="fedara: share of votes (weighted) that a slot needs")
     warmup_rounds: int = Field(-1, ge=-1, description="fedara: rounds before the budget falls; -1 = a tenth")
     final_rounds: int = Field(-1, ge=-1, description="fedara: rounds at the final budget; -1 = a tenth")
@@ -128,9 +126,7 @@ class DataSettings(Group):
 
 
 class OutputSettings(Group):
-    name: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time"
-    )
+    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time")
     dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs")
     threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
 
@@ -209,7 +205,11 @@ class Settings(Group):
             parsed = tomllib.loads(f"options = {text}" if text.startswith("{") else text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"strategy.options = {text!r}: not TOML ({error})") from None
-        return parsed["options"] if text.startswith("{") else parsed
+        if not text.startswith("{"):
+            return parsed
+        if set(parsed) != {"options"}:
+            raise ConfigError(f"strategy.options = {text!r}: nothing may follow the inline table")
+        return parsed["options"]
 
     def to_flat(self) -> dict[str, Scalar]:
         """The inverse of `from_flat`, every key present."""

@@ -122,8 +122,11 @@ class RankMask:
 
     def scatter(self, part: Floats, widths: Sequence[int], sub: RankMask, into: Floats) -> Floats:
         """The inverse of `slice`: `into`, packed under this mask, with the slots of `sub` replaced by `part`."""
+        index = self.elements(widths, sub)
+        if not self.covers(sub) or part.shape != (int(index.sum()),):
+            raise ValueError(f"a part of shape {part.shape} does not fill the {int(index.sum())} numbers of its slots")
         out = into.copy()
-        out[self.elements(widths, sub)] = part
+        out[index] = part
         return out
 
     # -- the wire ---------------------------------------------------------------------------------------------------

@@ -83,6 +83,5 @@ class ModelSpec:
         if mask == sub:
             return dict(arrays)
         return {
-            part: vector if part == "head" else mask.slice(vector, self.widths(part), sub)
-            for part, vector in arrays.items()
+            part: vector if part == "head" else mask.slice(vector, self.widths(part), sub) for part, vector in arrays.items()
         }

@@ -2,10 +2,10 @@
 
     python benchmarks/defaults/tune.py STAGE --data DIR --out FILE [--methods a,b] [--seeds 1,2,3]
 
-Stages: `head` (pooling and the head's learning rate, method head), `grid` (the same grid for every method: all settings for a
-third of the rungs, the best go on, the best one with more seeds), `ablate` (fedara's own choices at its best setting). Trials
-run in this process with the in-process engine, one torch thread each; start two of these for two cores. Trials whose lines
-are in FILE already are not run again.
+Stages: `head` (pooling and the head's learning rate, method head), `grid` (the same grid for every method: all settings for 10
+rounds, the best two for 30, the best one for 40 and with more seeds), `ablate` (given settings on every seed).
+Trials run in this process with the in-process engine, one torch thread each; start two of these for two cores. Trials whose
+lines are in FILE already are not run again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ DATASETS = {  # name: (clients, Dirichlet alpha)
 }
 GRID = [
     {"train.learning-rate": lr, "adapter.alpha": alpha, "train.head-learning-rate": head}
-    for (lr, alpha), head in itertools.product([(5e-4, 24.0), (2e-3, 24.0), (1e-2, 24.0), (2e-3, 96.0)], [2e-3, 1e-2])
+    for lr, alpha, head in [
+        (2e-3, 24.0, 1e-2),
+        (2e-3, 96.0, 1e-2),
+        (5e-4, 24.0, 1e-2),
+        (1e-2, 24.0, 1e-2),
+        (2e-3, 24.0, 3e-2),
+    ]
 ]
 BASE = {
     "num-server-rounds": ROUNDS,
@@ -63,29 +69,28 @@ class Trial:
         }
         self.key = {"stage": stage, "data": dataset, "method": method, "setting": setting, "seed": seed}
         self.out, self.clients, self.flat, self.strategy = out, clients, flat, None
-        self.score, self.began = 0.0, 0.0
+        self.scores: list[float] = []
+        self.began = 0.0
 
     def run(self, rounds: int) -> float:
-        """Go on to round `rounds`; returns the validation accuracy there."""
+        """Go on to round `rounds`; returns the mean of the last two validation accuracies."""
         done = [line for line in read(self.out) if all(line[k] == v for k, v in self.key.items())]
-        reached = [line for line in done if line["round"] == rounds]
-        if reached:
-            self.score = reached[0]["accuracy"]
-            return self.score
+        if any(line["round"] == rounds for line in done):
+            return sum(line["accuracy"] for line in done if line["round"] in (rounds, rounds - EVERY)) / 2
         if self.strategy is None:
             settings = Settings.from_flat(self.flat)
             self.model = server_model(settings.model, settings.data, settings.seed)
             self.strategy = strategies.find(settings.method)(settings, self.model)
             self.grid, self.began = InProcessGrid(settings.to_flat(), self.clients), time.time()
         self.strategy.start(self.grid, self.strategy.initial_arrays(), rounds, evaluate_fn=self._evaluate)
-        return self.score
+        return sum(self.scores[-2:]) / 2
 
     def _evaluate(self, server_round: int, arrays):
         strategy, state = self.strategy, self.strategy.state
         if server_round == 0 or server_round % EVERY:
             return None
         found = self.model.evaluate(state.arrays, state.mask, strategy.scales())
-        self.score = found["accuracy"]
+        self.scores.append(found["accuracy"])
         line = {
             **self.key,
             "round": server_round,
@@ -124,12 +129,12 @@ def halve(make, settings: list[dict], seeds: list[int], rungs: list[tuple[int, i
 def main() -> None:
     """Parse the command line and run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["head", "grid", "ablate", "single"])
+    parser.add_argument("stage", choices=["head", "grid", "ablate"])
     parser.add_argument("--data", default="docstrings", help="folder of a data set named like one of DATASETS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default="fedlora,fedara-static,fedara")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--setting", default="[{}]", help="JSON list of settings (stages ablate and single)")
+    parser.add_argument("--setting", default="[]", help="JSON list of settings; stage grid has one of its own")
     args = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -143,7 +148,7 @@ def main() -> None:
             for pooling, rate in itertools.product(["pretrained", "identity"], [2e-3, 1e-2, 5e-2]):
                 maker("head")({"model.pooling": pooling, "train.head-learning-rate": rate}, seeds[0]).run(ROUNDS)
         elif args.stage == "grid":
-            halve(maker(method), GRID, seeds, [(10, 3), (30, 1)])
+            halve(maker(method), json.loads(args.setting) or GRID, seeds, [(10, 2), (30, 1)])
         else:
             for setting, seed in itertools.product(json.loads(args.setting), seeds):
                 maker(method)(setting, seed).run(ROUNDS)

@@ -129,9 +129,7 @@ class Backbone:
         for parameter in self.head_parameters():
             parameter.data = parameter.data.float()
 
-    def _split_head(
-        self, task: Task, missing: set[str], blocks: str
-    ) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
+    def _split_head(self, task: Task, missing: set[str], blocks: str) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
         """Head: what the checkpoint lacks and the task layer, whole top-level modules (contracts.md §3)."""
         inside = sorted(key for key in missing if key.startswith(blocks + "."))
         if inside:
@@ -145,9 +143,7 @@ class Backbone:
         head = [(n, p) for n, p in self.model.named_parameters() if n.split(".")[0] in tops]
         left = missing - {name for name, _ in head}
         head += [(n, p) for n, p in self.model.named_parameters() if n in left]
-        modules = tuple(
-            dict.fromkeys(n.split(".")[0] if n.split(".")[0] in tops else n.rpartition(".")[0] for n, _ in head)
-        )
+        modules = tuple(dict.fromkeys(n.split(".")[0] if n.split(".")[0] in tops else n.rpartition(".")[0] for n, _ in head))
         if not head:
             raise ConfigError(f"model.name = {self.name!r}: no head found for task {task.name!r}")
         return modules, tuple(ParameterSpec(n, tuple(p.shape)) for n, p in head)

@@ -32,9 +32,7 @@ def save_peft(
     config = peft_config([spec.modules[m].name for m in alive], rank, alpha, task_type)
     config.base_model_name_or_path = backbone.name
     config.inference_mode = True
-    config.modules_to_save = list(backbone.head_modules) + (
-        [backbone.identity_pooler] if backbone.identity_pooler else []
-    )
+    config.modules_to_save = list(backbone.head_modules) + ([backbone.identity_pooler] if backbone.identity_pooler else [])
     config.rank_pattern = {}
     tensors: dict[str, torch.Tensor] = {}
     e_part = arrays.get("E", np.ones(mask.count, dtype=np.float32))
@@ -47,9 +45,7 @@ def save_peft(
             ("E", 1, e_part),
             ("A", module.d_in, arrays["A"]),
         ):
-            rows[part] = torch.from_numpy(np.array(source[starts[part] : starts[part] + count * width])).view(
-                count, width
-            )
+            rows[part] = torch.from_numpy(np.array(source[starts[part] : starts[part] + count * width])).view(count, width)
             starts[part] += count * width
         prefix = f"base_model.model.{module.name}"
         tensors[f"{prefix}.lora_A"] = rows["A"]

@@ -83,9 +83,17 @@ def read_config(app: Path, overrides: list[str]) -> dict[str, Scalar]:
     config: dict[str, Scalar] = flatten_dict(table)
     for text in overrides:
         config |= parse_config_args([text])
-    config["run.dir"] = config["run.dir"] or str(app / "runs")
+    config["run.dir"] = config.get("run.dir") or str(app / "runs")
     settings = Settings.from_flat(config)
     check_options(find(settings.method).Options, settings.options, settings.method)
+    # Flower runs apps from a folder of its own, where a relative path means nothing
+    if settings.data.path:
+        config["data.path"] = str(Path(settings.data.path).expanduser().resolve())
+        from fedara_flwr.data.load import load
+
+        load(Settings.from_flat(config).data, settings.seed)
+    if Path(settings.model.name).expanduser().is_dir():
+        config["model.name"] = str(Path(settings.model.name).expanduser().resolve())
     return config
 
 
@@ -216,4 +224,3 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-

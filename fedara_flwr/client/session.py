@@ -59,8 +59,10 @@ _resident: dict[str, Session] = {}
 
 
 def resident(settings: Settings, labels: tuple[str, ...]) -> Session:
-    """This process's session for these settings; another configuration replaces it, so only one backbone is in memory."""
-    key = settings.model_dump_json(include={"seed": True, "model": True, "data": True, "adapter": {"target_modules"}}) + repr(labels)
+    """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
+    key = settings.model_dump_json(include={"seed": True, "model": True, "data": True, "adapter": {"target_modules"}}) + repr(
+        labels
+    )
     if key not in _resident:
         _resident.clear()
         _resident[key] = Session(settings, labels)

@@ -48,8 +48,8 @@ def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> It
     """Row numbers of each step's batch.
 
     By steps: `steps` batches of min(batch_size, n) rows from one permutation after another. By epochs: every row once per
-    epoch, the last batch may be short. Within a window of 8 batches rows go together by length, and the batches are
-    shuffled, so that padding is short and the order still random.
+    epoch, the last batch may be short. Within a window of up to 8 batches of one permutation rows go together by length,
+    and the batches are shuffled, so that padding is short and the order still random.
     """
     n, size = len(lengths), min(plan.batch_size, len(lengths))
     if plan.steps:
@@ -58,12 +58,24 @@ def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> It
     else:
         passes = [rng.permutation(n) for _ in range(plan.epochs)]
     for rows in passes:
-        for start in range(0, len(rows), WINDOW * size):
-            window = rows[start : start + WINDOW * size]
+        start = 0
+        while start < len(rows):
+            # never across permutations, where sorting would put copies of one row into one batch
+            whole = max((n - start % n) // size, 1)
+            window = rows[start : start + min(WINDOW, whole) * size]
+            start += len(window)
             window = window[np.argsort([lengths[i] for i in window], kind="stable")]
             pieces = [window[i : i + size] for i in range(0, len(window), size)]
             for i in rng.permutation(len(pieces)):
                 yield pieces[i]
+
+
+def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData) -> dict[str, float]:
+    """Metrics of the loaded model on the client's own held-out rows, as `eval-...`; none where there are no rows."""
+    if not len(data.held_out):
+        return {}
+    scores = predict(adapted, task, tokenizer, data.held_out.ids, data.held_out.labels)
+    return {f"eval-{name}": value for name, value in scores.items()} | {"eval-examples": len(data.held_out)}
 
 
 def train(
@@ -92,11 +104,7 @@ def train(
     stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
     torch.manual_seed(stream)
     adapted.load(arrays, plan.mask, plan.scales, plan.trainable)
-    metrics: dict[str, float] = {}
-    if plan.evaluate and len(data.held_out):
-        scores = predict(adapted, task, tokenizer, data.held_out.ids, data.held_out.labels)
-        metrics |= {f"eval-{name}": value for name, value in scores.items()}
-        metrics["eval-examples"] = len(data.held_out)
+    metrics: dict[str, float] = evaluate(adapted, task, tokenizer, data) if plan.evaluate else {}
     terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
     optimizer, scheduler = _make_optimizer(adapted, plan)
     scorer = SlotScorer(adapted, plan.importance) if plan.report else None

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.config import DataSettings
+from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.load import load
 from fedara_flwr.data.partitions import partition, split
@@ -37,6 +37,8 @@ class Federation:
 def federation(settings: DataSettings, seed: int) -> Federation:
     """Load and split, once per process."""
     data = load(settings, seed)
+    if len(data.train) < 2:
+        raise ConfigError(f"data.path = {settings.path!r}: {len(data.train)} rows to train on, at least 2 are needed")
     pool, validation = split(data.train, seed, settings.validation)
     rest = data.train.take(pool)
     return Federation(rest, data.train.take(validation), data.test, data.labels, rest.digest())

@@ -15,6 +15,10 @@ from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import split
 
+datasets.disable_progress_bars()
+MAX_LABELS = 10_000
+# pandas would read a label "None" or "NA" as missing
+READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
@@ -46,6 +50,8 @@ def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Data
         raise ConfigError(f"{key}: there are no rows with text and label")
     if "test" in splits:
         test_rows = _examples(splits["test"], settings, names, key)
+        if not len(test_rows):
+            raise ConfigError(f"{key}: there are no test rows with text and label")
     else:
         rest, held_out = split(train, seed, settings.test)
         train, test_rows = train.take(rest), train.take(held_out)
@@ -57,16 +63,10 @@ def _read_files(path: Path) -> dict[str, Any]:
         files = {
             name: found
             for name in ("train", "test")
-            if (
-                found := next(
-                    (path / f"{name}{ending}" for ending in FORMATS if (path / f"{name}{ending}").is_file()), None
-                )
-            )
+            if (found := next((path / f"{name}{ending}" for ending in FORMATS if (path / f"{name}{ending}").is_file()), None))
         }
         if "train" not in files:
-            raise ConfigError(
-                f"data.path = {str(path)!r}: no train file in it, allowed endings are {', '.join(FORMATS)}"
-            )
+            raise ConfigError(f"data.path = {str(path)!r}: no train file in it, allowed endings are {', '.join(FORMATS)}")
     elif path.is_file():
         files = {"train": path}
     else:
@@ -76,24 +76,42 @@ def _read_files(path: Path) -> dict[str, Any]:
         raise ConfigError(f"data.path = {str(path)!r}: allowed endings are {', '.join(FORMATS)}")
     try:
         return {
-            name: datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", keep_in_memory=True)
+            name: datasets.load_dataset(
+                FORMATS[file.suffix],
+                data_files=str(file),
+                split="train",
+                keep_in_memory=True,
+                **READER_OPTIONS.get(file.suffix, {}),
+            )
             for name, file in files.items()
         }
     except Exception as error:  # the reader's own errors are many and long
-        raise ConfigError(f"data.path = {str(path)!r}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"data.path = {str(path)!r}: cannot be read ({_first_line(error)})") from error
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
     """labels.json beside the files: a list of names by label id."""
     file = (path if path.is_dir() else path.parent) / "labels.json"
-    return tuple(str(name) for name in json.loads(file.read_text())) if file.is_file() else ()
+    if not file.is_file():
+        return ()
+    try:
+        names = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"data.path = {str(path)!r}: labels.json is no JSON ({error})") from None
+    if not isinstance(names, list):
+        raise ConfigError(f"data.path = {str(path)!r}: labels.json holds {type(names).__name__}, allowed is a list of names")
+    return tuple(str(name) for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _read_hub(name: str) -> dict[str, Any]:
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # not there, no network, gated: all the same to the user
-        raise ConfigError(f"data.name = {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"data.name = {name!r}: cannot be loaded ({_first_line(error)})") from error
     if "train" not in found:
         raise ConfigError(f"data.name = {name!r}: it has no split 'train', but {sorted(found)}")
     return dict(found)
@@ -109,10 +127,18 @@ def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[s
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = {v for s in splits.values() if column in s.column_names for v in s[column] if v is not None}
+    values = {_label(v) for s in splits.values() if column in s.column_names for v in s[column] if v is not None}
     if all(isinstance(v, int) for v in values):
+        if max(values, default=0) >= MAX_LABELS:
+            raise ConfigError(f"data.label-column = {column!r}: it holds {max(values)}, allowed are ids below {MAX_LABELS}")
         return tuple(str(i) for i in range(max(values, default=-1) + 1))
     return tuple(sorted(str(v) for v in values))
+
+
+def _label(value: Any) -> Any:
+    """Booleans, and whole numbers that a reader made floats because one was missing, as integers."""
+    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole else value
 
 
 def _check_column(table: Any, column: str, key: str) -> None:
@@ -134,7 +160,8 @@ def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: s
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if text is None or not str(text).strip() or label is None:
             continue
-        number = label if isinstance(label, int) and not isinstance(label, bool) else ids.get(str(label), -1)
+        label = _label(label)
+        number = label if isinstance(label, int) else ids.get(str(label), -1)
         if not 0 <= number < len(names):
             raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
         kept.append(row)
@@ -144,7 +171,7 @@ def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: s
         if not name:
             return None
         values = list(table[name])
-        return tuple(str(values[row]) for row in kept)
+        return tuple("" if values[row] is None else str(values[row]) for row in kept)
 
     return Examples(
         column(settings.text_column) or (),

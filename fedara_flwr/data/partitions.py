@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedara_flwr import seeds
-from fedara_flwr.config import DataSettings
+from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
 
 Index = NDArray[np.int64]
@@ -39,7 +39,7 @@ def partition(examples: Examples, settings: DataSettings, clients: int, seed: in
         case "iid":
             parts = [order[i::clients] for i in range(clients)]
         case "dirichlet":
-            buckets: list[list[Index]] = [[] for _ in range(clients)]
+            buckets: list[list[Index]] = [[order[:0]] for _ in range(clients)]
             for label in np.unique(labels):
                 rows = order[labels == label]
                 shares = rng.dirichlet(np.full(clients, settings.dirichlet_alpha))
@@ -53,7 +53,9 @@ def partition(examples: Examples, settings: DataSettings, clients: int, seed: in
             dealt = rng.permutation(len(shards)).reshape(clients, settings.labels_per_client)
             parts = [np.concatenate([shards[i] for i in row]) for row in dealt]
         case _:
-            owners = examples.owners or ()
+            owners = examples.owners
+            if owners is None:
+                raise ConfigError("data.partition = 'natural': this data has no column data.id-column")
             names = {name: i for i, name in enumerate(sorted(set(owners)))}
             owner = np.array([names[o] for o in owners], dtype=np.int64)[order]
             parts = [order[owner % clients == i] for i in range(clients)]

@@ -21,6 +21,7 @@ from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
 
 logger = logging.getLogger("flwr")
+MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,13 @@ class Roster:
             if theirs != mine and not (name == "data" and theirs == "own"):
                 self.unfit[key] = f"its {name} differs: {str(theirs)[:16]!r}, the server has {mine[:16]!r}"
                 return
-        if not isinstance(examples, int) or examples < 1:
-            self.unfit[key] = f"too small to train: {examples!r} examples"
+        if not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
+            small = "too small to train: " if examples == 0 else ""
+            self.unfit[key] = f"{small}{str(examples)[:32]} examples, allowed are 1 to {MAX_EXAMPLES}"
             return
         self.examples[key] = examples
 
-    def _ask(
-        self, grid: Grid, node_ids: list[int], kind: str, content: RecordDict
-    ) -> Iterable[tuple[int, RecordDict | str]]:
+    def _ask(self, grid: Grid, node_ids: list[int], kind: str, content: RecordDict) -> Iterable[tuple[int, RecordDict | str]]:
         """(node id, answer or what went wrong) for each node, in the order of `node_ids`."""
         timeout = self.settings.node_timeout
         messages = [Message(content, node_id, kind, ttl=timeout) for node_id in node_ids]

@@ -117,11 +117,11 @@ class Round:
             return None
         self.records.append(
             {
+                **update.metrics,  # first: a client's names cannot replace ours
                 "type": "client",
                 "round": self.number,
                 "client": node.key,
                 "num-examples": update.num_examples,
-                **update.metrics,
                 "bytes-down": self.down[index],
                 "bytes-up": up,
             }

@@ -11,7 +11,7 @@ import numpy as np
 from fedara_flwr.ranks import Bools, RankMask
 from fedara_flwr.wire.plan import Vote
 
-SHARES = 2**20  # vote shares are compared as integers of this resolution
+RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5
 
 
 def budget(server_round: int, rounds: int, first: int, final: int, warmup: int, last: int) -> int:
@@ -45,7 +45,7 @@ def vote_shares(votes: Sequence[WeightedVote], slots: int) -> np.ndarray:
 
 
 def mean_scores(votes: Sequence[WeightedVote], slots: int) -> np.ndarray:
-    """Weighted sum of slots - rank, a whole number per slot: the mean rank-normalised score 1 - rank/slots without its division."""
+    """Weighted sum of slots - rank per slot: the mean rank-normalised score 1 - rank/slots in whole numbers."""
     total = np.zeros(slots, dtype=np.int64)
     for item in votes:
         if item.vote.ranks is not None:
@@ -69,10 +69,11 @@ def arbitrate_threshold(mask: RankMask, votes: Sequence[WeightedVote], threshold
     """A slot survives when the weighted share of clients that voted for it is at least `threshold`.
 
     Where fewer than `least` would survive, the best others in arbitration order are kept up to that number. Compared in
-    whole numbers: Σ n_k·vote_k·2^20 ≥ round(threshold·2^20)·Σ n_k.
+    whole numbers: Σ n_k·vote_k·q ≥ p·Σ n_k for threshold = p/q.
     """
     weights = sum(item.weight for item in votes)
-    keep = vote_shares(votes, mask.count) * SHARES >= round(threshold * SHARES) * weights
+    share = Fraction(threshold).limit_denominator(RESOLUTION)
+    keep = vote_shares(votes, mask.count) * share.denominator >= share.numerator * weights
     for slot in arbitration_order(votes, mask.count):
         if int(keep.sum()) >= min(least, mask.count):
             break

@@ -8,8 +8,10 @@ The defaults are factor-wise FedAvg of B·diag(E)·A adapters and head without a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -30,9 +32,10 @@ from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.strategies.aggregation import SlotMean
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import plan_to_content, read_vector, received_parts, to_record
+from fedara_flwr.wire.records import Rejected, check_metrics, plan_to_content, read_vector, received_parts, to_record
 
 logger = logging.getLogger("flwr")
+EVALUATED = ("eval-accuracy", "eval-macro-f1", "eval-loss")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -59,7 +62,7 @@ class NoOptions(Group):
 
 
 class BaseStrategy(Strategy):
-    """Hooks: `start_mask`, `start_arrays`, `scales`, `trainable`, `client_mask`, `terms`, `plan`, `merger`, `take`, `next_mask`."""
+    """Hooks: trainable, start_mask, start_arrays, scales, client_mask, terms, plan, merger, take, next_mask."""
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
@@ -70,9 +73,7 @@ class BaseStrategy(Strategy):
     Options: ClassVar[type[BaseModel]] = NoOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"B", "E", "A", "head"})
 
-    def __init__(
-        self, settings: Settings, model: ModelPort, write: Callable[[Record], None] = lambda record: None
-    ) -> None:
+    def __init__(self, settings: Settings, model: ModelPort, write: Callable[[Record], None] = lambda record: None) -> None:
         self.settings, self.model, self.spec, self.write = settings, model, model.spec, write
         self.options = check_options(self.Options, settings.options, self.name)
         self.meter = ByteMeter()
@@ -175,14 +176,10 @@ class BaseStrategy(Strategy):
         """The start as Flower wants it."""
         return to_record(self.state.arrays)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Sample, plan and build one message per client; `arrays` is the global model under `state.mask`."""
         state = self.state
-        state.arrays = {
-            part: read_vector(array, self.spec.length(part, state.mask), part) for part, array in arrays.items()
-        }
+        state.arrays = {part: read_vector(array, self.spec.length(part, state.mask), part) for part, array in arrays.items()}
         if server_round == 1 or not self.roster.nodes:
             self.roster.wait(grid)
         else:
@@ -204,15 +201,11 @@ class BaseStrategy(Strategy):
             wanted = received_parts(plan, "E" not in state.arrays)
             content = plan_to_content(plan, {part: vector for part, vector in sliced.items() if part in wanted})
             work.down.append(dict(self.meter.count("down", content)))
-            work.messages.append(
-                Message(content, node.node_id, MessageType.TRAIN, ttl=self.settings.strategy.round_timeout)
-            )
+            work.messages.append(Message(content, node.node_id, MessageType.TRAIN, ttl=self.settings.strategy.round_timeout))
         self._round = work
         return work.messages
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check and merge the replies, then move on to the next mask. Too few good ones leave the model as it was."""
         state, work = self.state, self._round
         assert work is not None, "aggregate_train before configure_train"
@@ -230,15 +223,43 @@ class BaseStrategy(Strategy):
         metrics = self._summarise(work)
         return to_record(state.arrays), MetricRecord(metrics) if metrics else None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """No messages: clients evaluate the model they receive for training (`data.client-validation`)."""
-        return []
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """After the last round, and with `data.client-validation`, every node that was ready evaluates the final model.
+
+        In the rounds before, clients evaluate what they receive for training, without a message more.
+        """
+        settings, state = self.settings, self.state
+        if not settings.data.client_validation or server_round < settings.num_server_rounds:
+            return []
+        nodes = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
+        messages = []
+        for node in sorted(nodes, key=lambda node: (len(node.key), node.key)):
+            plan = replace(self.plan(server_round, node.key), trainable=frozenset(), report=frozenset())
+            content = plan_to_content(plan, self.spec.slice(state.arrays, state.mask, plan.mask))
+            self.meter.count("down", content)
+            messages.append(Message(content, node.node_id, MessageType.EVALUATE, ttl=settings.strategy.round_timeout))
+        return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
+        """Means over clients, weighted by their held-out examples; a bad reply is left out."""
+        good: list[tuple[int, dict[str, float]]] = []
+        limit = max(self.roster.examples.values(), default=0)
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    raise Rejected(f"error-{reply.error.code}", str(reply.error.reason)[-300:])
+                self.meter.count("up", reply.content)
+                metrics = reply.content.metric_records.get("metrics", MetricRecord())
+                examples = check_metrics(metrics, "eval-examples", limit)
+                good.append((examples, {name: float(metrics[name]) for name in EVALUATED}))  # type: ignore[arg-type]
+            except (Rejected, KeyError) as error:
+                logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
+        if not good:
+            return None
+        total = sum(examples for examples, _ in good)
+        # fsum: the last bits must not depend on the order of the replies
+        means = {name: math.fsum(k * values[name] for k, values in good) / total for name in EVALUATED}
+        return MetricRecord({f"client-{name}": value for name, value in means.items()} | {"clients": len(good)})
 
     def summary(self) -> None:
         """Log what will happen."""
@@ -282,6 +303,7 @@ class BaseStrategy(Strategy):
                     f"{self.state.failed_rounds} rounds in a row had fewer than strategy.min-replies = "
                     f"{self.settings.strategy.min_replies} good replies (strategy.max-failed-rounds)"
                 )
+        self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), result)
         return result
 
     # -- the rest ---------------------------------------------------------------------------------------------------
@@ -301,28 +323,33 @@ class BaseStrategy(Strategy):
                 yield reply
 
     def _summarise(self, work: Round) -> dict[str, float]:
-        """Means over the clients of a round, weighted by examples, of what they report."""
-        total = sum(float(r["num-examples"]) for r in work.records)  # type: ignore[arg-type]
-        names = sorted(
-            {n for r in work.records for n in r if n in ("loss", "eval-accuracy", "eval-loss", "eval-macro-f1")}
-        )
-        return {
-            f"client-{name}": sum(float(r[name]) * float(r["num-examples"]) for r in work.records if name in r) / total  # type: ignore[arg-type]
-            for name in names
-            if all(name in r for r in work.records)
-        }
+        """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
+        means: dict[str, float] = {}
+        for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in EVALUATED)]:
+            pairs = [(float(r[count]), float(r[name])) for r in work.records if name in r and count in r]  # type: ignore[arg-type]
+            if pairs:
+                means[f"client-{name}"] = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
+        return means
 
-    def _evaluate(
-        self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result
-    ) -> MetricRecord | None:
+    def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         found = evaluate(server_round, arrays)
         if found is not None:
             result.evaluate_metrics_serverapp[server_round] = found
         return found
 
-    def _record(
-        self, server_round: int, alive: int, evaluated: MetricRecord | None, seconds: float, evaluation: float
-    ) -> None:
+    def _evaluate_on_clients(self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, result: Result) -> None:
+        server_round = self.state.server_round
+        messages = list(self.configure_evaluate(server_round, arrays, config, grid))
+        if not messages:
+            return
+        answers = exchange(grid, messages, self.settings.strategy.round_timeout)
+        metrics = self.aggregate_evaluate(server_round, (a for _, a in answers if not isinstance(a, Exception)))
+        self.state.bytes_total = dict(self.meter.total)
+        if metrics is not None:
+            result.evaluate_metrics_clientapp[server_round] = metrics
+            self.write({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
+
+    def _record(self, server_round: int, alive: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> None:
         """Write the round's line and its clients' lines, and log it."""
         work, state = self._round, self.state
         assert work is not None

@@ -36,6 +36,7 @@ class Classification:
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,
+            split_special_tokens=True,  # a text that spells out "[SEP]" has no separator in it
         )
         return encoded["input_ids"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from math import prod
 from typing import Literal
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedara_flwr.spec import PARTS
 
@@ -22,9 +22,7 @@ def payload(content: RecordDict) -> Counter[str]:
     names and the settings in the plan.
     """
     parts: Counter[str] = Counter()
-    total = 0
-    for record in content.values():
-        total += record.count_bytes()
+    total = sum(_size(record) for record in content.values())
     for arrays in content.array_records.values():
         for name, array in arrays.items():
             # what a header claims is not believed beyond the bytes that are there
@@ -35,6 +33,14 @@ def payload(content: RecordDict) -> Counter[str]:
             parts["mask"] += len(value) if isinstance(value, bytes) else 0
     parts["other"] += total - sum(parts.values())
     return parts
+
+
+def _size(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    """Flower's `count_bytes`, which raises on the empty strings and lists that a ConfigRecord from outside may hold."""
+    if not isinstance(record, ConfigRecord):
+        return record.count_bytes()
+    empty = [key for key, value in record.items() if isinstance(value, str | bytes | list) and not value]
+    return ConfigRecord({k: v for k, v in record.items() if k not in empty}).count_bytes() + sum(map(len, empty))
 
 
 class ByteMeter:

@@ -64,9 +64,7 @@ def read_vector(array: Array, length: int, name: str) -> Vector:
     if array.stype != "numpy.ndarray":
         raise Rejected("format", f"{name} is serialised as {array.stype[:MAX_NAME]!r}, allowed is 'numpy.ndarray'")
     if array.dtype != "float32" or tuple(array.shape) != (length,):
-        raise Rejected(
-            "shape", f"{name} is {array.dtype[:MAX_NAME]} {tuple(array.shape)[:4]}, expected float32 ({length},)"
-        )
+        raise Rejected("shape", f"{name} is {array.dtype[:MAX_NAME]!r} {tuple(array.shape)[:4]}, expected float32 ({length},)")
     stream = io.BytesIO(array.data[:256])
     try:
         version = np.lib.format.read_magic(stream)
@@ -111,8 +109,9 @@ def plan_to_content(plan: TrainPlan, arrays: Arrays) -> RecordDict:
         "protocol": PROTOCOL,
         "ranks": list(_shorten(plan.mask.ranks)),
         "scales": list(_shorten(plan.scales)),
-        "trainable": ",".join(sorted(plan.trainable)),
     }
+    if plan.trainable:
+        config["trainable"] = ",".join(sorted(plan.trainable))
     if len(plan.mask.bits):
         config["mask"] = plan.mask.to_bytes()
     if plan.report:
@@ -148,12 +147,16 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
             **{name: config[key] for key, name in _SCALARS.items()},
             mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
             scales=tuple(_lengthen([float(s) for s in config["scales"]], modules)),
-            trainable=frozenset(str(config["trainable"]).split(",")),
-            report=frozenset(str(config["report"]).split(",")) if "report" in config else frozenset(),
+            trainable=_read_set(config, "trainable"),
+            report=_read_set(config, "report"),
             terms=terms,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise Rejected("plan", f"the plan does not fit this model ({error!r})") from None
+
+
+def _read_set(config: ConfigRecord, key: str) -> frozenset[str]:
+    return frozenset(str(config[key]).split(",")) if key in config else frozenset()
 
 
 def received_parts(plan: TrainPlan, e_is_one: bool) -> frozenset[str]:
@@ -172,7 +175,10 @@ def _shorten(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _lengthen(values: list[Any], length: int) -> list[Any]:
-    return values * length if len(values) == 1 else values
+    values = values * length if len(values) == 1 else values
+    if len(values) != length:
+        raise ValueError(f"{len(values)} values for {length} modules")
+    return values
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
@@ -185,9 +191,7 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
             config["slot-ranks"] = update.vote.ranks.astype("<u2").tobytes()
     metrics: dict[str, int | float] = {"num-examples": int(update.num_examples)}
     metrics |= {name: float(value) for name, value in update.metrics.items()}
-    return RecordDict(
-        {"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)}
-    )
+    return RecordDict({"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
 
 
 def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, max_examples: int) -> Update:
@@ -205,8 +209,8 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     if config.get("protocol") != PROTOCOL:
         raise Rejected("protocol", f"version {str(config.get('protocol'))[:MAX_NAME]!r}, expected {PROTOCOL}")
     if config.get("round") != plan.server_round:
-        raise Rejected("round", f"answers round {str(config.get('round'))[:MAX_NAME]}, asked was {plan.server_round}")
-    num_examples = _check_metrics(metrics, max_examples)
+        raise Rejected("round", f"answers round {str(config.get('round'))[:MAX_NAME]!r}, asked was {plan.server_round}")
+    num_examples = check_metrics(metrics, "num-examples", max_examples)
     vote = _read_vote(config, plan)
     mask = plan.mask
     if plan.upload_mask == "local" and vote is not None:
@@ -216,14 +220,15 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     return Update(arrays, mask, num_examples, values, vote)
 
 
-def _check_metrics(metrics: MetricRecord, max_examples: int) -> int:
+def check_metrics(metrics: MetricRecord, count: str, limit: int) -> int:
+    """The number of examples under `count`; Rejected unless it is whole, from 1 to `limit`, and all metrics are finite."""
     if len(metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in metrics):
         raise Rejected("metrics", f"{len(metrics)} metrics, allowed are {MAX_METRICS} with names up to {MAX_NAME}")
     if any(isinstance(value, list) for value in metrics.values()):
         raise Rejected("metrics", "a metric is a list, allowed are numbers")
-    value = metrics.get("num-examples")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= max_examples:
-        raise Rejected("num-examples", f"{value!r}, allowed is an integer from 1 to {max_examples}")
+    value = metrics.get(count)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+        raise Rejected("num-examples", f"{count} is {value!r}, allowed is an integer from 1 to {limit}")
     for name, metric in metrics.items():
         if not math.isfinite(float(metric)):  # type: ignore[arg-type]
             raise Rejected("not-finite", f"metric {name!r} is {metric!r}")

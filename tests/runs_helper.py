@@ -1,0 +1,90 @@
+"""Whole runs in seconds: a tiny BERT on docstrings, in-process."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Message
+
+from fedara_flwr import strategies
+from fedara_flwr.config import Settings
+from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.server.evaluate import ServerModel
+
+logging.getLogger("flwr").setLevel(logging.ERROR)
+CLIENTS = 6
+SMALL = {
+    "num-server-rounds": 4,
+    "adapter.rank": 4,
+    "adapter.final-rank": 1.0,
+    "strategy.fraction-train": 0.5,
+    "strategy.warmup-rounds": 1,
+    "strategy.final-rounds": 1,
+    "train.steps": 2,
+    "train.batch-size": 4,
+    "data.max-length": 16,
+    "data.validation": 0.01,
+    "data.test": 0.9,
+    "run.threads": 1,
+}
+
+
+def config(model: Path, **changes: object) -> dict:
+    """A flat run configuration; keys of `changes` have _ for - and __ for a dot."""
+    named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+    return {**SMALL, "model.name": str(model), **named}
+
+
+_models: dict[str, ServerModel] = {}
+
+
+def prepare(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
+    """(strategy, grid) ready to start; server models are shared between tests that use the same model and data."""
+    settings = Settings.from_flat(flat)
+    key = settings.model_dump_json(include={"model": True, "data": True, "seed": True, "adapter": {"target_modules"}})
+    if key not in _models:
+        _models[key] = ServerModel(settings)
+    lines: list[dict] = []
+    strategy = strategies.find(settings.method)(settings, _models[key], lines.append)
+    strategy.lines = lines
+    return strategy, grid_class(settings.to_flat(), clients, **grid_options)
+
+
+def start(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
+    """A finished strategy."""
+    strategy, grid = prepare(flat, grid_class, clients, **grid_options)
+    strategy.start(grid, strategy.initial_arrays(), strategy.settings.num_server_rounds)
+    return strategy
+
+
+class ShuffledGrid(InProcessGrid):
+    """Replies become ready in a random order, some only at a later look."""
+
+    def __init__(self, *args, seed: int = 0, **options):
+        super().__init__(*args, **options)
+        self.random, self.order = random.Random(seed), []
+
+    def pull_messages(self, message_ids):
+        if self.random.random() < 0.6:
+            return []
+        found = list(super().pull_messages(message_ids))
+        self.order += [m.metadata.src_node_id for m in found if m.metadata.message_type == "train"]
+        return found
+
+
+class TamperedGrid(InProcessGrid):
+    """Replies to TRAIN pass through `tamper(round, node index, reply) -> reply`."""
+
+    def __init__(self, *args, tamper: Callable[[int, int, Message], Message], **options):
+        super().__init__(*args, **options)
+        self.tamper = tamper
+
+    def _call(self, message):
+        reply = super()._call(message)
+        if message.metadata.message_type != "train":
+            return reply
+        number = message.content.config_records["plan"]["round"]
+        return self.tamper(number, message.metadata.dst_node_id - 1000, reply)

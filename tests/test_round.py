@@ -1,0 +1,213 @@
+"""Bad clients, missing nodes, failed rounds: the round completes with the good replies alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from runs_helper import TamperedGrid, config, prepare, start
+
+from fedara_flwr.client.terms import TERMS
+from fedara_flwr.config import ConfigError
+from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.strategies.aggregation import SlotMean
+from fedara_flwr.strategies.base import RunFailed
+from fedara_flwr.wire.records import update_from_content
+
+ONE_ROUND = {"num_server_rounds": 1, "method": "fedara-static", "strategy__fraction_train": 1.0}
+
+
+def replace_array(reply, values, part="B"):
+    arrays = dict(reply.content.array_records["arrays"])
+    arrays[part] = Array(np.asarray(values))
+    reply.content["arrays"] = ArrayRecord(arrays)
+    return reply
+
+
+def set_metric(reply, **metrics):
+    values = dict(reply.content.metric_records["metrics"])
+    reply.content["metrics"] = MetricRecord(values | {k.replace("_", "-"): v for k, v in metrics.items()})
+    return reply
+
+
+def set_round(reply):
+    reply.content["reply"] = ConfigRecord({"protocol": 1, "round": 9})
+    return reply
+
+
+def drop_part(reply):
+    arrays = dict(reply.content.array_records["arrays"])
+    del arrays["A"]
+    reply.content["arrays"] = ArrayRecord(arrays)
+    return reply
+
+
+def poison(value):
+    def change(reply):
+        size = len(reply.content.array_records["arrays"]["B"].numpy())
+        return replace_array(reply, np.full(size, value, dtype=np.float32))
+
+    return change
+
+
+def as_node(node_id):
+    def change(reply):
+        reply.metadata.__dict__["_src_node_id"] = node_id
+        return reply
+
+    return change
+
+
+def as_error(reply):
+    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "Traceback\n  ValueError: broken")
+    return reply
+
+
+FAULTS = {
+    "nan": (poison(np.nan), "not-finite"),
+    "inf": (poison(np.inf), "not-finite"),
+    "broadcastable": (lambda r: replace_array(r, np.ones(1, dtype=np.float32)), "shape"),
+    "float64": (lambda r: replace_array(r, np.ones(3)), "shape"),
+    "missing part": (drop_part, "parts"),
+    "stale round": (set_round, "round"),
+    "no examples": (lambda r: set_metric(r, num_examples=0), "num-examples"),
+    "too many examples": (lambda r: set_metric(r, num_examples=10**12), "num-examples"),
+    "nan examples": (lambda r: set_metric(r, num_examples=float("nan")), "num-examples"),
+    "raises": (lambda r: as_error(r), "error-2"),
+    "another's reply": (as_node(4242), "sender"),
+}
+
+
+def without(node, flat):
+    """The model that the good replies alone give, merged by hand from an untampered run's messages."""
+    strategy, grid = prepare(flat)
+    messages = list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
+    merger = SlotMean(strategy.spec, strategy.state.mask, strategy.state.arrays)
+    work = strategy._round
+    for asked, plan, reply in zip(work.asked, work.plans, grid.send_and_receive(messages), strict=True):
+        if asked.key != str(node):
+            update = update_from_content(reply.content, strategy.spec, plan, 10**6)
+            merger.add(asked.key, update, update.num_examples)
+    return merger.result()
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_bad_reply_is_dropped_and_the_good_ones_give_the_model(tiny_bert, fault):
+    change, reason = FAULTS[fault]
+    flat = config(tiny_bert, **ONE_ROUND)
+    strategy = start(flat, TamperedGrid, tamper=lambda number, node, reply: change(reply) if node == 2 else reply)
+    line = next(line for line in strategy.lines if line["type"] == "round")
+    assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("2", reason)]
+    assert line["good"] == 5
+    expected = without(2, flat)
+    assert all(np.array_equal(strategy.state.arrays[part], expected[part]) for part in expected)
+
+
+def test_a_second_reply_of_one_client_does_not_count(tiny_bert):
+    flat = config(tiny_bert, **ONE_ROUND)
+    strategy, grid = prepare(flat)
+    messages = list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    strategy.aggregate_train(1, [replies[0], *replies])
+    assert [(drop.client, drop.reason) for drop in strategy._round.drops] == [(strategy._round.asked[0].key, "duplicate")]
+    plain = start(flat)
+    assert all(np.array_equal(strategy.state.arrays[part], plain.state.arrays[part]) for part in plain.state.arrays)
+
+
+def test_a_reply_nobody_asked_for_does_not_count(tiny_bert):
+    flat = config(tiny_bert, **ONE_ROUND)
+    strategy, grid = prepare(flat)
+    messages = list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    stranger = Message(replies[0].content, 1, "train")
+    strategy.aggregate_train(1, [stranger, *replies])
+    assert [drop.reason for drop in strategy._round.drops] == ["not-asked"]
+    assert strategy._round.good == 6
+
+
+def test_what_flower_cannot_read_is_that_clients_failure(tiny_bert):
+    class Garbage(InProcessGrid):
+        def _call(self, message):
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
+                raise ValueError("cannot inflate")
+            return super()._call(message)
+
+    strategy = start(config(tiny_bert, **ONE_ROUND), Garbage)
+    line = next(line for line in strategy.lines if line["type"] == "round")
+    assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("1", "unreadable")]
+    assert line["good"] == 5
+
+
+def test_silence_ends_at_the_deadline(tiny_bert):
+    class Silent(InProcessGrid):
+        def pull_messages(self, message_ids):
+            ids = [i for i in message_ids if self._quiet(i)]
+            return super().pull_messages(ids)
+
+        def _quiet(self, message_id):
+            message = self._waiting.get(message_id)
+            return message is None or (message.metadata.message_type, message.metadata.dst_node_id) != ("train", 1003)
+
+    strategy = start(config(tiny_bert, **ONE_ROUND, strategy__round_timeout=1.0), Silent)
+    line = next(line for line in strategy.lines if line["type"] == "round")
+    assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("3", "timeout")]
+    assert line["good"] == 5
+
+
+def test_too_few_replies_leave_the_model_and_end_the_run_after_three_rounds(tiny_bert):
+    flat = config(tiny_bert, num_server_rounds=6, method="fedara")
+    strategy, grid = prepare(flat, TamperedGrid, tamper=lambda number, node, reply: poison(np.nan)(reply))
+    before = {part: vector.copy() for part, vector in strategy.state.arrays.items()}
+    with pytest.raises(RunFailed, match="3 rounds in a row.*strategy.min-replies = 1"):
+        strategy.start(grid, strategy.initial_arrays(), 6)
+    assert all(np.array_equal(strategy.state.arrays[part], before[part]) for part in before)
+    assert len([line for line in strategy.lines if line["type"] == "round"]) == 3
+
+
+def test_one_failed_round_is_forgiven(tiny_bert):
+    def tamper(number, node, reply):
+        return poison(np.nan)(reply) if number == 2 else reply
+
+    strategy = start(config(tiny_bert), TamperedGrid, tamper=tamper)
+    good = [line["good"] for line in strategy.lines if line["type"] == "round"]
+    assert good == [3, 0, 3, 3] and strategy.state.failed_rounds == 0
+
+
+def test_no_nodes_is_a_clear_error(tiny_bert):
+    strategy, grid = prepare(config(tiny_bert, strategy__node_timeout=0.5), clients=0)
+    with pytest.raises(TimeoutError, match="0 nodes after strategy.node-timeout = 0.5 s"):
+        strategy.start(grid, strategy.initial_arrays(), 1)
+
+
+def test_a_term_that_a_node_lacks_ends_the_run_before_round_one(tiny_bert, monkeypatch):
+    strategy, grid = prepare(config(tiny_bert, train__prox_mu=0.1))
+    monkeypatch.delitem(TERMS, "prox")
+    with pytest.raises(ConfigError, match="does not know the term 'prox'"):
+        strategy.start(grid, strategy.initial_arrays(), 1)
+    assert strategy.lines == []
+
+
+def test_a_node_with_another_model_is_left_out_with_the_reason(tiny_bert, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bert, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][7] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    strategy, grid = prepare(config(tiny_bert, num_server_rounds=1, strategy__fraction_train=1.0))
+    grid.contexts[1001].run_config = grid.contexts[1001].run_config | {"model.name": str(other)}
+    strategy.start(grid, strategy.initial_arrays(), 1)
+    assert list(strategy.roster.unfit) == ["1"]
+    assert "fingerprint differs" in strategy.roster.unfit["1"]
+    assert next(line for line in strategy.lines if line["type"] == "round")["good"] == 5
+
+
+def test_two_nodes_with_one_client_key(tiny_bert):
+    strategy, grid = prepare(config(tiny_bert, **ONE_ROUND, strategy__node_timeout=0.5))
+    grid.contexts[1004].node_config["client-key"] = "3"
+    strategy.start(grid, strategy.initial_arrays(), 1)
+    assert strategy.roster.nodes["3"].node_id == 1003
+    assert len(strategy.roster.nodes) == 5

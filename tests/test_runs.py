@@ -1,0 +1,166 @@
+"""Whole runs on a tiny model, in-process: what every method must do, and FedARA's allocation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import Strategy
+from runs_helper import CLIENTS, ShuffledGrid, config, prepare, start
+
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.strategies import methods
+
+ALL_METHODS = pytest.mark.parametrize("method", sorted(methods()))
+
+
+def same(first, second) -> bool:
+    return set(first) == set(second) and all(np.array_equal(first[p], second[p]) for p in first)
+
+
+@ALL_METHODS
+def test_order_of_replies_does_not_matter(tiny_bert, method):
+    flat = config(tiny_bert, method=method, num_server_rounds=3)
+    plain = start(flat)
+    shuffled, grid = prepare(flat, ShuffledGrid, seed=5)
+    shuffled.start(grid, shuffled.initial_arrays(), 3)
+    assert same(plain.state.arrays, shuffled.state.arrays)
+    assert plain.state.mask == shuffled.state.mask
+    assert plain.meter.total == shuffled.meter.total
+    asked = [node for line in shuffled.lines if line["type"] == "round" for node in line["sampled"]]
+    trained = [str(node - 1000) for node in grid.order]
+    assert sorted(asked) == sorted(trained) and asked != trained
+
+
+@ALL_METHODS
+def test_flowers_own_start_drives_the_same_run(tiny_bert, method):
+    flat = config(tiny_bert, method=method, num_server_rounds=2, strategy__warmup_rounds=0, strategy__final_rounds=0)
+    ours = start(flat)
+    theirs, grid = prepare(flat)
+    result = Strategy.start(theirs, grid, theirs.initial_arrays(), num_rounds=2)
+    assert same(ours.state.arrays, theirs.state.arrays)
+    assert ours.state.mask == theirs.state.mask
+    assert result.arrays is not None
+
+
+@ALL_METHODS
+def test_start_is_the_backbones_function(tiny_bert, method):
+    """Logits before round 1 do not depend on the adapters: head-only evaluation gives the same metrics."""
+    strategy, _ = prepare(config(tiny_bert, method=method))
+    state, model = strategy.state, strategy.model
+    bare = RankMask.full([0] * len(strategy.spec.modules))
+    expected = model.evaluate({"head": state.arrays["head"]}, bare, strategy.scales())
+    assert model.evaluate(state.arrays, state.mask, strategy.scales()) == expected
+
+
+@ALL_METHODS
+def test_bytes_equal_the_formula(tiny_bert, method):
+    """Each way and client: 4 bytes per number, d_out + d_in (+ 1 where E travels) numbers per alive slot, and the head."""
+    strategy = start(config(tiny_bert, method=method))
+    spec, rounds = strategy.spec, [line for line in strategy.lines if line["type"] == "round"]
+    per_slot = {"B": spec.widths("B"), "E": spec.widths("E"), "A": spec.widths("A")}
+    alive = strategy.start_mask().alive
+    for line in rounds:
+        for part in SLOT_PARTS:
+            sent = part in strategy.trainable
+            expected = 4 * int(np.dot(alive, per_slot[part])) * line["good"] if sent else 0
+            assert line["bytes"][f"down.{part}"] == line["bytes"][f"up.{part}"] == expected
+        assert line["bytes"]["down.head"] == line["bytes"]["up.head"] == 4 * spec.head_size * line["good"]
+        alive = np.array(line["alive-per-module"])
+
+
+def test_fedara_prunes_by_its_budget_and_for_good(tiny_bert):
+    strategy = start(config(tiny_bert, num_server_rounds=6))
+    rounds = [line for line in strategy.lines if line["type"] == "round"]
+    modules = len(strategy.spec.modules)
+    assert [line["alive"] for line in rounds] == [strategy.budget(t) for t in range(1, 7)]
+    assert rounds[0]["alive"] == 4 * modules and rounds[-1]["alive"] == modules
+    counts = np.array([line["alive-per-module"] for line in rounds])
+    assert (np.diff(counts, axis=0) <= 0).all()
+    assert rounds[-1]["bytes"]["up.B"] < rounds[0]["bytes"]["up.B"] / 2
+
+
+def test_votes_travel_only_when_the_budget_falls(tiny_bert):
+    """Warm-up and final rounds ask for none: their upstream mask bytes are 0."""
+    strategy = start(config(tiny_bert, num_server_rounds=6, strategy__warmup_rounds=2, strategy__final_rounds=2))
+    up = [line["bytes"]["up.mask"] for line in strategy.lines if line["type"] == "round"]
+    assert up[0] == up[1] == up[4] == up[5] == 0
+    alive = 4 * len(strategy.spec.modules)
+    assert up[2] == 3 * (-(-alive // 8) + 2 * alive)
+
+
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient-product", "magnitude"])
+@pytest.mark.parametrize("time", ["before", "after"])
+def test_every_importance_reading_gives_its_own_valid_mask(tiny_bert, importance, time):
+    strategy = start(config(tiny_bert, strategy__importance=importance, strategy__importance_time=time, train__steps=3))
+    assert strategy.state.mask.count == strategy.final_budget
+
+
+def test_threshold_arbitration_keeps_at_least_the_final_budget(tiny_bert):
+    lenient = start(config(tiny_bert, strategy__arbitration="threshold", strategy__threshold=0.01))
+    strict = start(config(tiny_bert, strategy__arbitration="threshold", strategy__threshold=1.0))
+    assert strict.final_budget <= strict.state.mask.count < lenient.state.mask.count
+
+
+def test_local_upload_sends_less_and_keeps_unsent_slots(tiny_bert):
+    whole = start(config(tiny_bert, num_server_rounds=3))
+    local = start(config(tiny_bert, num_server_rounds=3, strategy__upload_mask="local"))
+    sent = [[line["bytes"]["up.B"] for line in s.lines if line["type"] == "round"] for s in (whole, local)]
+    assert sent[1][1] < sent[0][1] and sent[1][0] == sent[0][0]
+    assert all(np.isfinite(v).all() for v in local.state.arrays.values())
+
+
+def test_a_single_step_still_scores(tiny_bert):
+    """With E = 0 only E has a gradient in step 1; it must decide, not the order of modules."""
+    strategy = start(config(tiny_bert, train__steps=1))
+    alive = strategy.state.mask.alive
+    assert strategy.state.mask.count == strategy.final_budget
+    assert (alive[-len(alive) // 3 :] > 0).any()
+
+
+def test_seed_decides_everything(tiny_bert):
+    first, second, other = (start(config(tiny_bert, seed=seed)) for seed in (7, 7, 8))
+    assert same(first.state.arrays, second.state.arrays)
+    assert not same(first.state.arrays, other.state.arrays)
+    samples = [[line["sampled"] for line in s.lines if line["type"] == "round"] for s in (first, other)]
+    assert samples[0] != samples[1]
+
+
+def test_clients_evaluate_what_they_receive_and_the_final_model(tiny_bert):
+    strategy = start(config(tiny_bert, data__client_validation=0.2))
+    rounds = [line for line in strategy.lines if line["type"] == "round"]
+    clients = [line for line in strategy.lines if line["type"] == "client"]
+    final = [line for line in strategy.lines if line["type"] == "client-evaluation"]
+    assert all(0 <= line["client-eval-accuracy"] <= 1 for line in rounds)
+    assert all(line["eval-examples"] >= 1 and 0 <= line["eval-macro-f1"] <= 1 for line in clients)
+    assert len(final) == 1 and final[0]["clients"] >= 3
+
+
+def test_proximal_term_and_orthogonality_change_the_result(tiny_bert):
+    plain, prox, orthogonal = (
+        start(config(tiny_bert, method="fedara-static", num_server_rounds=2, strategy__final_rounds=0, **term))
+        for term in ({}, {"train__prox_mu": 10.0}, {"train__orthogonality": 0.5})
+    )
+    assert not same(plain.state.arrays, prox.state.arrays)
+    assert not same(plain.state.arrays, orthogonal.state.arrays)
+
+
+def test_epochs_warmup_and_clipping(tiny_bert):
+    strategy = start(config(tiny_bert, train__steps=0, train__epochs=1, train__warmup_steps=2, train__clip_norm=0.01))
+    clients = [line for line in strategy.lines if line["type"] == "client"]
+    assert all(line["steps"] == -(-line["num-examples"] // 4) for line in clients)
+
+
+def test_empty_clients_are_left_out_and_reported(tiny_bert):
+    """20 clients on few rows at α = 0.01 leave some without examples; the run goes on with the others."""
+    strategy = start(config(tiny_bert, data__dirichlet_alpha=0.01, num_server_rounds=3), clients=20)
+    assert strategy.roster.unfit
+    assert all("too small to train" in reason for reason in strategy.roster.unfit.values())
+    assert not set(strategy.roster.unfit) & {line["client"] for line in strategy.lines if line["type"] == "client"}
+
+
+def test_sampling_is_of_client_keys_not_node_ids(tiny_bert):
+    strategy = start(config(tiny_bert))
+    sampled = [key for line in strategy.lines if line["type"] == "round" for key in line["sampled"]]
+    assert set(sampled) <= {str(i) for i in range(CLIENTS)}
+    assert all(len(line["sampled"]) == 3 for line in strategy.lines if line["type"] == "round")

@@ -1,0 +1,871 @@
+"""Plans and updates as Flower records: round trips, every reason to refuse a reply, and the byte meter."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import tracemalloc
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedara_flwr.ranks import RankMask, rank_order
+from fedara_flwr.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.meter import COUNTED, ByteMeter, payload
+from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.wire.records import (
+    MAX_METRICS,
+    MAX_NAME,
+    Rejected,
+    plan_from_content,
+    plan_to_content,
+    read_vector,
+    received_parts,
+    sent_parts,
+    update_from_content,
+    update_to_content,
+)
+
+laws = settings(deadline=None, max_examples=150)
+SPEC = ModelSpec(
+    "f" * 64,
+    (ModuleSpec("m0", 3, 2, 0), ModuleSpec("m1", 1, 4, 0), ModuleSpec("m2", 2, 2, 1)),
+    (ParameterSpec("weight", (2, 2)), ParameterSpec("bias", (2,))),
+)
+MASK = RankMask((2, 2, 2), np.array([1, 1, 0, 1, 0, 1], dtype=bool))  # alive: 2 in m0, 1 in m1, 1 in m2
+PLAN = TrainPlan(
+    server_round=7,
+    seed=42,
+    mask=MASK,
+    scales=(2.0, 2.0, 2.0),
+    trainable=frozenset(PARTS),
+    steps=8,
+    epochs=1,
+    batch_size=16,
+    learning_rate=2e-3,
+    e_lr_factor=1.0,
+    head_learning_rate=1e-2,
+)
+VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
+MOST = 100  # examples that the node declared
+
+
+def random_arrays(mask, parts=PARTS, seed=0):
+    rng = np.random.default_rng(seed)
+    return {part: rng.normal(size=SPEC.length(part, mask)).astype(np.float32) for part in parts}
+
+
+def vote_for(plan, scores):
+    ranks = rank_order(np.array(scores, dtype=np.float64))
+    return Vote(ranks < plan.budget, ranks.astype(np.uint16))
+
+
+def update_for(plan):
+    """A good answer to `plan`."""
+    vote = vote_for(plan, [0.1, 4.0, 3.0, 0.2]) if "votes" in plan.report else None
+    mask = plan.mask.keep(vote.keep) if vote is not None and plan.upload_mask == "local" else plan.mask
+    return Update(random_arrays(mask, sent_parts(plan)), mask, 37, {"loss": 0.5, "seconds": 2.0}, vote)
+
+
+def reply_to(plan):
+    return update_to_content(update_for(plan), plan)
+
+
+def same_arrays(left, right):
+    return list(left) == list(right) and all(
+        left[part].dtype == np.float32 and np.array_equal(left[part], right[part]) for part in left
+    )
+
+
+def reason(content, plan=PLAN):
+    """Why `content` is refused as an answer to `plan`."""
+    with pytest.raises(Rejected) as caught:
+        update_from_content(content, SPEC, plan, MOST)
+    assert str(caught.value).startswith(caught.value.reason + ": ")
+    assert len(str(caught.value)) < 600 and len(str(caught.value).splitlines()) == 1
+    return caught.value.reason
+
+
+def refused(array, length):
+    """Why `array` is refused as a vector of `length` numbers."""
+    with pytest.raises(Rejected) as caught:
+        read_vector(array, length, "B")
+    assert len(str(caught.value)) < 600 and len(str(caught.value).splitlines()) == 1
+    return caught.value.reason
+
+
+def npy(array, version=None):
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.asanyarray(array), version=version, allow_pickle=True)
+    return stream.getvalue()
+
+
+def declared(data, length, dtype="float32", stype="numpy.ndarray"):
+    """An Array that says it is float32 (length,), whatever its data is."""
+    return Array(dtype, length if isinstance(length, tuple) else (length,), stype, data)
+
+
+def header(descr="<f4", shape=(4,), fortran=False):
+    """A version 1.0 npy header that claims what it is told to."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": fortran, "shape": shape})
+    return stream.getvalue()
+
+
+# -- the plan ------------------------------------------------------------
+UNIFORM = PLAN
+RAGGED = replace(
+    PLAN, mask=RankMask((1, 3, 2), np.array([1, 0, 1, 1, 1, 0], dtype=bool)), scales=(24.0, 8.0, 12.0), steps=0, epochs=3
+)
+WITH_TERMS = replace(
+    PLAN,
+    terms={"prox": {"mu": 0.25, "power": 2.0}, "sparse-mask": {}},
+    report=frozenset({"votes", "scores"}),
+    budget=3,
+    dropout=True,
+    evaluate=True,
+    clip_norm=1.5,
+    warmup_steps=2,
+    importance="magnitude",
+    importance_time="after",
+    upload_mask="local",
+    offset_version=4,
+    trainable=frozenset({"B", "head"}),
+)
+ALL_DEAD = replace(PLAN, mask=PLAN.mask.keep(np.zeros(4, dtype=bool)))
+NO_SLOTS = replace(PLAN, mask=RankMask.full([0, 0, 0]), trainable=frozenset({"head"}))
+NOTHING_TRAINED = replace(PLAN, trainable=frozenset(), evaluate=True)
+PLANS = {
+    "uniform": UNIFORM,
+    "ragged": RAGGED,
+    "terms": WITH_TERMS,
+    "votes-only": replace(PLAN, report=frozenset({"votes"}), budget=1),
+    "all-dead": ALL_DEAD,
+    "no-slots": NO_SLOTS,
+    "nothing-trained": NOTHING_TRAINED,
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_plan_round_trip(plan):
+    content = plan_to_content(plan, random_arrays(plan.mask, received_parts(plan, False)))
+    assert plan_from_content(content, 3) == plan
+    assert content.config_records["plan"].count_bytes() > 0
+
+
+@st.composite
+def plans(draw):
+    ranks = draw(st.integers(0, 5).map(lambda r: (r,) * 3) | st.tuples(*[st.integers(0, 5)] * 3))
+    bits = draw(st.lists(st.booleans(), min_size=sum(ranks), max_size=sum(ranks)))
+    scale = st.floats(1e-3, 1e3)
+    names = st.from_regex(r"[a-z]{1,8}(-[a-z]{1,4})?", fullmatch=True)
+    return replace(
+        PLAN,
+        server_round=draw(st.integers(1, 10**6)),
+        seed=draw(st.integers(0, 2**62 - 1)),
+        mask=RankMask(ranks, np.array(bits, dtype=bool)),
+        scales=draw(scale.map(lambda s: (s,) * 3) | st.tuples(scale, scale, scale)),
+        trainable=draw(st.frozensets(st.sampled_from(PARTS))),
+        report=draw(st.frozensets(st.sampled_from(["votes", "scores"]))),
+        budget=draw(st.integers(0, 50)),
+        learning_rate=draw(st.floats(1e-9, 10)),
+        dropout=draw(st.booleans()),
+        terms=draw(st.dictionaries(names, st.dictionaries(names, st.floats(allow_nan=False), max_size=3), max_size=3)),
+    )
+
+
+@laws
+@given(plans())
+def test_any_plan_comes_back_and_is_counted(plan):
+    content = plan_to_content(plan, random_arrays(plan.mask, received_parts(plan, False)))
+    assert plan_from_content(content, 3) == plan
+    assert sum(payload(content).values()) == sum(record.count_bytes() for record in content.values())
+
+
+def changed_plan(plan=RAGGED, drop=(), **values):
+    """The records of `plan` with keys of its ConfigRecord replaced (underscores for hyphens) or dropped."""
+    content = plan_to_content(plan, random_arrays(plan.mask))
+    config = content.config_records["plan"]
+    for key, value in values.items():
+        config[key.replace("_", "-")] = value
+    for key in drop:
+        del config[key]
+    return content
+
+
+def plan_reason(content, modules=3):
+    with pytest.raises(Rejected) as caught:
+        plan_from_content(content, modules)
+    return caught.value.reason
+
+
+def test_plan_without_its_record():
+    content = changed_plan()
+    del content["plan"]
+    assert plan_reason(content) == "records"
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL + 1, 0, str(PROTOCOL), [PROTOCOL]])
+def test_plan_of_another_protocol(protocol):
+    assert plan_reason(changed_plan(protocol=protocol)) == "protocol"
+
+
+def test_plan_without_protocol():
+    assert plan_reason(changed_plan(drop=["protocol"])) == "protocol"
+
+
+@pytest.mark.parametrize("key", ["round", "seed", "steps", "learning-rate", "upload-mask", "ranks", "scales", "mask"])
+def test_plan_that_lacks_a_key(key):
+    assert plan_reason(changed_plan(drop=[key])) == "plan"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mask": b""},
+        {"mask": RAGGED.mask.to_bytes() + b"\x00"},
+        {"mask": bytes([RAGGED.mask.to_bytes()[0] | 1])},
+        {"mask": "x"},
+        {"mask": 1},
+        {"ranks": [1, 3, -2]},
+        {"ranks": 6},
+        {"ranks": ["a", "b", "c"]},
+        {"scales": 1.0},
+        {"scales": ["a", "b", "c"]},
+        {"term.prox.mu": "much"},
+    ],
+    ids=str,
+)
+def test_plan_with_a_wrong_value(values):
+    assert plan_reason(changed_plan(**values)) == "plan"
+
+
+def test_plan_for_fewer_modules_of_equal_ranks():
+    """12 bits are 2 bytes, 8 bits are 1."""
+    plan = replace(PLAN, mask=RankMask.full([4, 4, 4]))
+    assert plan_reason(plan_to_content(plan, random_arrays(plan.mask)), modules=2) == "plan"
+
+
+@pytest.mark.parametrize("modules", [2, 4])
+def test_plan_for_another_number_of_modules(modules):
+    """Ranks 1, 3, 2 are those of three modules."""
+    assert plan_reason(changed_plan(), modules) == "plan"
+
+
+@pytest.mark.parametrize("scales", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+def test_plan_with_another_number_of_scales(scales):
+    assert plan_reason(changed_plan(scales=scales)) == "plan"
+
+
+def test_parts_that_travel():
+    everything = {"B", "E", "A", "head"}
+    assert received_parts(PLAN, e_is_one=False) == everything
+    assert received_parts(PLAN, e_is_one=True) == {"B", "A", "head"}
+    assert received_parts(ALL_DEAD, e_is_one=False) == {"head"}
+    assert sent_parts(PLAN) == everything
+    assert sent_parts(replace(PLAN, trainable=frozenset({"B", "head"}))) == {"B", "head"}
+    assert sent_parts(ALL_DEAD) == {"head"}
+    assert sent_parts(NOTHING_TRAINED) == set()
+
+
+# -- the update: round trips ------------------------------------------------------------
+ANSWERED = {
+    "plain": PLAN,
+    "ragged": RAGGED,
+    "global": VOTING,
+    "local": replace(VOTING, upload_mask="local"),
+    "bits-only": replace(VOTING, report=frozenset({"votes"})),
+    "some-parts": replace(PLAN, trainable=frozenset({"B", "head"})),
+    "all-dead": ALL_DEAD,
+    "no-slots": NO_SLOTS,
+    "nothing-trained": NOTHING_TRAINED,
+}
+
+
+@pytest.mark.parametrize("plan", ANSWERED.values(), ids=ANSWERED)
+def test_update_round_trip(plan):
+    sent = update_for(plan)
+    if plan.report == {"votes"}:
+        sent = replace(sent, vote=Vote(sent.vote.keep))
+    read = update_from_content(update_to_content(sent, plan), SPEC, plan, MOST)
+    assert same_arrays(read.arrays, {part: sent.arrays[part] for part in PARTS if part in sent.arrays})
+    assert read.mask == sent.mask
+    assert (read.num_examples, read.metrics) == (37, {"loss": 0.5, "seconds": 2.0})
+    if sent.vote is None:
+        assert read.vote is None
+    else:
+        assert np.array_equal(read.vote.keep, sent.vote.keep)
+        assert (read.vote.ranks is None) == (sent.vote.ranks is None)
+        assert sent.vote.ranks is None or np.array_equal(read.vote.ranks, sent.vote.ranks)
+
+
+def test_local_upload_holds_the_votes_alone():
+    """Scores 0.1, 4, 3, 0.2 and budget 2: slots (0,1) and (1,1) stay, B has 3 + 1 numbers instead of 3 + 3 + 1 + 2."""
+    plan = ANSWERED["local"]
+    read = update_from_content(reply_to(plan), SPEC, plan, MOST)
+    assert read.mask.bits.tolist() == [False, True, False, True, False, False]
+    assert {part: len(vector) for part, vector in read.arrays.items()} == {"B": 4, "E": 2, "A": 6, "head": 6}
+    full = update_from_content(reply_to(VOTING), SPEC, VOTING, MOST)
+    assert {part: len(vector) for part, vector in full.arrays.items()} == {"B": 9, "E": 4, "A": 10, "head": 6}
+
+
+def test_vote_that_was_not_asked_for_is_ignored():
+    content = reply_to(PLAN)
+    content.config_records["reply"]["votes"] = b"garbage"
+    assert update_from_content(content, SPEC, PLAN, MOST).vote is None
+
+
+@pytest.mark.parametrize("examples", [1, MOST])
+def test_num_examples_at_the_limits(examples):
+    content = reply_to(PLAN)
+    content.metric_records["metrics"]["num-examples"] = examples
+    assert update_from_content(content, SPEC, PLAN, MOST).num_examples == examples
+
+
+def test_as_many_and_as_long_metrics_as_allowed():
+    content = reply_to(PLAN)
+    metrics = content.metric_records["metrics"]
+    for number in range(MAX_METRICS - len(metrics)):
+        metrics[f"{number:02d}".ljust(MAX_NAME, "x")] = 1.0
+    assert len(update_from_content(content, SPEC, PLAN, MOST).metrics) == MAX_METRICS - 1
+
+
+# -- the update: every reason to refuse it ------------------------------------------------------------
+@pytest.mark.parametrize("name", ["arrays", "reply", "metrics"])
+def test_missing_record(name):
+    content = reply_to(PLAN)
+    del content[name]
+    assert reason(content) == "records"
+
+
+@pytest.mark.parametrize("name", ["arrays", "reply", "metrics"])
+def test_renamed_record(name):
+    content = reply_to(PLAN)
+    content["other"] = content[name]
+    del content[name]
+    assert reason(content) == "records"
+
+
+@pytest.mark.parametrize(
+    "record", [ArrayRecord(), ConfigRecord({"a": 1}), MetricRecord({"a": 1})], ids=lambda r: type(r).__name__
+)
+def test_extra_record(record):
+    content = reply_to(PLAN)
+    content["extra"] = record
+    assert reason(content) == "records"
+
+
+def test_empty_reply():
+    assert reason(RecordDict()) == "records"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_part(part):
+    content = reply_to(PLAN)
+    del content.array_records["arrays"][part]
+    assert reason(content) == "parts"
+
+
+@pytest.mark.parametrize("name", ["backbone", "b", "B "])
+def test_extra_part(name):
+    content = reply_to(PLAN)
+    content.array_records["arrays"][name] = Array(np.zeros(3, dtype=np.float32))
+    assert reason(content) == "parts"
+
+
+def test_part_that_was_not_to_be_trained():
+    assert reason(reply_to(PLAN), replace(PLAN, trainable=frozenset({"B", "head"}))) == "parts"
+
+
+def test_slot_parts_although_no_slot_lives():
+    content = reply_to(ALL_DEAD)
+    content.array_records["arrays"]["E"] = Array(np.zeros(0, dtype=np.float32))
+    assert reason(content, ALL_DEAD) == "parts"
+
+
+def test_dead_slots_are_sent():
+    """Six slots where the plan has four: packed under the full mask."""
+    everything = replace(PLAN, mask=RankMask.full([2, 2, 2]))
+    assert reason(reply_to(everything)) == "shape"
+
+
+def test_other_slots_of_the_same_number_are_sent():
+    """Four slots like the plan's, but (2,0) instead of (0,0): B has 3 + 1 + 2 + 2 = 8 numbers, not 9."""
+    other = replace(PLAN, mask=RankMask((2, 2, 2), np.array([0, 1, 0, 1, 1, 1], dtype=bool)))
+    assert reason(reply_to(other)) == "shape"
+
+
+def test_slots_are_sent_that_the_own_vote_rejects():
+    assert reason(reply_to(VOTING), ANSWERED["local"]) == "shape"
+
+
+def test_slots_are_left_out_although_all_were_asked_for():
+    assert reason(reply_to(ANSWERED["local"]), VOTING) == "shape"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_is_checked(part):
+    content = reply_to(PLAN)
+    wrong = np.zeros(SPEC.length(part, MASK) + 1, dtype=np.float32)
+    content.array_records["arrays"][part] = Array(wrong)
+    assert reason(content) == "shape"
+
+
+@pytest.mark.parametrize("examples", [0, -1, -MOST, 37.0, 0.5, MOST + 1, 2**62, math.nan, [37], None, True])
+def test_num_examples(examples):
+    """A list is refused as a metric; Flower lets no bool into a MetricRecord, so it is put there behind its back."""
+    content = reply_to(PLAN)
+    metrics = content.metric_records["metrics"]
+    if examples is None:
+        del metrics["num-examples"]
+    elif examples is True:
+        metrics.__dict__["_data"]["num-examples"] = True
+    else:
+        metrics["num-examples"] = examples
+    assert reason(content) == ("metrics" if examples == [37] else "num-examples")
+
+
+@pytest.mark.parametrize("value", [[0.5], [], [1, 2]])
+def test_list_metric(value):
+    content = reply_to(PLAN)
+    content.metric_records["metrics"]["loss"] = value
+    assert reason(content) == "metrics"
+
+
+def test_too_many_metrics():
+    content = reply_to(PLAN)
+    content.metric_records["metrics"].update({f"m{number}": 1.0 for number in range(MAX_METRICS)})
+    assert reason(content) == "metrics"
+
+
+def test_too_long_metric_name():
+    content = reply_to(PLAN)
+    content.metric_records["metrics"]["x" * (MAX_NAME + 1)] = 1.0
+    assert reason(content) == "metrics"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_metric_that_is_not_finite(value):
+    content = reply_to(PLAN)
+    content.metric_records["metrics"]["loss"] = value
+    assert reason(content) == "not-finite"
+
+
+@pytest.mark.parametrize("number", [6, 8, 0, -7, 7.5, "7", [7], "x" * 1000])
+def test_answer_to_another_round(number):
+    content = reply_to(PLAN)
+    content.config_records["reply"]["round"] = number
+    assert reason(content) == "round"
+
+
+def test_round_cannot_forge_a_log_line():
+    content = reply_to(PLAN)
+    content.config_records["reply"]["round"] = "6\nround 7: all is well"
+    assert reason(content) == "round"
+
+
+def test_answer_without_round():
+    content = reply_to(PLAN)
+    del content.config_records["reply"]["round"]
+    assert reason(content) == "round"
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL + 1, 0, "1", [1], "x" * 1000, None])
+def test_answer_in_another_protocol(protocol):
+    content = reply_to(PLAN)
+    if protocol is None:
+        del content.config_records["reply"]["protocol"]
+    else:
+        content.config_records["reply"]["protocol"] = protocol
+    assert reason(content) == "protocol"
+
+
+# -- votes: four alive slots, two to keep; the good answer is 0110 and ranks 3 0 1 2 ---------------------------------------
+def vote_reason(votes=b"\x60", ranks=(3, 0, 1, 2), plan=VOTING):
+    content = reply_to(VOTING)
+    config = content.config_records["reply"]
+    assert (config["votes"], config["slot-ranks"]) == (b"\x60", np.array([3, 0, 1, 2], dtype="<u2").tobytes())
+    for key, value in (("votes", votes), ("slot-ranks", ranks)):
+        if value is None:
+            del config[key]
+        else:
+            config[key] = np.array(value, dtype="<u2").tobytes() if isinstance(value, tuple) else value
+    return reason(content, plan)
+
+
+@pytest.mark.parametrize("plan", [VOTING, ANSWERED["local"], ANSWERED["bits-only"]], ids=["global", "local", "bits-only"])
+@pytest.mark.parametrize(
+    "votes",
+    [None, "0110", 6, [b"\x60"], b"", b"\x60\x00", b"\x61", b"\x68", b"\x40", b"\x70", b"\x00", b"\xf0"],
+    ids=["missing", "str", "int", "list", "empty", "long", "padding", "padding-2", "one", "three", "none", "all"],
+)
+def test_bad_vote(votes, plan):
+    assert vote_reason(votes=votes, plan=plan) == "votes"
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        None,
+        "3012",
+        3012,
+        b"",
+        (3, 0, 1),
+        (3, 0, 1, 2, 4),
+        b"\x03\x00\x00\x00\x01\x00\x02",
+        (3, 0, 1, 1),
+        (4, 0, 1, 2),
+        (3, 0, 1, 65535),
+        (0, 0, 0, 0),
+        (0, 1, 2, 3),
+        (1, 3, 0, 2),
+    ],
+    ids=str,
+)
+def test_bad_slot_ranks(ranks):
+    """No bytes, another size, no permutation, or a permutation whose two best are not the two that are voted for."""
+    assert vote_reason(ranks=ranks) == "votes"
+
+
+def test_swapped_byte_order_is_no_permutation():
+    assert vote_reason(ranks=np.array([3, 0, 1, 2], dtype=">u2").tobytes()) == "votes"
+
+
+def test_budget_above_the_alive_slots_means_all_of_them():
+    plan = replace(VOTING, budget=9)
+    content = reply_to(VOTING)
+    content.config_records["reply"]["votes"] = b"\xf0"
+    assert update_from_content(content, SPEC, plan, MOST).vote.keep.tolist() == [True] * 4
+    assert reason(reply_to(VOTING), plan) == "votes"
+
+
+# -- vectors ------------------------------------------------------------
+GOOD = np.array([1.5, -2.0, 0.0, 3.25], dtype=np.float32)
+
+
+def test_vector_round_trip():
+    assert np.array_equal(read_vector(Array(GOOD), 4, "B"), GOOD)
+    assert read_vector(Array(np.zeros(0, dtype=np.float32)), 0, "B").shape == (0,)
+
+
+def test_extreme_numbers_are_fine():
+    edge = np.array([np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal, -0.0], dtype=np.float32)
+    assert read_vector(Array(edge), 3, "B").tobytes() == edge.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "uint32", "int8", "bool", "complex64", "S4", ">f4"])
+def test_wrong_dtype(dtype):
+    array = GOOD.astype(dtype)
+    assert refused(Array(array), 4) == "shape"
+    assert refused(declared(npy(array), 4), 4) == "shape"
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (5,), (1, 4), (4, 1), (2, 2), (1, 1, 4), (0, 4)])
+def test_wrong_shape(shape):
+    """Neither what numpy would broadcast to (4,), nor what it would reshape."""
+    array = np.resize(GOOD, shape)
+    assert refused(Array(array), 4) == "shape"
+    assert refused(declared(npy(array), 4), 4) == "shape"
+    assert refused(declared(npy(GOOD), shape), 4) == "shape"
+
+
+@pytest.mark.parametrize("shape", [(-4,), (2**62,), (4, 2**62), (2**70,), (4,) * 1000])
+def test_impossible_declared_shape(shape):
+    assert refused(declared(npy(GOOD), shape), 4) == "shape"
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{"shape": (5,)}, {"shape": (4, 1)}, {"shape": ()}, {"descr": "<f8"}, {"descr": "<i4"}, {"fortran": True}, {"descr": "|O"}],
+    ids=str,
+)
+def test_header_disagrees_with_the_declared_shape(claim):
+    assert refused(declared(header(**claim) + GOOD.tobytes(), 4), 4) == "shape"
+
+
+@pytest.mark.parametrize("length", [2**31, 2**40, 2**62, 10**30])
+@pytest.mark.parametrize("declares_it_too", [False, True])
+def test_huge_claim_is_refused_before_allocation(length, declares_it_too):
+    array = declared(header(shape=(length,)) + GOOD.tobytes(), length if declares_it_too else 4)
+    refused(array, 4)  # imports and caches are not what is measured
+    tracemalloc.start()
+    try:
+        why = refused(array, 4)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert why == "shape"
+    assert peak < 2**20
+
+
+def test_nothing_is_allocated_for_numbers_that_did_not_come():
+    """Even where the header says what the server expects: 2^31 numbers, with the data of four."""
+    array = declared(header(shape=(2**31,)) + GOOD.tobytes(), 2**31)
+    tracemalloc.start()
+    try:
+        why = refused(array, 2**31)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert why == "format"
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 6, 8, 9, 10, 50, 127, 128, 129, 132, 140, 143])
+def test_truncated_data(size):
+    """128 bytes of header and 16 of data."""
+    data = npy(GOOD)
+    assert len(data) == 144
+    assert refused(declared(data[:size], 4), 4) == "format"
+
+
+@pytest.mark.parametrize("more", [b"\x00", b"\x00" * 4, b"\x00" * 16])
+def test_data_after_the_last_number(more):
+    assert refused(declared(npy(GOOD) + more, 4), 4) == "format"
+
+
+def test_data_without_header():
+    assert refused(declared(GOOD.tobytes(), 4), 4) == "format"
+    assert refused(declared(b"\x00" * 144, 4), 4) == "format"
+
+
+def test_objects_are_never_unpickled():
+    """An object array, a bare pickle and an npy header around a pickle; unpickling would raise KeyboardInterrupt."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise KeyboardInterrupt",))
+
+    bombs = np.array([Bomb()] * 4, dtype=object)
+    assert refused(declared(npy(bombs), 4), 4) == "shape"
+    assert refused(declared(npy(bombs), 4, dtype="object"), 4) == "shape"
+    assert refused(declared(pickle.dumps([Bomb()] * 4), 4), 4) == "format"
+    assert refused(declared(header() + pickle.dumps([Bomb()] * 4), 4), 4) == "format"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(save):
+    stream = io.BytesIO()
+    save(stream, GOOD)
+    assert refused(declared(stream.getvalue(), 4), 4) == "format"
+
+
+@pytest.mark.parametrize("version", [(2, 0), (3, 0)])
+def test_other_npy_versions(version):
+    assert refused(declared(npy(GOOD, version), 4), 4) == "format"
+
+
+@pytest.mark.parametrize("text", [b"{", b"[" * 100, b"{'descr': '<f4'}", b"__import__('os')", b"\xff" * 80, b"{'shape': (4,)}"])
+def test_unreadable_header(text):
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + GOOD.tobytes()
+    assert refused(declared(data, 4), 4) == "format"
+
+
+@pytest.mark.parametrize("stype", ["", "torch.Tensor", "numpy.ndarray ", "x" * 10_000])
+def test_other_serialisation(stype):
+    assert refused(declared(npy(GOOD), 4, stype=stype), 4) == "format"
+
+
+def test_long_dtype_name_is_cut():
+    assert refused(declared(npy(GOOD), 4, dtype="x" * 10_000), 4) == "shape"
+
+
+def test_dtype_name_cannot_forge_a_log_line():
+    assert refused(declared(npy(GOOD), 4, dtype="float32\nround 7: all is well"), 4) == "shape"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 3])
+def test_numbers_that_are_not_finite(value, position):
+    array = GOOD.copy()
+    array[position] = value
+    assert refused(Array(array), 4) == "not-finite"
+
+
+@st.composite
+def mutations(draw, limit=144):
+    """npy data of GOOD with some of its first `limit` bytes set, removed or doubled."""
+    data = bytearray(npy(GOOD))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(limit, len(data)) - 1))
+        match draw(st.sampled_from(["set", "set", "flip", "remove", "insert", "cut"])):
+            case "set":
+                data[at] = draw(st.integers(0, 255))
+            case "flip":
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "remove":
+                del data[at : at + 1 if len(data) > 1 else at]
+            case "insert":
+                data[at:at] = draw(st.binary(min_size=1, max_size=3))
+            case "cut":
+                del data[max(at, 1) :]
+    return bytes(data)
+
+
+def read_quietly(data):
+    """The vector in `data`, or None where it is refused; numpy warns of headers in the style of Python 2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return read_vector(declared(data, 4), 4, "B")
+        except Rejected:
+            return None
+
+
+@settings(deadline=None, max_examples=400)
+@given(mutations(limit=128))
+def test_mutated_header_is_refused_or_means_the_same(data):
+    """Whatever happens to the 128 bytes before the numbers, no other vector comes out."""
+    vector = read_quietly(data)
+    assert vector is None or (data.endswith(GOOD.tobytes()) and np.array_equal(vector, GOOD))
+
+
+@settings(deadline=None, max_examples=400)
+@given(mutations())
+def test_mutated_data_is_refused_or_read_as_numpy_reads_it(data):
+    vector = read_quietly(data)
+    if vector is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.load(io.BytesIO(data), allow_pickle=False)
+    assert vector.tobytes() == expected.tobytes() and vector.shape == expected.shape == (4,)
+    assert np.isfinite(vector).all()
+
+
+@laws
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data):
+    assert read_quietly(data) is None
+    assert read_quietly(b"\x93NUMPY\x01\x00" + data) is None
+
+
+@laws
+@given(st.sampled_from(PARTS), st.data())
+def test_mutated_reply_is_refused_or_read(part, data):
+    """One byte of one part: the reply is dropped, or its other parts are as they were sent and all is finite."""
+    content = reply_to(VOTING)
+    record = content.array_records["arrays"]
+    raw = bytearray(record[part].data)
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    record[part] = Array("float32", record[part].shape, "numpy.ndarray", bytes(raw))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            read = update_from_content(content, SPEC, VOTING, MOST)
+        except Rejected as error:
+            assert error.reason in {"format", "shape", "not-finite"}
+            return
+    sent = update_for(VOTING).arrays
+    assert read.arrays[part].tobytes() == bytes(raw)[-4 * len(sent[part]) :]
+    assert all(np.array_equal(read.arrays[other], sent[other]) for other in PARTS if other != part)
+    assert all(np.isfinite(vector).all() for vector in read.arrays.values())
+
+
+# -- the meter ------------------------------------------------------------
+def counted(content):
+    return sum(record.count_bytes() for record in content.values())
+
+
+def test_payload_of_a_plan_by_hand():
+    """Alive: 2, 1, 1 slots. B 4·(2·3 + 1·1 + 1·2) = 36, E 4·4 = 16, A 4·(2·2 + 1·4 + 1·2) = 40, head 4·6 = 24; mask 6 bits."""
+    content = plan_to_content(PLAN, random_arrays(MASK))
+    parts = payload(content)
+    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "mask": 1}
+    assert sum(parts.values()) == counted(content)
+
+
+def test_payload_of_an_update_by_hand():
+    """As above, and a vote of 4 bits with 4 ranks of 2 bytes."""
+    content = reply_to(VOTING)
+    parts = payload(content)
+    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "mask": 1 + 8}
+    assert sum(parts.values()) == counted(content)
+
+
+@laws
+@given(st.lists(st.booleans(), min_size=15, max_size=15))
+def test_payload_by_the_formula(bits):
+    """4 bytes a number: Σ alive·d_out, Σ alive, Σ alive·d_in and the head; 15 slots are 2 bytes of mask."""
+    plan = replace(PLAN, mask=RankMask((5, 5, 5), np.array(bits, dtype=bool)))
+    content = plan_to_content(plan, random_arrays(plan.mask))
+    alive = [sum(bits[:5]), sum(bits[5:10]), sum(bits[10:])]
+    parts = payload(content)
+    assert parts["B"] == 4 * (3 * alive[0] + 1 * alive[1] + 2 * alive[2])
+    assert parts["E"] == 4 * sum(alive)
+    assert parts["A"] == 4 * (2 * alive[0] + 4 * alive[1] + 2 * alive[2])
+    assert (parts["head"], parts["mask"]) == (4 * 6, 2)
+    assert sum(parts.values()) == counted(content)
+    assert all(size >= 0 for size in parts.values())
+
+
+@pytest.mark.parametrize("name, blocks, per_slot", [("DistilBERT", 6, 82_980), ("BERT-base", 12, 165_960)])
+def test_sizes_of_real_models(name, blocks, per_slot):
+    """methods.md: one slot on all six layers of a block, 4·(768 + 768 + 1) + 2·(768 + 3072 + 1) = 13,830; 12 slots, fp32."""
+    shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    modules = tuple(ModuleSpec(f"{b}.{i}", *shape, b) for b in range(blocks) for i, shape in enumerate(shapes))
+    spec = ModelSpec("f" * 64, modules, ())
+    mask = RankMask.full([12] * len(modules))
+    arrays = {part: np.zeros(spec.length(part, mask), dtype=np.float32) for part in ("B", "E", "A")}
+    parts = payload(plan_to_content(replace(PLAN, mask=mask, scales=(2.0,) * len(modules)), arrays))
+    assert parts["B"] + parts["E"] + parts["A"] == 12 * 4 * per_slot
+    assert parts["mask"] == 12 * len(modules) // 8
+
+
+def test_payload_does_not_believe_a_header():
+    """A reply that claims 2^62 numbers is charged for the bytes that came, and never less than nothing."""
+    for shape in ((2**62,), (-5,), (2**40, 2**40), ()):
+        array = Array("float32", shape, "numpy.ndarray", b"12345")
+        parts = payload(RecordDict({"arrays": ArrayRecord({"B": array})}))
+        assert 0 <= parts["B"] <= 5
+        assert sum(parts.values()) == 5 + len("B")
+
+
+def test_unknown_parts_are_other_bytes():
+    """128 bytes of header, 16 of data, and the name."""
+    parts = payload(RecordDict({"arrays": ArrayRecord({"backbone": Array(GOOD)})}))
+    assert {part: size for part, size in parts.items() if size} == {"other": 128 + 16 + len("backbone")}
+
+
+@pytest.mark.parametrize("value", ["", b"", [], [""], [b""]], ids=repr)
+def test_empty_values_in_a_reply_are_counted(value):
+    """Flower's `count_bytes()` raises on some of them, and a client may send what it likes: one reply must not end the run."""
+    content = reply_to(PLAN)
+    before = payload(content)
+    content.config_records["reply"]["junk"] = value
+    after = payload(content)
+    assert all(after[part] == before[part] for part in (*PARTS, "mask"))
+    assert after["other"] >= before["other"]
+
+
+def test_meter_adds_up_rounds_and_directions():
+    meter, down, up = ByteMeter(), plan_to_content(VOTING, random_arrays(MASK)), reply_to(VOTING)
+    for _ in range(3):
+        assert meter.count("down", down) == payload(down)
+    meter.count("up", up)
+    first = meter.take_round()
+    assert set(first) == {f"{d}.{part}" for d in ("down", "up") for part in COUNTED} | {"down", "up"}
+    assert (first["down"], first["up"]) == (3 * counted(down), counted(up))
+    assert (first["down.B"], first["up.B"], first["down.mask"], first["up.mask"]) == (108, 36, 3, 9)
+    meter.count("up", up)
+    second = meter.take_round()
+    assert (second["down"], second["up"]) == (0, counted(up))
+    assert sum(meter.total.values()) == 3 * counted(down) + 2 * counted(up)
+
+
+def test_meter_goes_on_from_a_saved_total():
+    meter = ByteMeter(ByteMeter().total)
+    meter.count("up", reply_to(PLAN))
+    saved = dict(meter.total)
+    again = ByteMeter(meter.total)
+    again.count("up", reply_to(PLAN))
+    assert meter.total == saved
+    assert again.total == {key: 2 * size for key, size in saved.items()}
+    assert again.take_round()["up"] == counted(reply_to(PLAN))
