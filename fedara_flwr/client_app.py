@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -124,5 +124,5 @@ def evaluate(message: Message, context: Context) -> Message:
 
     resident, data, plan, arrays = _receive(message, context)
     resident.adapted.load(arrays, plan.mask, plan.scales)
-    metrics = run(resident.adapted, resident.task, resident.tokenizer, data)
-    return Message(RecordDict({"metrics": MetricRecord({"eval-examples": 0} | metrics)}), reply_to=message)
+    metrics: dict[str, Any] = {"eval-examples": 0} | run(resident.adapted, resident.task, resident.tokenizer, data)
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -266,3 +266,35 @@ def _walk(group: Group, prefix: str = "") -> dict[str, tuple[Any, Any]]:
 def describe() -> dict[str, Any]:
     """Every key with its pydantic field (default, description, constraints)."""
     return {key: field for key, (_, field) in _walk(Settings()).items()}
+
+
+def reference() -> str:
+    """All keys as Markdown tables, one per group: docs/config.md."""
+    lines = ["# Configuration", "", "Made by `fedara config` from `fedara_flwr/config.py`. `''` means unset.", ""]
+    group = None
+    for key, (value, field) in _walk(Settings()).items():
+        if group != key.rpartition(".")[0]:
+            group = key.rpartition(".")[0]
+            lines += ["", f"## {group or 'the run'}", ""] if lines[-1] else [f"## {group or 'the run'}", ""]
+            lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+        text = str(field.description).replace("|", "\\|")
+        lines.append(f"| `{key}` | `{_toml(value)}` | {_allowed(field)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _allowed(field: Any) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`'{choice}'`" for choice in get_args(field.annotation))
+    signs = {"Ge": ("≥", "ge"), "Gt": (">", "gt"), "Le": ("≤", "le"), "Lt": ("<", "lt")}
+    limits = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for kind, (sign, name) in signs.items()
+        if type(rule).__name__ == kind
+    ]
+    kind = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[field.annotation]
+    return " ".join([kind, ", ".join(limits)]).strip()

@@ -252,7 +252,7 @@ def test_budgets_nest(case, slots):
 @laws
 @given(ballots(), st.floats(0.01, 1.0), st.integers(0, 25))
 def test_threshold_against_exact_fractions(case, threshold, least):
-    """Kept: slots with a share of at least the fraction nearest to the threshold, and min(least, alive) in arbitration order."""
+    """Kept: slots whose share reaches the fraction nearest to the threshold, and min(least, alive) in arbitration order."""
     mask, votes = case
     total = sum(item.weight for item in votes)
     step = Fraction(threshold).limit_denominator(2**20)

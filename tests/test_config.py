@@ -339,3 +339,12 @@ def test_wrong_options_of_a_method(given_options, start, part):
     assert message.startswith(start)
     assert part in message
     assert message.endswith("(method 'prox')")
+
+
+def test_the_reference_is_current():
+    """docs/config.md is what `fedara config` prints."""
+    from pathlib import Path
+
+    from fedara_flwr.config import reference
+
+    assert (Path(__file__).parent.parent / "docs" / "config.md").read_text() == reference()

@@ -8,6 +8,7 @@ autograd stops above the lowest living adapter by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def peft_config(targets: list[str], rank: int, alpha: float, task_type: str | No
         target_modules=targets,
         init_r=rank,
         target_r=rank,
-        lora_alpha=alpha * (1 + PEFT_EPSILON / rank),
+        lora_alpha=alpha * (1 + PEFT_EPSILON / rank),  # type: ignore[arg-type]
         total_step=1,
         task_type=task_type,
     )
@@ -97,13 +98,14 @@ class AdaptedModel:
             start += parameter.numel()
 
     def _fill(self, layer: SVDLinear, values: dict[str, torch.Tensor], trainable: frozenset[str], scale: float) -> None:
+        held = _held(layer)
         if not values:  # nothing of a dead module stays in memory
-            for held in (layer.lora_A, layer.lora_B, layer.lora_E):
-                held[ADAPTER] = nn.Parameter(torch.empty(0, 0), requires_grad=False)
+            for part in SLOT_PARTS:
+                held[part][ADAPTER] = nn.Parameter(torch.empty(0, 0), requires_grad=False)
             return
-        layer.lora_B[ADAPTER] = nn.Parameter(values["B"].T.contiguous(), requires_grad="B" in trainable)
-        layer.lora_E[ADAPTER] = nn.Parameter(values["E"].clone(), requires_grad="E" in trainable)
-        layer.lora_A[ADAPTER] = nn.Parameter(values["A"].clone(), requires_grad="A" in trainable)
+        for part in SLOT_PARTS:
+            value = values[part].T if part == "B" else values[part]
+            held[part][ADAPTER] = nn.Parameter(value.contiguous().clone(), requires_grad=part in trainable)
         layer.ranknum[ADAPTER].data.fill_(1.0)
         layer.scaling[ADAPTER] = scale * (1.0 + PEFT_EPSILON)
 
@@ -111,11 +113,8 @@ class AdaptedModel:
         """Index and B (d_out, k), E (k, 1), A (k, d_in) of every module with k > 0 alive slots."""
         for index, count in enumerate(self.mask.alive.tolist()):
             if count:
-                layer = self.layers[index]
-                yield (
-                    index,
-                    {"B": layer.lora_B[ADAPTER], "E": layer.lora_E[ADAPTER], "A": layer.lora_A[ADAPTER]},
-                )
+                held = _held(self.layers[index])
+                yield index, {part: held[part][ADAPTER] for part in SLOT_PARTS}
 
     def parameters(self, part: str) -> list[nn.Parameter]:
         """The parameters of one part that exist now."""
@@ -139,6 +138,11 @@ class AdaptedModel:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self.autocast():
             return self.model(**inputs).logits.float()
+
+
+def _held(layer: SVDLinear) -> dict[str, Any]:
+    """PEFT's parameter dictionaries of one layer, by part."""
+    return {"B": layer.lora_B, "E": layer.lora_E, "A": layer.lora_A}
 
 
 def _vector(rows: list[torch.Tensor]) -> Vector:

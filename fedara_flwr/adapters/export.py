@@ -23,7 +23,7 @@ def save_peft(
     modules: where ours differ, the ratio is folded into E. The head, and a pooler that was set to the identity, are
     `modules_to_save`.
     """
-    alive = np.flatnonzero(mask.alive)
+    alive = np.flatnonzero(mask.alive).tolist()
     if not len(alive):
         raise ValueError("no adapter is alive: export the model instead")
     spec = backbone.spec

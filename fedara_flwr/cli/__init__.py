@@ -39,3 +39,11 @@ def run(
     except KeyboardInterrupt:
         typer.secho("stopped", fg="yellow", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def config() -> None:
+    """Print every configuration key, its default and what is allowed, as Markdown."""
+    from fedara_flwr.config import reference
+
+    typer.echo(reference(), nl=False)

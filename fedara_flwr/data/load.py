@@ -152,8 +152,8 @@ def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: s
     columns = {"data.text-column": settings.text_column, "data.label-column": settings.label_column}
     columns |= {"data.pair-column": settings.pair_column} if settings.pair_column else {}
     columns |= {"data.id-column": settings.id_column} if settings.id_column else {}
-    for name, column in columns.items():
-        _check_column(table, column, name)
+    for setting, column_name in columns.items():
+        _check_column(table, column_name, setting)
     ids = {name: i for i, name in enumerate(names)}
     texts, labels = table[settings.text_column], table[settings.label_column]
     kept, index = [], []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedara_flwr import seeds
@@ -152,7 +152,7 @@ class Roster:
 
     def _judge(self, key: str, content: RecordDict) -> None:
         answer = content.config_records.get("ready", ConfigRecord())
-        examples = content.metric_records.get("metrics", {}).get("num-examples", 0)
+        examples = content.metric_records.get("metrics", MetricRecord()).get("num-examples", 0)
         if "error" in answer:
             self.unfit[key] = str(answer["error"])[:300]
             return

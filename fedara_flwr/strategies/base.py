@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -221,7 +221,7 @@ class BaseStrategy(Strategy):
             state.arrays = self.spec.slice(merged, state.mask, mask)
             state.mask = mask
         metrics = self._summarise(work)
-        return to_record(state.arrays), MetricRecord(metrics) if metrics else None
+        return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """After the last round, and with `data.client-validation`, every node that was ready evaluates the final model.
@@ -259,7 +259,8 @@ class BaseStrategy(Strategy):
         total = sum(examples for examples, _ in good)
         # fsum: the last bits must not depend on the order of the replies
         means = {name: math.fsum(k * values[name] for k, values in good) / total for name in EVALUATED}
-        return MetricRecord({f"client-{name}": value for name, value in means.items()} | {"clients": len(good)})
+        metrics: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
+        return MetricRecord(metrics | {"clients": len(good)})
 
     def summary(self) -> None:
         """Log what will happen."""

@@ -128,7 +128,7 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
     Raises:
         Rejected: another protocol version, or a plan that does not fit a model of `modules` modules.
     """
-    config = content.config_records.get("plan")
+    config: Any = content.config_records.get("plan")
     if config is None:
         raise Rejected("records", "no record 'plan'")
     if config.get("protocol") != PROTOCOL:
@@ -189,7 +189,7 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
         config["votes"] = pack_bits(update.vote.keep)
         if update.vote.ranks is not None:
             config["slot-ranks"] = update.vote.ranks.astype("<u2").tobytes()
-    metrics: dict[str, int | float] = {"num-examples": int(update.num_examples)}
+    metrics: dict[str, Any] = {"num-examples": int(update.num_examples)}
     metrics |= {name: float(value) for name, value in update.metrics.items()}
     return RecordDict({"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
 
@@ -216,7 +216,7 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     if plan.upload_mask == "local" and vote is not None:
         mask = mask.keep(vote.keep)
     arrays = read_arrays(content, spec, mask, sent_parts(plan))
-    values = {name: float(value) for name, value in metrics.items() if name != "num-examples"}
+    values = {name: float(value) for name, value in metrics.items() if name != "num-examples"}  # type: ignore[arg-type]
     return Update(arrays, mask, num_examples, values, vote)
 
 
