@@ -260,7 +260,7 @@ class BaseStrategy(Strategy):
         # fsum: the last bits must not depend on the order of the replies
         means = {name: math.fsum(k * values[name] for k, values in good) / total for name in EVALUATED}
         metrics: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
-        return MetricRecord(metrics | {"clients": len(good)})
+        return MetricRecord({**metrics, "clients": len(good)})
 
     def summary(self) -> None:
         """Log what will happen."""
