@@ -252,3 +252,20 @@ def test_checkpoint_with_a_hole_in_a_block_is_refused(tiny_models, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks .*layer\.1\.output\.dense\.weight"):
         backbone(tmp_path)
+
+
+@pytest.mark.parametrize("config, slot, megabytes", [("DistilBertConfig", 82_980, 3.98), ("BertConfig", 165_960, 7.97)])
+def test_sizes_of_the_published_models(config, slot, megabytes):
+    """methods.md: one slot of B·E·A on every linear layer, and twelve of them in float32."""
+    import transformers
+
+    from fedara_flwr.adapters.backbone import _block_list, _linear_modules
+    from fedara_flwr.spec import ModelSpec
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(getattr(transformers, config)())
+    modules = _linear_modules(model, _block_list(model), "")
+    spec = ModelSpec("", modules, ())
+    assert sum(spec.length(part, RankMask.full([1] * len(modules))) for part in SLOT_PARTS) == slot
+    twelve = RankMask.full([12] * len(modules))
+    assert round(4 * sum(spec.length(part, twelve) for part in SLOT_PARTS) / 1e6, 2) == megabytes

@@ -41,8 +41,7 @@ def stock_logits(kind, base, folder, batch):
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "llama"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name, lora", [("bert", False), ("bert", True), ("distilbert", False), ("llama", False)])
 def test_adapter_directory_has_the_same_logits_in_stock_peft(tiny_models, tmp_path, name, lora):
     """A mask with dead slots and dead modules, the head, and for BERT a pooler at the identity; LoRA is E = 1."""
     adapted = AdaptedModel(backbone(tiny_models[name], pooling="identity"))

@@ -259,8 +259,8 @@ class BaseStrategy(Strategy):
         total = sum(examples for examples, _ in good)
         # fsum: the last bits must not depend on the order of the replies
         means = {name: math.fsum(k * values[name] for k, values in good) / total for name in EVALUATED}
-        metrics: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
-        return MetricRecord({**metrics, "clients": len(good)})
+        summary: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
+        return MetricRecord({**summary, "clients": len(good)})
 
     def summary(self) -> None:
         """Log what will happen."""
