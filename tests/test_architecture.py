@@ -1,0 +1,71 @@
+"""The direction of imports, and what must not be loaded where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
+LAYERS = [
+    {"config", "spec", "ranks", "seeds"},
+    {"wire", "tasks", "data", "adapters"},
+    {"client", "server"},
+    {"strategies"},
+    {"runs"},
+    {"client_app", "server_app"},
+    {"engine"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FORBIDDEN = {"strategies": {"torch"}, "adapters": {"flwr"}, "tasks": {"flwr"}, "data": {"flwr", "torch"}, "wire": {"torch"}}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module != "fedara_flwr" else {f"fedara_flwr.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in FORBIDDEN.get(own, set()), f"{own} imports {name}"
+        if top == "fedara_flwr":
+            other = rest.partition(".")[0]
+            beside = LEVEL[other] == LEVEL[own] <= 1  # client and server, for example, never import each other
+            assert other == own or LEVEL[other] < LEVEL[own] or beside, f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("module", ["fedara_flwr.client_app", "fedara_flwr.server_app", "fedara_flwr.strategies.fedara"])
+def test_apps_load_without_torch(module):
+    """A node answers `whoami` in a fresh process per message: no torch, no transformers."""
+    code = f"import {module}, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_whoami_answers_without_torch():
+    code = """
+import sys
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from fedara_flwr.client_app import app
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+context = Context(1, 5, {"partition-id": 3, "num-partitions": 8}, RecordDict(), {})
+answer = app(Message(RecordDict(), 5, "query.whoami"), context).content.config_records["whoami"]
+assert dict(answer) == {"protocol": 1, "client-key": "3", "num-partitions": 8, "terms": "orthogonality,prox"}, answer
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
