@@ -57,7 +57,7 @@ def launch(app: Path, overrides: list[str], federation: Path | None, engine: str
         raise ConfigError(f"--federation-config {federation}: cannot be read ({error})") from None
     if engine == "inprocess":
         from fedara_flwr import engine as in_process
-        from fedara_flwr.strategies.base import RunFailed
+        from fedara_flwr.server.loop import RunFailed
 
         try:
             in_process.run(config, int(simulation.get("num-supernodes", 2)))
