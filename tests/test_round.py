@@ -211,3 +211,52 @@ def test_two_nodes_with_one_client_key(tiny_bert):
     strategy.start(grid, strategy.initial_arrays(), 1)
     assert strategy.roster.nodes["3"].node_id == 1003
     assert len(strategy.roster.nodes) == 5
+
+
+class DeafGrid(InProcessGrid):
+    """Node 1002 fails at the questions of one kind, the first `times` times."""
+
+    def __init__(self, *args, kind, times, **options):
+        super().__init__(*args, **options)
+        self.kind, self.times, self.asked = kind, times, 0
+
+    def _call(self, message):
+        if message.metadata.message_type == self.kind and message.metadata.dst_node_id == 1002:
+            self.asked += 1
+            if self.asked <= self.times:
+                return as_error(super()._call(message))
+        return super()._call(message)
+
+
+@pytest.mark.parametrize("kind", ["query.whoami", "query.ready"])
+def test_a_node_that_fails_to_answer_once_takes_part_later(tiny_bert, kind):
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, strategy__node_timeout=0.5)
+    strategy = start(flat, DeafGrid, kind=kind, times=1)
+    good = [line["good"] for line in strategy.lines if line["type"] == "round"]
+    assert good[-1] == 6 and strategy.roster.unfit == {}
+
+
+def test_a_node_that_never_answers_is_asked_three_times(tiny_bert):
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 6}, strategy__node_timeout=0.5)
+    strategy, grid = prepare(flat, DeafGrid, kind="query.ready", times=99)
+    strategy.start(grid, strategy.initial_arrays(), 6)
+    assert grid.asked == 3 and "broken" in strategy.roster.unfit["2"]
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5] * 6
+
+
+def test_a_late_node_without_a_term_does_not_end_the_run(tiny_bert):
+    class Late(InProcessGrid):
+        def get_node_ids(self):
+            trained = any(line["type"] == "round" for line in strategy.lines)
+            return [node for node in super().get_node_ids() if node != 1005 or trained]
+
+        def _call(self, message):
+            reply = super()._call(message)
+            if message.metadata.message_type == "query.whoami" and message.metadata.dst_node_id == 1005:
+                reply.content.config_records["whoami"]["terms"] = "none"
+            return reply
+
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, train__prox_mu=0.1, strategy__node_timeout=0.5)
+    strategy, grid = prepare(flat, Late)
+    strategy.start(grid, strategy.initial_arrays(), 3)
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5, 5, 5]

@@ -1,13 +1,15 @@
 """The roster: which nodes are there, under which client key, and which of them can train.
 
 Two queries (contracts.md §3): `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
-is first drawn. A node that does not fit is dropped with the reason and not asked again.
+is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer is asked
+up to three times.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
 
 logger = logging.getLogger("flwr")
+TRIES = 3  # questions that a node may leave unanswered before it is asked no more
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 
 
@@ -53,6 +56,8 @@ class Roster:
         self.examples: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
         self._asked: set[int] = set()
+        self._silent: Counter[int] = Counter()
+        self._started = False
 
     # -- who is there -----------------------------------------------------------------------------------------------
     def wait(self, grid: Grid) -> None:
@@ -68,6 +73,7 @@ class Roster:
             told = max((node.partitions for node in self.nodes.values()), default=0)
             wanted = told or self.settings.min_available_nodes
             if len(self.nodes) >= wanted:
+                self._started = True
                 return
             if time.monotonic() > deadline:
                 break
@@ -78,6 +84,7 @@ class Roster:
                 f"{len(self.nodes)} nodes after strategy.node-timeout = {self.settings.node_timeout:g} s, "
                 f"strategy.min-train-nodes = {least} are needed"
             )
+        self._started = True
         logger.warning("only %d of %d nodes came in time: going on with them", len(self.nodes), wanted)
 
     def refresh(self, grid: Grid) -> None:
@@ -91,7 +98,9 @@ class Roster:
         for node_id, content in self._ask(grid, new, "query.whoami", RecordDict()):
             if isinstance(content, str):
                 logger.warning("node %d does not say who it is: %s", node_id, content)
-                self._asked.discard(node_id)  # it may only be slow
+                self._silent[node_id] += 1
+                if self._silent[node_id] < TRIES:  # it may only be slow
+                    self._asked.discard(node_id)
                 continue
             self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
 
@@ -103,7 +112,11 @@ class Roster:
         terms = who.get("terms", "")
         missing = self.expected.terms - set(terms.split(",") if isinstance(terms, str) else ())
         if missing:
-            raise ConfigError(f"client {key!r} does not know the term {sorted(missing)[0]!r} that this run needs")
+            reason = f"client {key!r} does not know the term {sorted(missing)[0]!r} that this run needs"
+            if not self._started:
+                raise ConfigError(reason)
+            logger.warning("node %d dropped: %s", node_id, reason)
+            return
         if key in self.nodes:
             logger.warning("node %d dropped: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
             return
@@ -118,7 +131,7 @@ class Roster:
     def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
         """`count` nodes that can train, drawn from the client keys by (seed, round); fewer where there are not enough.
 
-        The draw is one permutation of all keys, so a node that turns out unfit only moves the next one up.
+        The draw is one permutation of all keys, so a node that turns out unfit or does not answer only moves the next one up.
         """
         keys = sorted(self.nodes, key=lambda key: (len(key), key))
         order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
@@ -144,7 +157,10 @@ class Roster:
         for node_id, content in self._ask(grid, list(by_id), "query.ready", question):
             key = by_id[node_id]
             if isinstance(content, str):
-                self.unfit[key] = content
+                self._silent[node_id] += 1
+                logger.warning("client %s is not ready: %s", key, content)
+                if self._silent[node_id] >= TRIES:
+                    self.unfit[key] = content
             else:
                 self._judge(key, content)
             if key in self.unfit:
