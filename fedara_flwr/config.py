@@ -93,7 +93,9 @@ class TrainSettings(Group):
     steps: int = Field(8, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
     batch_size: int = Field(16, ge=1, description="examples per step")
-    learning_rate: float = Field(2e-3, gt=0, description="AdamW learning rate of the adapters' A and B")
+    learning_rate: float = Field(
+        0.0, ge=0, description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults)"
+    )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
     head_learning_rate: float = Field(1e-2, gt=0, description="AdamW learning rate of the head")
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")

@@ -164,3 +164,9 @@ def test_sampling_is_of_client_keys_not_node_ids(tiny_bert):
     sampled = [key for line in strategy.lines if line["type"] == "round" for key in line["sampled"]]
     assert set(sampled) <= {str(i) for i in range(CLIENTS)}
     assert all(len(line["sampled"]) == 3 for line in strategy.lines if line["type"] == "round")
+
+
+def test_every_method_has_its_own_rate_and_the_setting_wins(tiny_bert):
+    for method, rate in (("fedara", 1e-2), ("fedlora", 2e-3)):
+        assert prepare(config(tiny_bert, method=method))[0].plan(1, "0").learning_rate == rate
+        assert prepare(config(tiny_bert, method=method, train__learning_rate=0.5))[0].plan(1, "0").learning_rate == 0.5

@@ -52,6 +52,8 @@ class BaseStrategy(RoundLoop):
     paper: ClassVar[str] = ""
     keys: ClassVar[tuple[str, ...]] = ()
     """Configuration keys that only this method reads."""
+    learning_rate: ClassVar[float] = 1e-2
+    """Of A and B where `train.learning-rate` is 0: the best of a grid that is the same for every method (benchmarks/defaults)."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"B", "E", "A", "head"})
 
@@ -130,7 +132,7 @@ class BaseStrategy(RoundLoop):
             steps=train.steps,
             epochs=train.epochs,
             batch_size=train.batch_size,
-            learning_rate=train.learning_rate,
+            learning_rate=train.learning_rate or self.learning_rate,
             e_lr_factor=train.e_lr_factor,
             head_learning_rate=train.head_learning_rate,
             warmup_steps=train.warmup_steps,

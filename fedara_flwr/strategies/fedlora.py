@@ -16,6 +16,7 @@ class FedLoRA(BaseStrategy):
     name = "fedlora"
     title = "LoRA, FedAvg of A and B (FedIT)"
     paper = "arXiv 2305.05644"
+    learning_rate = 2e-3
     trainable = frozenset({"B", "A", "head"})
 
     def start_arrays(self, mask: RankMask) -> Arrays:
