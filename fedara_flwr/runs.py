@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,10 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def discard(self) -> None:
+        """Remove the folder of a run that ended before its first round."""
+        shutil.rmtree(self.path)
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Lines of one type ("round", "client" or "end"), in order."""

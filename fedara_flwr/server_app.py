@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -11,6 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedara_flwr import strategies
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from fedara_flwr.server.evaluate import ServerModel
+    from fedara_flwr.strategies.base import BaseStrategy
 
 logger = logging.getLogger("flwr")
 app = ServerApp()
@@ -39,41 +44,49 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     from fedara_flwr.server.evaluate import ServerModel
 
     model = ServerModel(settings)
+    strategy = method(settings, model)
     directory = RunDirectory.create(settings)
-    strategy = method(settings, model, directory.write)
+    strategy.write = directory.write
     logger.info("run directory: %s", directory.path)
     outcome = "failed"
     try:
         strategy.start(grid, strategy.initial_arrays(), settings.num_server_rounds)
         outcome = "completed"
     finally:
-        state = strategy.state
-        scales = strategy.scales()
-        end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": time.time() - began}
-        if outcome == "completed":
-            test = model.evaluate(state.arrays, state.mask, scales, "test")
-            end |= {f"test-{name}": value for name, value in test.items()}
-        directory.write(end)
-        exported = model.export(directory.path, state.arrays, state.mask, scales)
-        directory.finish(
-            {
-                **end,
-                "method": settings.method,
-                "seed": settings.seed,
-                "model": settings.model.name,
-                "fingerprint": model.spec.fingerprint,
-                "labels": list(model.data.labels),
-                "ranks": list(state.mask.ranks),
-                "modules": [module.name for module in model.spec.modules],
-                "alive-per-module": state.mask.alive.tolist(),
-                "mask": state.mask.to_bytes().hex(),
-                "bytes": state.bytes_total,
-                "left-out": strategy.roster.unfit,
-            }
-        )
-        logger.info("\n%s", directory.table())
-        if outcome == "completed":
-            logger.info("test accuracy %.3f, macro-F1 %.3f", end["test-accuracy"], end["test-macro-f1"])
-        logger.info("%s: %s", exported.name, exported)
-        logger.info("run directory: %s", directory.path)
+        if strategy.state.server_round:
+            _finish(directory, strategy, model, outcome, time.time() - began)
+        else:
+            directory.discard()
     return directory
+
+
+def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel, outcome: str, seconds: float) -> None:
+    """Test once, export what was reached, write and show the summary."""
+    settings, state, scales = strategy.settings, strategy.state, strategy.scales()
+    end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": seconds}
+    if outcome == "completed":
+        test = model.evaluate(state.arrays, state.mask, scales, "test")
+        end |= {f"test-{name}": value for name, value in test.items()}
+    directory.write(end)
+    exported = model.export(directory.path, state.arrays, state.mask, scales)
+    directory.finish(
+        {
+            **end,
+            "method": settings.method,
+            "seed": settings.seed,
+            "model": settings.model.name,
+            "fingerprint": model.spec.fingerprint,
+            "labels": list(model.data.labels),
+            "ranks": list(state.mask.ranks),
+            "modules": [module.name for module in model.spec.modules],
+            "alive-per-module": state.mask.alive.tolist(),
+            "mask": state.mask.to_bytes().hex(),
+            "bytes": state.bytes_total,
+            "left-out": strategy.roster.unfit,
+        }
+    )
+    logger.info("\n%s", directory.table())
+    if outcome == "completed":
+        logger.info("test accuracy %.3f, macro-F1 %.3f", end["test-accuracy"], end["test-macro-f1"])
+    logger.info("%s: %s", exported.name, exported)
+    logger.info("run directory: %s", directory.path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,6 @@ from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.tasks import TASKS
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 silence_libraries()
 MINILM = next(iter(PACKAGED))
 VOCABULARY = 97

@@ -269,3 +269,21 @@ def test_sizes_of_the_published_models(config, slot, megabytes):
     assert sum(spec.length(part, RankMask.full([1] * len(modules))) for part in SLOT_PARTS) == slot
     twelve = RankMask.full([12] * len(modules))
     assert round(4 * sum(spec.length(part, twelve) for part in SLOT_PARTS) / 1e6, 2) == megabytes
+
+
+def test_blocks_without_linear_layers_are_refused(tmp_path):
+    """GPT-2's blocks are made of Conv1D."""
+    from transformers import AutoModel, GPT2Config
+
+    AutoModel.from_config(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"GPT2.* no nn.Linear to adapt"):
+        backbone(tmp_path)
+
+
+def test_a_model_that_is_nowhere_is_one_line():
+    from fedara_flwr.adapters.backbone import load_tokenizer
+
+    for load in (load_tokenizer, lambda name: Backbone(name, TASKS["classification"], LABELS)):
+        with pytest.raises(ConfigError, match=r"^model.name = 'nobody/no-such-model': cannot be loaded") as error:
+            load("nobody/no-such-model")
+        assert "\n" not in str(error.value)

@@ -100,7 +100,7 @@ def test_wrong_types(key, value, allowed):
         ("strategy.fraction-train", 1.5, "less than or equal to 1"),
         ("strategy.threshold", 0.0, "greater than 0"),
         ("strategy.warmup-rounds", -2, "greater than or equal to -1"),
-        ("train.learning-rate", 0.0, "greater than 0"),
+        ("train.head-learning-rate", 0.0, "greater than 0"),
         ("train.clip-norm", -1.0, "greater than or equal to 0"),
         ("data.validation", 1.0, "less than 1"),
         ("data.test", 0.0, "greater than 0"),

@@ -156,6 +156,10 @@ def test_wrong_settings_end_before_anything_starts(tmp_path):
         "adapter.final-rank=20.0": ["adapter.final-rank = 20.0", "at most adapter.rank = 12"],
         "train.dropout='yes'": ["train.dropout = 'yes'", "boolean"],
         "data.path='/nowhere.csv'": ["data.path = '/nowhere.csv'", "no such file"],
+        "seed = 7": ["seed = 7", "no key=value"],
+        "method": ["'method'", "no key=value"],
+        "seed=[1]": ["seed=[1]", "needs to be of type"],
+        "/nowhere.toml": ["/nowhere.toml"],
         "strategy.options='mu = 1'": ["strategy.options.mu = 1", "no such key"],
     }.items():
         done = fedara(app, "-c", setting)

@@ -260,3 +260,110 @@ def test_a_late_node_without_a_term_does_not_end_the_run(tiny_bert):
     strategy, grid = prepare(flat, Late)
     strategy.start(grid, strategy.initial_arrays(), 3)
     assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5, 5, 5]
+
+
+def test_metrics_of_a_training_reply_cannot_end_the_run(tiny_bert):
+    def tamper(number, node, reply):
+        return set_metric(reply, eval_examples=0, eval_accuracy=0.5) if node == 2 else reply
+
+    strategy = start(config(tiny_bert, **ONE_ROUND), TamperedGrid, tamper=tamper)
+    line = next(line for line in strategy.lines if line["type"] == "round")
+    assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("2", "num-examples")]
+
+
+def test_a_client_cannot_answer_for_another(tiny_bert):
+    """Client 0's reply claims to be client 5's; Flower knows by the pulled id whose it is."""
+
+    class Forging(InProcessGrid):
+        def _call(self, message):
+            reply = super()._call(message)
+            if message.metadata.message_type == "train":
+                self.ids = getattr(self, "ids", {}) | {message.metadata.dst_node_id: message.metadata.message_id}
+                if message.metadata.dst_node_id == 1000:
+                    poison(7.0)(reply)
+                    victim = next(m for m in self._waiting.values() if m.metadata.dst_node_id == 1005)
+                    reply.metadata.__dict__["_src_node_id"] = 1005
+                    reply.metadata.__dict__["_reply_to_message_id"] = victim.metadata.message_id
+                    return reply
+            return reply
+
+        def pull_messages(self, message_ids):
+            order = sorted(message_ids, key=lambda i: self._waiting[i].metadata.dst_node_id if i in self._waiting else 0)
+            return super().pull_messages(order)
+
+    flat = config(tiny_bert, **ONE_ROUND)
+    strategy, grid = prepare(flat, Forging)
+    sampled = [node.key for node in (strategy.roster.wait(grid), strategy.roster.sample(grid, 1, 6))[1]]
+    if sampled.index("0") > sampled.index("5"):
+        pytest.fail("choose a seed under which client 0 is asked before client 5")
+    strategy.start(grid, strategy.initial_arrays(), 1)
+    line = next(line for line in strategy.lines if line["type"] == "round")
+    assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("0", "sender")]
+    assert line["good"] == 5 and strategy.state.arrays["B"].max() < 1
+
+
+class ComingAndGoing(InProcessGrid):
+    """`present(rounds done)` says which nodes are there."""
+
+    def __init__(self, *args, present, **options):
+        super().__init__(*args, **options)
+        self.present, self.lines = present, []
+
+    def get_node_ids(self):
+        return self.present(sum(line["type"] == "round" for line in self.lines), super().get_node_ids())
+
+
+def run_with(flat, present):
+    strategy, grid = prepare(flat, ComingAndGoing, present=present)
+    grid.lines = strategy.lines
+    strategy.start(grid, strategy.initial_arrays(), strategy.settings.num_server_rounds)
+    return [line["good"] for line in strategy.lines if line["type"] == "round"], strategy
+
+
+def test_a_node_that_leaves_and_returns_takes_part_again(tiny_bert):
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3})
+    good, _ = run_with(flat, lambda done, ids: [i for i in ids if i != 1002 or done != 1])
+    assert good == [6, 5, 6]
+
+
+def test_a_restarted_node_gets_its_key_back_when_the_old_one_is_gone(tiny_bert):
+    """Node 1005 is a restart of 1002 under the same client key; both are listed until round 2 is done."""
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 4}, strategy__node_timeout=3.0)
+    strategy, grid = prepare(flat, ComingAndGoing, present=lambda done, ids: [i for i in ids if i != 1002 or done < 2])
+    grid.lines = strategy.lines
+    grid.contexts[1005].node_config["client-key"] = "2"
+    strategy.start(grid, strategy.initial_arrays(), 4)
+    assert strategy.roster.nodes["2"].node_id == 1005
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5, 5, 5, 5]
+
+
+def test_a_node_that_lost_its_state_is_asked_again(tiny_bert):
+    """A SuperNode restarted with its key has no labels any more: one round fails, the next does not."""
+
+    class Forgetful(InProcessGrid):
+        def _call(self, message):
+            if message.metadata.message_type == "train" and message.content.config_records["plan"]["round"] == 2:
+                self.contexts[1001].state.clear()
+            return super()._call(message)
+
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3})
+    strategy = start(flat, Forgetful)
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"][2] == 6
+
+
+def test_the_first_reason_is_told_when_no_node_can_train(tiny_bert):
+    strategy, grid = prepare(config(tiny_bert, **ONE_ROUND))
+    strategy.roster.expected = strategy.roster.expected.__class__(
+        "other", *[getattr(strategy.roster.expected, name) for name in ("tokenizer", "data", "labels", "terms")]
+    )
+    with pytest.raises(RunFailed, match=r"no node can train; client \d: its fingerprint differs"):
+        strategy.start(grid, strategy.initial_arrays(), 1)
+
+
+def test_a_run_that_never_began_leaves_nothing(tiny_bert, tmp_path):
+    from fedara_flwr import engine
+
+    flat = config(tiny_bert, run__dir=str(tmp_path), run__name="x", strategy__node_timeout=0.2)
+    with pytest.raises(TimeoutError):
+        engine.run(flat, 0)
+    assert list(tmp_path.iterdir()) == []

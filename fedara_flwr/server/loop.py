@@ -27,7 +27,15 @@ from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import Rejected, check_metrics, plan_to_content, read_vector, received_parts, to_record
+from fedara_flwr.wire.records import (
+    MAX_EXAMPLES,
+    Rejected,
+    check_metrics,
+    plan_to_content,
+    read_vector,
+    received_parts,
+    to_record,
+)
 
 logger = logging.getLogger("flwr")
 EVALUATED = ("eval-accuracy", "eval-macro-f1", "eval-loss")
@@ -111,6 +119,9 @@ class RoundLoop(Strategy):
         assert work is not None, "aggregate_train before configure_train"
         merger = self.merger()
         work.collect(replies, merger, self.take)
+        for drop in work.drops:
+            if drop.reason.startswith("error-"):
+                self.roster.forget(drop.client)
         state.server_round = server_round
         if work.good < self.settings.strategy.min_replies:
             state.failed_rounds += 1
@@ -143,14 +154,13 @@ class RoundLoop(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by their held-out examples; a bad reply is left out."""
         good: list[tuple[int, dict[str, float]]] = []
-        limit = max(self.roster.examples.values(), default=0)
         for reply in replies:
             try:
                 if reply.has_error():
                     raise Rejected(f"error-{reply.error.code}", str(reply.error.reason)[-300:])
                 self.meter.count("up", reply.content)
                 metrics = reply.content.metric_records.get("metrics", MetricRecord())
-                examples = check_metrics(metrics, "eval-examples", limit)
+                examples = check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
                 good.append((examples, {name: float(metrics[name]) for name in EVALUATED}))  # type: ignore[arg-type]
             except (Rejected, KeyError) as error:
                 logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
@@ -198,6 +208,9 @@ class RoundLoop(Strategy):
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             self._record(server_round, alive, evaluated, trained - began, time.monotonic() - trained)
+            if not self._asked_any() and self.roster.unfit:
+                client, reason = next(iter(self.roster.unfit.items()))
+                raise RunFailed(f"no node can train; client {client}: {reason}")
             if self.state.failed_rounds >= self.settings.strategy.max_failed_rounds:
                 raise RunFailed(
                     f"{self.state.failed_rounds} rounds in a row had fewer than strategy.min-replies = "
@@ -207,6 +220,9 @@ class RoundLoop(Strategy):
         return result
 
     # -- the rest ---------------------------------------------------------------------------------------------------
+    def _asked_any(self) -> bool:
+        return self._round is not None and bool(self._round.asked)
+
     def _receive(self, grid: Grid, timeout: float) -> Iterator[Message]:
         """Replies of the present round as they come, until its deadline."""
         work = self._round
@@ -214,7 +230,10 @@ class RoundLoop(Strategy):
         limit = min(timeout, self.settings.strategy.round_timeout)
         for index, reply in exchange(grid, work.messages, limit):
             if isinstance(reply, Exception):
-                work.unreadable(index, reply)
+                work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
+            elif reply.metadata.reply_to_message_id != work.messages[index].metadata.message_id:
+                # whose reply it is, Flower knows by the id that was pulled; what the reply itself says may be forged
+                work.refuse(index, "sender", "the reply names another message")
             else:
                 yield reply
 
@@ -224,7 +243,7 @@ class RoundLoop(Strategy):
         for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in EVALUATED)]:
             pairs = [(float(r[count]), float(r[name])) for r in work.records if name in r and count in r]  # type: ignore[arg-type]
             if pairs:
-                means[f"client-{name}"] = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
+                means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
         return means
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:

@@ -21,10 +21,10 @@ from fedara_flwr.config import ConfigError, StrategySettings
 from fedara_flwr.server.messages import replies
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
+from fedara_flwr.wire.records import MAX_EXAMPLES
 
 logger = logging.getLogger("flwr")
 TRIES = 3  # questions that a node may leave unanswered before it is asked no more
-MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Roster:
         deadline = time.monotonic() + self.settings.node_timeout
         while True:
             self.refresh(grid)
-            told = max((node.partitions for node in self.nodes.values()), default=0)
-            wanted = told or self.settings.min_available_nodes
+            told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0)
+            wanted = told.most_common(1)[0][0] if told else self.settings.min_available_nodes
             if len(self.nodes) >= wanted:
                 self._started = True
                 return
@@ -91,6 +91,7 @@ class Roster:
         """Ask nodes that are new who they are; forget those that left."""
         present = set(grid.get_node_ids())
         self.nodes = {key: node for key, node in self.nodes.items() if node.node_id in present}
+        self._asked &= present  # a node that comes back under its id is asked again
         new = sorted(present - self._asked)
         if not new:
             return
@@ -118,7 +119,8 @@ class Roster:
             logger.warning("node %d dropped: %s", node_id, reason)
             return
         if key in self.nodes:
-            logger.warning("node %d dropped: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
+            logger.warning("node %d waits: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
+            self._asked.discard(node_id)  # a restarted node is there before Flower notices that its old id is gone
             return
         if key.startswith("node-"):
             logger.warning("node %d has no client-key or partition-id: its random streams cannot be repeated", node_id)
@@ -142,6 +144,10 @@ class Roster:
             self._check_ready(grid, [node for node in batch if node.key not in self.examples])
             drawn += [node for node in batch if node.key in self.examples]
         return drawn
+
+    def forget(self, key: str) -> None:
+        """Ask a client again whether it is ready when it is next drawn: it failed, and may have been restarted."""
+        self.examples.pop(key, None)
 
     def count(self) -> int:
         """How many nodes to draw: `fraction-train` of those there, at least `min-train-nodes`."""

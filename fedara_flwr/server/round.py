@@ -78,17 +78,23 @@ class Round:
             if index in self._results or index < self._next:
                 self._drop(self.asked[index].key, "duplicate", "a second reply in one round")
                 continue
-            self._results[index] = self._check(index, reply)
+            try:
+                self._results[index] = self._check(index, reply)
+            except Exception as error:  # no reply may end a run, whatever it does to the checks themselves
+                self.refuse(index, "unreadable", f"{type(error).__name__}: {str(error)[:200]}")
             self._feed(merger, take)
         for index in range(self._next, len(self.asked)):
             if index not in self._results:
                 self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
                 self._results[index] = None
         self._feed(merger, take)
+        place = {node.key: i for i, node in enumerate(self.asked)}
+        self.records.sort(key=lambda record: place[str(record["client"])])
+        self.drops.sort(key=lambda drop: (place.get(drop.client, len(place)), drop.client, drop.reason))
 
-    def unreadable(self, index: int, error: Exception) -> None:
-        """A reply that Flower itself could not read or deliver."""
-        self._drop(self.asked[index].key, "unreadable", f"{type(error).__name__}: {str(error)[:200]}")
+    def refuse(self, index: int, reason: str, detail: str) -> None:
+        """A reply that does not reach `collect`: Flower could not read or deliver it, or it is forged."""
+        self._drop(self.asked[index].key, reason, detail)
         self._results[index] = None
 
     def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:

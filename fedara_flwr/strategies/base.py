@@ -53,7 +53,7 @@ class BaseStrategy(RoundLoop):
     keys: ClassVar[tuple[str, ...]] = ()
     """Configuration keys that only this method reads."""
     learning_rate: ClassVar[float] = 1e-2
-    """Of A and B where `train.learning-rate` is 0: the best of a grid that is the same for every method (benchmarks/defaults)."""
+    """Of A and B where `train.learning-rate` is 0: the best of one grid for all methods (benchmarks/defaults)."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"B", "E", "A", "head"})
 

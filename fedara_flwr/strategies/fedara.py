@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedara_flwr.config import ConfigError
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget
 from fedara_flwr.strategies.base import BaseStrategy
 from fedara_flwr.wire.plan import TrainPlan, Update
+
+MAX_SLOTS = 2**16
 
 
 @register
@@ -36,6 +39,14 @@ class FedARA(BaseStrategy):
         "strategy.importance-time",
         "strategy.upload-mask",
     )
+
+    def start_mask(self) -> RankMask:
+        """As the base; refused where the slots' ranks would not fit the vote's 16 bits."""
+        mask = super().start_mask()
+        if mask.count > MAX_SLOTS:
+            allowed = MAX_SLOTS // len(mask.ranks)
+            raise ConfigError(f"adapter.rank = {self.settings.adapter.rank}: with this model allowed is up to {allowed}")
+        return mask
 
     @property
     def final_budget(self) -> int:

@@ -87,5 +87,5 @@ class Update:
     arrays: Arrays
     mask: RankMask
     num_examples: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, int | float]
     vote: Vote | None = None

@@ -37,6 +37,7 @@ _SCALARS = {
     "evaluate": "evaluate",
     "offset-version": "offset_version",
 }
+MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 MAX_METRICS = 64
 MAX_NAME = 64
 
@@ -190,7 +191,7 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
         if update.vote.ranks is not None:
             config["slot-ranks"] = update.vote.ranks.astype("<u2").tobytes()
     metrics: dict[str, Any] = {"num-examples": int(update.num_examples)}
-    metrics |= {name: float(value) for name, value in update.metrics.items()}
+    metrics |= update.metrics
     return RecordDict({"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
 
 
@@ -211,6 +212,8 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     if config.get("round") != plan.server_round:
         raise Rejected("round", f"answers round {str(config.get('round'))[:MAX_NAME]!r}, asked was {plan.server_round}")
     num_examples = check_metrics(metrics, "num-examples", max_examples)
+    if "eval-examples" in metrics:
+        check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
     vote = _read_vote(config, plan)
     mask = plan.mask
     if plan.upload_mask == "local" and vote is not None:
