@@ -32,10 +32,10 @@ with torch.no_grad():
 """
 
 
-def stock_logits(kind, base, folder, batch):
+def stock_logits(kind, base, folder, batch, labels=3):
     ids = json.dumps(batch["input_ids"].tolist())
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, kind, str(base), str(folder), "3", ids], capture_output=True, text=True, cwd="/"
+        [sys.executable, "-c", STOCK, kind, str(base), str(folder), str(labels), ids], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return np.array(json.loads(done.stdout.splitlines()[-1]))

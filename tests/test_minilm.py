@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from conftest import MINILM
 from runs_helper import start
+from test_export import stock_logits
 
 from fedara_flwr.adapters.backbone import locate
 
 
-def test_fedara_learns_docstrings_with_the_default_model():
-    """Three rounds of three clients on 12 areas: far above the largest area's share, and more than the head alone could do."""
+def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
+    """Three rounds of three clients on 12 areas: far above the largest area's share; the adapter loads in stock PEFT."""
     flat = {
         "num-server-rounds": 3,
         "data.max-length": 32,
@@ -27,6 +29,14 @@ def test_fedara_learns_docstrings_with_the_default_model():
     assert rounds[-1]["accuracy"] > rounds[0]["accuracy"] > majority
     assert rounds[-1]["accuracy"] > 1.5 * majority
     assert rounds[-1]["alive"] == 4 * 36
+    model, state = strategy.model, strategy.state
+    folder = model.export(tmp_path, state.arrays, state.mask, strategy.scales())
+    batch = model.task.collate(model.tokenizer, model._ids["validation"][:1], [0])
+    model.adapted.load(state.arrays, state.mask, strategy.scales())
+    with torch.no_grad():
+        expected = model.adapted.logits(batch).numpy()
+    found = stock_logits("peft", locate(MINILM), folder, batch, labels=12)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_model_comes_from_the_installed_package():

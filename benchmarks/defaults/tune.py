@@ -23,7 +23,7 @@ from fedara_flwr.config import DataSettings, ModelSettings, Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.evaluate import ServerModel
 
-ROUNDS, EVERY = 40, 5
+EVERY = 5  # rounds between evaluations
 DATASETS = {  # name: (clients, Dirichlet alpha)
     "banking77": (50, 0.1),
     "docstrings": (20, 0.5),
@@ -39,7 +39,6 @@ GRID = [
     ]
 ]
 BASE = {
-    "num-server-rounds": ROUNDS,
     "model.dtype": "bfloat16",
     "model.pooling": "identity",
     "strategy.min-train-nodes": 5,
@@ -56,10 +55,13 @@ def server_model(model: ModelSettings, data: DataSettings, seed: int) -> ServerM
 class Trial:
     """One run that can be continued rung by rung."""
 
-    def __init__(self, dataset: str, data_dir: str, method: str, setting: dict, seed: int, out: Path, stage: str) -> None:
+    def __init__(
+        self, dataset: str, data_dir: str, method: str, setting: dict, seed: int, rounds: int, out: Path, stage: str
+    ) -> None:
         clients, alpha = DATASETS[dataset]
         flat = {
             **BASE,
+            "num-server-rounds": rounds,
             "method": method,
             "seed": seed,
             "data.dirichlet-alpha": alpha,
@@ -69,7 +71,7 @@ class Trial:
         }
         self.key = {"stage": stage, "data": dataset, "method": method, "setting": setting, "seed": seed}
         self.out, self.clients, self.flat, self.strategy = out, clients, flat, None
-        self.scores: list[float] = []
+        self.rounds, self.scores = rounds, []
         self.began = 0.0
 
     def run(self, rounds: int) -> float:
@@ -100,7 +102,7 @@ class Trial:
             "dead-modules": state.mask.dead_modules,
             "seconds": time.time() - self.began,
         }
-        if server_round == ROUNDS:
+        if server_round == self.rounds:
             test = self.model.evaluate(state.arrays, state.mask, strategy.scales(), "test")
             line |= {f"test-{name}": value for name, value in test.items()}
         with self.out.open("a") as file:
@@ -114,15 +116,15 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def halve(make, settings: list[dict], seeds: list[int], rungs: list[tuple[int, int]]) -> dict:
+def halve(make, settings: list[dict], seeds: list[int], rounds: int, rungs: list[tuple[int, int]]) -> dict:
     """Successive halving on the first seed: (rounds, survivors) per rung; the winner runs whole on all seeds."""
     trials = [make(setting, seeds[0]) for setting in settings]
-    for rounds, survivors in rungs:
-        trials = sorted(trials, key=lambda trial: -trial.run(rounds))[:survivors]
+    for reached, survivors in rungs:
+        trials = sorted(trials, key=lambda trial: -trial.run(reached))[:survivors]
     best = trials[0]
-    best.run(ROUNDS)
+    best.run(rounds)
     for seed in seeds[1:]:
-        make(best.key["setting"], seed).run(ROUNDS)
+        make(best.key["setting"], seed).run(rounds)
     return best.key["setting"]
 
 
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--data", default="docstrings", help="folder of a data set named like one of DATASETS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default="fedlora,fedara-static,fedara")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--setting", default="[]", help="JSON list of settings; stage grid has one of its own")
     args = parser.parse_args()
@@ -141,17 +144,17 @@ def main() -> None:
     dataset = Path(args.data).name
 
     def maker(method: str):
-        return lambda setting, seed: Trial(dataset, args.data, method, setting, seed, args.out, args.stage)
+        return lambda setting, seed: Trial(dataset, args.data, method, setting, seed, args.rounds, args.out, args.stage)
 
     for method in args.methods.split(","):
         if args.stage == "head":
             for pooling, rate in itertools.product(["pretrained", "identity"], [2e-3, 1e-2, 5e-2]):
-                maker("head")({"model.pooling": pooling, "train.head-learning-rate": rate}, seeds[0]).run(ROUNDS)
+                maker("head")({"model.pooling": pooling, "train.head-learning-rate": rate}, seeds[0]).run(args.rounds)
         elif args.stage == "grid":
-            halve(maker(method), json.loads(args.setting) or GRID, seeds, [(10, 2), (30, 1)])
+            halve(maker(method), json.loads(args.setting) or GRID, seeds, args.rounds, [(10, 2), (30, 1)])
         else:
             for setting, seed in itertools.product(json.loads(args.setting), seeds):
-                maker(method)(setting, seed).run(ROUNDS)
+                maker(method)(setting, seed).run(args.rounds)
 
 
 if __name__ == "__main__":
