@@ -2,8 +2,8 @@
 
     python benchmarks/defaults/tune.py STAGE --data DIR --out FILE [--methods a,b] [--seeds 1,2,3]
 
-Stages: `head` (pooling and the head's learning rate, method head), `grid` (the same grid for every method: all settings for 10
-rounds, the best two for 30, the best one for 40 and with more seeds), `ablate` (given settings on every seed).
+Stages: `grid` (the same grid for every method: all settings for 10 rounds, the best two for 30, the best one to the end and
+with more seeds) and `ablate` (given settings on every seed).
 Trials run in this process with the in-process engine, one torch thread each; start two of these for two cores. Trials whose
 lines are in FILE already are not run again.
 """
@@ -131,7 +131,7 @@ def halve(make, settings: list[dict], seeds: list[int], rounds: int, rungs: list
 def main() -> None:
     """Parse the command line and run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["head", "grid", "ablate"])
+    parser.add_argument("stage", choices=["grid", "ablate"])
     parser.add_argument("--data", default="docstrings", help="folder of a data set named like one of DATASETS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default="fedlora,fedara-static,fedara")
@@ -147,10 +147,7 @@ def main() -> None:
         return lambda setting, seed: Trial(dataset, args.data, method, setting, seed, args.rounds, args.out, args.stage)
 
     for method in args.methods.split(","):
-        if args.stage == "head":
-            for pooling, rate in itertools.product(["pretrained", "identity"], [2e-3, 1e-2, 5e-2]):
-                maker("head")({"model.pooling": pooling, "train.head-learning-rate": rate}, seeds[0]).run(args.rounds)
-        elif args.stage == "grid":
+        if args.stage == "grid":
             halve(maker(method), json.loads(args.setting) or GRID, seeds, args.rounds, [(10, 2), (30, 1)])
         else:
             for setting, seed in itertools.product(json.loads(args.setting), seeds):
