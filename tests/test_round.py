@@ -148,7 +148,7 @@ def test_silence_ends_at_the_deadline(tiny_bert):
             message = self._waiting.get(message_id)
             return message is None or (message.metadata.message_type, message.metadata.dst_node_id) != ("train", 1003)
 
-    strategy = start(config(tiny_bert, **ONE_ROUND, strategy__round_timeout=1.0), Silent)
+    strategy = start(config(tiny_bert, **ONE_ROUND, strategy__round_timeout=8.0), Silent)
     line = next(line for line in strategy.lines if line["type"] == "round")
     assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("3", "timeout")]
     assert line["good"] == 5
@@ -206,7 +206,7 @@ def test_a_node_with_another_model_is_left_out_with_the_reason(tiny_bert, tmp_pa
 
 
 def test_two_nodes_with_one_client_key(tiny_bert):
-    strategy, grid = prepare(config(tiny_bert, **ONE_ROUND, strategy__node_timeout=0.5))
+    strategy, grid = prepare(config(tiny_bert, **ONE_ROUND, strategy__node_timeout=5.0))
     grid.contexts[1004].node_config["client-key"] = "3"
     strategy.start(grid, strategy.initial_arrays(), 1)
     assert strategy.roster.nodes["3"].node_id == 1003
@@ -230,14 +230,14 @@ class DeafGrid(InProcessGrid):
 
 @pytest.mark.parametrize("kind", ["query.whoami", "query.ready"])
 def test_a_node_that_fails_to_answer_once_takes_part_later(tiny_bert, kind):
-    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, strategy__node_timeout=0.5)
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, strategy__node_timeout=60.0)
     strategy = start(flat, DeafGrid, kind=kind, times=1)
     good = [line["good"] for line in strategy.lines if line["type"] == "round"]
     assert good[-1] == 6 and strategy.roster.unfit == {}
 
 
 def test_a_node_that_never_answers_is_asked_three_times(tiny_bert):
-    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 6}, strategy__node_timeout=0.5)
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 6}, strategy__node_timeout=60.0)
     strategy, grid = prepare(flat, DeafGrid, kind="query.ready", times=99)
     strategy.start(grid, strategy.initial_arrays(), 6)
     assert grid.asked == 3 and "broken" in strategy.roster.unfit["2"]
@@ -256,7 +256,7 @@ def test_a_late_node_without_a_term_does_not_end_the_run(tiny_bert):
                 reply.content.config_records["whoami"]["terms"] = "none"
             return reply
 
-    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, train__prox_mu=0.1, strategy__node_timeout=0.5)
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3}, train__prox_mu=0.1, strategy__node_timeout=5.0)
     strategy, grid = prepare(flat, Late)
     strategy.start(grid, strategy.initial_arrays(), 3)
     assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5, 5, 5]
@@ -328,7 +328,7 @@ def test_a_node_that_leaves_and_returns_takes_part_again(tiny_bert):
 
 def test_a_restarted_node_gets_its_key_back_when_the_old_one_is_gone(tiny_bert):
     """Node 1005 is a restart of 1002 under the same client key; both are listed until round 2 is done."""
-    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 4}, strategy__node_timeout=3.0)
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 4}, strategy__node_timeout=5.0)
     strategy, grid = prepare(flat, ComingAndGoing, present=lambda done, ids: [i for i in ids if i != 1002 or done < 2])
     grid.lines = strategy.lines
     grid.contexts[1005].node_config["client-key"] = "2"
