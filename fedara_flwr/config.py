@@ -90,7 +90,7 @@ class StrategySettings(Group):
 
 
 class TrainSettings(Group):
-    steps: int = Field(8, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
+    steps: int = Field(6, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
     batch_size: int = Field(16, ge=1, description="examples per step")
     learning_rate: float = Field(

@@ -42,6 +42,7 @@ BASE = {
     "model.dtype": "bfloat16",
     "model.pooling": "identity",
     "strategy.min-train-nodes": 5,
+    "train.steps": 8,
     "run.threads": 1,
 }
 
