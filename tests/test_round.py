@@ -367,3 +367,9 @@ def test_a_run_that_never_began_leaves_nothing(tiny_bert, tmp_path):
     with pytest.raises(TimeoutError):
         engine.run(flat, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_training_nodes_than_there_are_is_a_clear_error(tiny_bert):
+    strategy, grid = prepare(config(tiny_bert, strategy__min_train_nodes=9, strategy__node_timeout=2.0))
+    with pytest.raises(TimeoutError, match=r"6 nodes after .*strategy.min-train-nodes = 9 are needed"):
+        strategy.start(grid, strategy.initial_arrays(), 1)

@@ -72,6 +72,7 @@ class Roster:
             self.refresh(grid)
             told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0)
             wanted = told.most_common(1)[0][0] if told else self.settings.min_available_nodes
+            wanted = max(wanted, self.settings.min_train_nodes)
             if len(self.nodes) >= wanted:
                 self._started = True
                 return
