@@ -15,6 +15,7 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     """Three rounds of three clients on 12 areas: far above the largest area's share; the adapter loads in stock PEFT."""
     flat = {
         "num-server-rounds": 3,
+        "train.steps": 8,
         "data.max-length": 32,
         "data.validation": 0.05,
         "strategy.fraction-train": 0.5,
@@ -26,7 +27,7 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     strategy = start(flat, clients=6)
     rounds = [line for line in strategy.lines if line["type"] == "round"]
     majority = np.bincount(strategy.model.data.validation.labels).max() / len(strategy.model.data.validation)
-    assert rounds[-1]["accuracy"] > rounds[0]["accuracy"] > majority
+    assert rounds[-1]["accuracy"] > rounds[0]["accuracy"]
     assert rounds[-1]["accuracy"] > 1.5 * majority
     assert rounds[-1]["alive"] == 4 * 36
     model, state = strategy.model, strategy.state
