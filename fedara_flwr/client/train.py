@@ -21,6 +21,7 @@ from fedara_flwr.ranks import rank_order
 from fedara_flwr.spec import Arrays
 from fedara_flwr.tasks.base import Task
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.wire.records import sent_parts
 
 WINDOW = 8  # batches among which examples are sorted by length
 
@@ -180,8 +181,7 @@ def _collect(
     adapted: AdaptedModel, plan: TrainPlan, scorer: SlotScorer | None, examples: int, metrics: dict[str, float]
 ) -> Update:
     vote, mask = None, plan.mask
-    parts = frozenset(p for p in plan.trainable if p == "head" or plan.mask.count)
-    arrays = adapted.collect(parts)
+    arrays = adapted.collect(sent_parts(plan))
     if scorer is not None:
         ranks = rank_order(scorer.scores())
         vote = Vote(ranks < plan.budget, ranks.astype(np.uint16) if "scores" in plan.report else None)
