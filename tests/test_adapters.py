@@ -110,8 +110,10 @@ def test_gradients_of_alive_slots_equal_those_of_the_unshrunk_model(tiny_models,
     shrunk = gradients(spec.slice(arrays, full, mask), mask)
     expected = spec.slice(unshrunk, full, mask)
     for part in ALL:
-        assert np.abs(expected[part]).max() > 0
-        np.testing.assert_allclose(shrunk[part], expected[part], atol=2e-6)
+        largest = np.abs(expected[part]).max()
+        assert largest > 0
+        # matrix products of other shapes round otherwise, by how much depends on the processor
+        np.testing.assert_allclose(shrunk[part], expected[part], rtol=0, atol=1e-5 * largest)
 
 
 @architectures
