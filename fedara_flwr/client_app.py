@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -14,6 +16,7 @@ from fedara_flwr.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
+    from fedara_flwr.client.store import NodeStore
     from fedara_flwr.client.train import ClientData
     from fedara_flwr.spec import Arrays
     from fedara_flwr.wire.plan import TrainPlan
@@ -66,6 +69,7 @@ def whoami(message: Message, context: Context) -> Message:
             "client-key": client_key(context),
             "num-partitions": int(context.node_config.get("num-partitions", 0)),
             "terms": ",".join(terms.names()),
+            "simulated": in_simulation(context),
         }
     )
     return Message(RecordDict({"whoami": answer}), reply_to=message)
@@ -74,14 +78,20 @@ def whoami(message: Message, context: Context) -> Message:
 @app.query("ready")
 def ready(message: Message, context: Context) -> Message:
     """Whether this node can train: how many examples it has, and what it must have in common with the server."""
-    labels = message.content.config_records["ready"]["labels"]
-    examples = 0
+    question: Any = message.content.config_records["ready"]
+    metrics: dict[str, Any] = {"num-examples": 0}
     try:
         from fedara_flwr.adapters.backbone import tokenizer_digest
         from fedara_flwr.data.federation import federation
 
-        resident, data = _open(context, tuple(labels))  # type: ignore[arg-type]
-        examples = len(data.train)
+        resident, data = _open(context, tuple(question["labels"]))
+        metrics["num-examples"] = len(data.train)
+        if "calibrate-rank" in question and len(data.train):
+            from fedara_flwr.client.capacity import measure
+
+            resident.set_offset((), _store(context))  # a run before this one may have left its own
+            batch, rank = question["calibrate-batch"], question["calibrate-rank"]
+            metrics |= measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank)
         shared = not context.node_config.get("data-path")
         answer = ConfigRecord(
             {
@@ -92,18 +102,50 @@ def ready(message: Message, context: Context) -> Message:
         )
     except ConfigError as error:
         answer = ConfigRecord({"error": str(error)})
-    return Message(RecordDict({"ready": answer, "metrics": MetricRecord({"num-examples": examples})}), reply_to=message)
+    return Message(RecordDict({"ready": answer, "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def _receive(message: Message, context: Context) -> tuple[Session, ClientData, TrainPlan, Arrays]:
-    """What TRAIN and EVALUATE bring, checked against this node's model."""
-    from fedara_flwr.wire.records import plan_from_content, read_arrays, received_parts
+def _receive(message: Message, context: Context) -> tuple[Session, ClientData, TrainPlan, Arrays] | Message:
+    """What TRAIN and EVALUATE bring, checked against this node's model; or the reply that says what is missing."""
+    from fedara_flwr.client.store import MissingPieces
+    from fedara_flwr.wire.records import need_offset, plan_from_content, read_arrays
 
     resident, data = _open(context)
     spec = resident.adapted.spec
     plan = plan_from_content(message.content, len(spec.modules))
-    parts = received_parts(plan, "E" not in message.content.array_records["arrays"])
-    return resident, data, plan, read_arrays(message.content, spec, plan.mask, parts)
+    try:
+        _take_offset(message, context, resident, plan)
+    except MissingPieces as error:
+        return Message(need_offset(error.digests, plan.server_round), reply_to=message)
+    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries)
+
+
+def _store(context: Context) -> NodeStore:
+    """Where this node keeps pieces of the offset."""
+    from fedara_flwr.client.store import NodeStore
+
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    return NodeStore(Path(str(context.node_config.get("store-dir") or home / "fedara-store")))
+
+
+def _take_offset(message: Message, context: Context, resident: Session, plan: TrainPlan) -> None:
+    """Keep the pieces of the offset that came, and set the one that the plan names."""
+    from fedara_flwr.client.store import MissingPieces
+    from fedara_flwr.wire.records import read_pieces
+
+    store = _store(context)
+    came = read_pieces(message.content, resident.adapted.spec)
+    for piece in came:
+        store.put(piece)
+    if plan.offset and in_simulation(context):
+        # simulated nodes share a folder, but not what they were sent
+        known: Any = context.state.config_records.get("offset", ConfigRecord()).get("digests", [])
+        have = {*known, *(piece.digest for piece in came)} & set(plan.offset)
+        if have:
+            context.state["offset"] = ConfigRecord({"digests": sorted(have)})
+        if missing := [digest for digest in plan.offset if digest not in have]:
+            raise MissingPieces(missing)
+    resident.set_offset(plan.offset, store)
 
 
 @app.train()
@@ -112,8 +154,12 @@ def train(message: Message, context: Context) -> Message:
     from fedara_flwr.client.train import train as run
     from fedara_flwr.wire.records import update_to_content
 
-    resident, data, plan, arrays = _receive(message, context)
-    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, client_key(context))
+    received = _receive(message, context)
+    if isinstance(received, Message):
+        return received
+    resident, data, plan, arrays = received
+    key, simulated = client_key(context), in_simulation(context)
+    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, count_flops=simulated)
     return Message(update_to_content(update, plan), reply_to=message)
 
 
@@ -121,8 +167,12 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """The received model on this client's own held-out rows."""
     from fedara_flwr.client.train import evaluate as run
+    from fedara_flwr.client.train import load
 
-    resident, data, plan, arrays = _receive(message, context)
-    resident.adapted.load(arrays, plan.mask, plan.scales)
+    received = _receive(message, context)
+    if isinstance(received, Message):
+        return received
+    resident, data, plan, arrays = received
+    load(resident.adapted, plan, arrays)
     metrics: dict[str, Any] = {"eval-examples": 0} | run(resident.adapted, resident.task, resident.tokenizer, data)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

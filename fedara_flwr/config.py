@@ -38,7 +38,7 @@ class ModelSettings(Group):
     name: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2",
         min_length=1,
-        description="backbone: a local directory or a Hugging Face id of a sequence-classification architecture",
+        description="backbone: a local directory or a Hugging Face id of an architecture with a head for data.task",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="number type of the frozen backbone; adapters, head and optimiser are always float32"
@@ -86,7 +86,7 @@ class StrategySettings(Group):
         "global", description="fedara: slots a client sends back: all it got, or those it voted for"
     )
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in every average")
-    options: str = Field("", description="keys of a method of another package, as TOML: 'a = 1' or '{a = 1, b = 2}'")
+    options: str = Field("", description="keys of the method alone (`fedara methods`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
 
 
 class TrainSettings(Group):
@@ -107,11 +107,14 @@ class TrainSettings(Group):
 
 
 class DataSettings(Group):
+    task: Literal["classification", "token-classification"] = Field(
+        "classification", description="what is learnt: a label for a text or a pair, or a tag for every word (entities)"
+    )
     name: str = Field("docstrings", min_length=1, description="'docstrings' or a Hugging Face dataset id")
     path: str = Field("", description="local parquet, csv or jsonl file, or a folder with train.* and test.*")
-    text_column: str = Field("text", min_length=1, description="column of the text")
+    text_column: str = Field("text", min_length=1, description="column of the text, or of the list of words")
     pair_column: str = Field("", description="column of the second text of a sentence pair; '' = none")
-    label_column: str = Field("label", min_length=1, description="column of the label")
+    label_column: str = Field("label", min_length=1, description="column of the label, or of the list of the words' tags")
     labels: str = Field("", description="label names in order, comma-separated; '' = as the data has them")
     partition: Literal["iid", "dirichlet", "pathological", "natural"] = Field(
         "dirichlet", description="how training data is split over clients"
@@ -125,6 +128,15 @@ class DataSettings(Group):
         0.0, ge=0, lt=1, description="share of its own examples on which a client evaluates the model it receives"
     )
     max_length: int = Field(64, ge=8, description="tokens after which a text is cut")
+
+
+class FleetSettings(Group):
+    profiles: str = Field(
+        "agx-orin,orin-nano,raspberry-pi-5,phone",
+        min_length=1,
+        description="devices of a simulation, drawn by seed for each node, comma-separated; one named twice is drawn twice as "
+        "often. They set the modelled seconds and joules, and what legend, hetlora and flexlora give a node",
+    )
 
 
 class OutputSettings(Group):
@@ -144,6 +156,7 @@ class Settings(Group):
     strategy: StrategySettings = Field(default_factory=StrategySettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     data: DataSettings = Field(default_factory=DataSettings)
+    fleet: FleetSettings = Field(default_factory=FleetSettings)
     run: OutputSettings = Field(default_factory=OutputSettings)
 
     @classmethod
@@ -280,15 +293,17 @@ def reference() -> str:
             lines += ["", f"## {group or 'the run'}", ""] if lines[-1] else [f"## {group or 'the run'}", ""]
             lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
         text = str(field.description).replace("|", "\\|")
-        lines.append(f"| `{key}` | `{_toml(value)}` | {_allowed(field)} | {text} |")
+        lines.append(f"| `{key}` | `{toml(value)}` | {allowed(field)} | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Scalar) -> str:
+def toml(value: object) -> str:
+    """A value as one writes it in TOML."""
     return str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
 
 
-def _allowed(field: Any) -> str:
+def allowed(field: Any) -> str:
+    """Type and limits of a pydantic field, as Markdown."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`'{choice}'`" for choice in get_args(field.annotation))
     signs = {"Ge": ("≥", "ge"), "Gt": (">", "gt"), "Le": ("≤", "le"), "Lt": ("<", "lt")}
@@ -298,5 +313,7 @@ def _allowed(field: Any) -> str:
         for kind, (sign, name) in signs.items()
         if type(rule).__name__ == kind
     ]
-    kind = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[field.annotation]
+    kinds = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}
+    other = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+    kind = kinds.get(field.annotation, other)
     return " ".join([kind, ", ".join(limits)]).strip()

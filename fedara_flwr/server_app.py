@@ -62,13 +62,13 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
 
 def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel, outcome: str, seconds: float) -> None:
     """Test once, export what was reached, write and show the summary."""
-    settings, state, scales = strategy.settings, strategy.state, strategy.scales()
+    settings, state = strategy.settings, strategy.state
     end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": seconds}
     if outcome == "completed":
-        test = model.evaluate(state.arrays, state.mask, scales, "test")
+        test = model.evaluate(strategy.weights(), "test")
         end |= {f"test-{name}": value for name, value in test.items()}
     directory.write(end)
-    exported = model.export(directory.path, state.arrays, state.mask, scales)
+    exported = model.export(directory.path, strategy.exported())
     directory.finish(
         {
             **end,

@@ -12,9 +12,10 @@ from fedara_flwr.ranks import RankMask
 
 Vector = NDArray[np.float32]
 SLOT_PARTS = ("B", "E", "A")
-PARTS = (*SLOT_PARTS, "head")
+PARTS = (*SLOT_PARTS, "head", "backbone")
 Arrays = dict[str, Vector]
-"""One packed float32 vector per part; the slot parts under some RankMask, the head in the order of `ModelSpec.head`."""
+"""One packed float32 vector per part: the slot parts under some RankMask, the head in the order of `ModelSpec.head`, the
+backbone as differences from the pre-trained values, in the order of `ModelSpec.backbone` or at drawn positions."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the head."""
+    """One parameter of head or backbone."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,11 +48,13 @@ class ModelSpec:
         fingerprint: sha256 over the backbone's float32 weights, the head left out.
         modules: adapted layers; their order is the module index everywhere.
         head: parameters of the head, in the order in which they are packed.
+        backbone: all other parameters, likewise.
     """
 
     fingerprint: str
     modules: tuple[ModuleSpec, ...]
     head: tuple[ParameterSpec, ...]
+    backbone: tuple[ParameterSpec, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -74,14 +77,25 @@ class ModelSpec:
                 return tuple(m.d_in for m in self.modules)
         raise ValueError(f"{part!r} is not a slot part, allowed are {SLOT_PARTS}")
 
-    def length(self, part: str, mask: RankMask) -> int:
-        """Length of the packed vector of `part` under `mask`."""
-        return self.head_size if part == "head" else mask.length(self.widths(part))
+    @property
+    def backbone_size(self) -> int:
+        """Numbers in the backbone."""
+        return sum(p.size for p in self.backbone)
+
+    def length(self, part: str, mask: RankMask, entries: int = 0) -> int:
+        """Length of the packed vector of `part` under `mask`; of the backbone `entries` numbers travel, 0 = all."""
+        match part:
+            case "head":
+                return self.head_size
+            case "backbone":
+                return entries or self.backbone_size
+        return mask.length(self.widths(part))
 
     def slice(self, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
-        """Arrays packed under `mask`, cut down to `sub`; the head as it is."""
+        """Arrays packed under `mask`, cut down to `sub`; head and backbone as they are."""
         if mask == sub:
             return dict(arrays)
         return {
-            part: vector if part == "head" else mask.slice(vector, self.widths(part), sub) for part, vector in arrays.items()
+            part: mask.slice(vector, self.widths(part), sub) if part in SLOT_PARTS else vector
+            for part, vector in arrays.items()
         }

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
 LAYERS = [
-    {"config", "spec", "ranks", "seeds"},
+    {"config", "spec", "ranks", "seeds", "fleet", "draws", "offsets"},
     {"wire", "tasks", "data", "adapters"},
     {"client", "server"},
     {"strategies"},
@@ -64,7 +64,8 @@ from fedara_flwr.client_app import app
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 context = Context(1, 5, {"partition-id": 3, "num-partitions": 8}, RecordDict(), {})
 answer = app(Message(RecordDict(), 5, "query.whoami"), context).content.config_records["whoami"]
-assert dict(answer) == {"protocol": 1, "client-key": "3", "num-partitions": 8, "terms": "orthogonality,prox"}, answer
+assert dict(answer) == {"protocol": 1, "client-key": "3", "num-partitions": 8,
+    "terms": "orthogonality,prox,tail-penalty", "simulated": False}, answer
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)

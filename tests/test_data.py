@@ -381,6 +381,15 @@ def test_missing_column_in_test(tmp_path):
     assert "did you mean 'texts'?" in line
 
 
+@pytest.mark.parametrize(("option", "column"), [("text_column", "words"), ("label_column", "tags"), ("pair_column", "words")])
+def test_lists_are_another_task(tmp_path, option, column):
+    rows = [{"words": ["a", "b"], "tags": [0, 1], "text": "a b", "label": 1}]
+    key = f"data.{option.replace('_', '-')} = {column!r}"
+    assert problem(write(tmp_path / "d.jsonl", rows), **{option: column}) == (
+        f"{key}: it holds lists, allowed with data.task = 'classification' is one value a row"
+    )
+
+
 @formats
 def test_unknown_label(tmp_path, ending):
     path = write(tmp_path / f"d{ending}", COLOURS)

@@ -32,7 +32,7 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     assert rounds[-1]["alive"] == 4 * 36
     model, state = strategy.model, strategy.state
     folder = model.export(tmp_path, state.arrays, state.mask, strategy.scales())
-    batch = model.task.collate(model.tokenizer, model._ids["validation"][:1], [0])
+    batch = model.task.collate(model.tokenizer, model._encoded["validation"].ids[:1], [0])
     model.adapted.load(state.arrays, state.mask, strategy.scales())
     with torch.no_grad():
         expected = model.adapted.logits(batch).numpy()

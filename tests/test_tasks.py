@@ -17,9 +17,10 @@ from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.ranks import RankMask
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import TASKS, Encoded
 
 TASK = TASKS["classification"]
+NAMES = ("a", "b", "c", "d", "e")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def examples(texts: list[str], pairs: list[str] | None = None) -> Examples:
 
 def both(tokenizer, texts: list[str], pairs: list[str] | None = None):
     """Our batch, and the tokenizer's own."""
-    ids = TASK.encode(tokenizer, examples(texts, pairs), 64)
+    ids = TASK.encode(tokenizer, examples(texts, pairs), 64).ids
     ours = TASK.collate(tokenizer, ids, [0] * len(texts))
     return ours, tokenizer(texts, pairs, padding=True, truncation=True, max_length=64, return_tensors="pt")
 
@@ -42,28 +43,33 @@ def both(tokenizer, texts: list[str], pairs: list[str] | None = None):
 
 
 def test_encode_adds_special_tokens(tokenizer):
-    ids = TASK.encode(tokenizer, examples(["hello world", "hello"]), 64)
+    ids = TASK.encode(tokenizer, examples(["hello world", "hello"]), 64).ids
     hello, world = tokenizer.convert_tokens_to_ids(["hello", "world"])
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     assert ids == [[start, hello, world, end], [start, hello, end]]
 
 
+def test_encode_gives_each_row_its_label(tokenizer):
+    rows = Examples(("hello", "world", "hello world"), np.array([2, 0, 1]))
+    assert TASK.encode(tokenizer, rows, 64).labels == [2, 0, 1]
+
+
 def test_encode_cuts(tokenizer):
-    (ids,) = TASK.encode(tokenizer, examples(["hello " * 50]), 10)
+    (ids,) = TASK.encode(tokenizer, examples(["hello " * 50]), 10).ids
     assert len(ids) == 10
     assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
 
 
 def test_encode_cuts_the_longer_of_a_pair(tokenizer):
-    (ids,) = TASK.encode(tokenizer, examples(["hello " * 50], ["world"]), 10)
+    (ids,) = TASK.encode(tokenizer, examples(["hello " * 50], ["world"]), 10).ids
     hello, world = tokenizer.convert_tokens_to_ids(["hello", "world"])
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     assert ids == [start, *[hello] * 6, end, world, end]
 
 
 def test_encode_nothing(tokenizer):
-    assert TASK.encode(tokenizer, examples([]), 64) == []
-    assert TASK.encode(tokenizer, examples([], []), 64) == []
+    assert len(TASK.encode(tokenizer, examples([]), 64)) == 0
+    assert len(TASK.encode(tokenizer, examples([], []), 64)) == 0
 
 
 # padding
@@ -114,11 +120,11 @@ def test_token_types_of_a_cut_pair(tokenizer):
 def test_token_types_of_text_with_a_separator(tokenizer, pairs):
     """Text that spells out [SEP] is still one segment: types are 1 from the pair's first token on, not before."""
     texts = ["what [SEP] means"]
-    ids = TASK.encode(tokenizer, examples(texts, pairs), 64)
+    ids = TASK.encode(tokenizer, examples(texts, pairs), 64).ids
     types = TASK.collate(tokenizer, ids, [0])["token_type_ids"].tolist()
     second = 0
     if pairs:
-        alone = TASK.encode(tokenizer, examples(texts), 64)
+        alone = TASK.encode(tokenizer, examples(texts), 64).ids
         second = len(ids[0]) - len(alone[0])
     assert second > 0 or pairs is None
     assert types == [[0] * (len(ids[0]) - second) + [1] * second]
@@ -177,7 +183,7 @@ def test_metrics_by_hand():
         ]
     )
     logits = (np.log(p) + np.array([[0], [3], [-2], [10], [-10]])).astype(np.float32)
-    found = TASK.metrics(logits, np.array([0, 0, 1, 1, 2]))
+    found = TASK.metrics(logits, np.array([0, 0, 1, 1, 2]), NAMES)
     assert found["accuracy"] == pytest.approx(0.6)
     assert found["macro-f1"] == pytest.approx(1.3 / 3)
     assert found["loss"] == pytest.approx(1.4 * math.log(2), rel=1e-6)
@@ -187,8 +193,8 @@ def test_metrics_by_hand():
 
 def test_metrics_of_a_perfect_and_a_wrong_model():
     labels = np.array([0, 1, 2, 1])
-    right = TASK.metrics(20 * np.eye(3, dtype=np.float32)[labels], labels)
-    wrong = TASK.metrics(20 * np.eye(3, dtype=np.float32)[(labels + 1) % 3], labels)
+    right = TASK.metrics(20 * np.eye(3, dtype=np.float32)[labels], labels, NAMES)
+    wrong = TASK.metrics(20 * np.eye(3, dtype=np.float32)[(labels + 1) % 3], labels, NAMES)
     assert right["accuracy"] == right["macro-f1"] == 1 and right["loss"] < 1e-6
     assert wrong["accuracy"] == wrong["macro-f1"] == 0 and wrong["loss"] == pytest.approx(20, rel=1e-6)
 
@@ -196,7 +202,7 @@ def test_metrics_of_a_perfect_and_a_wrong_model():
 def test_loss_of_extreme_logits_is_finite():
     """Row 0 is certain and right, row 1 certain and wrong by 1000."""
     logits = np.array([[1000, 0], [1000, 0]], dtype=np.float32)
-    assert TASK.metrics(logits, np.array([0, 1]))["loss"] == pytest.approx(500)
+    assert TASK.metrics(logits, np.array([0, 1]), NAMES)["loss"] == pytest.approx(500)
 
 
 def table_f1(truth: list[int], predicted: list[int]) -> float:
@@ -217,7 +223,7 @@ def table_f1(truth: list[int], predicted: list[int]) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
 def test_metrics_agree_with_a_confusion_table(rows):
     truth, predicted = [t for t, _ in rows], [p for _, p in rows]
-    found = TASK.metrics(np.eye(5, dtype=np.float32)[predicted], np.array(truth))
+    found = TASK.metrics(np.eye(5, dtype=np.float32)[predicted], np.array(truth), NAMES)
     assert found["macro-f1"] == pytest.approx(table_f1(truth, predicted))
     hits = sum(t == p for t, p in rows)
     assert found["accuracy"] == pytest.approx(hits / len(rows))
@@ -232,7 +238,7 @@ def test_metrics_loss_is_the_training_loss(seed, count):
     logits = rng.normal(0, 5, (count, 4)).astype(np.float32)
     labels = rng.integers(0, 4, count)
     loss = TASK.loss(torch.from_numpy(logits), {"labels": torch.from_numpy(labels)}).item()
-    assert TASK.metrics(logits, labels)["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert TASK.metrics(logits, labels, NAMES)["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
 # predictions
@@ -243,6 +249,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
+        self.backbone = SimpleNamespace(labels=NAMES)
         self.shapes: list[tuple[int, int]] = []
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -260,10 +267,10 @@ def test_predict_keeps_logits_with_their_rows():
     """A model that reads the label from the row is right in every row, and wrong in as many as we spoil."""
     plain = SimpleNamespace(pad_token_id=0, sep_token_id=None, model_input_names=["input_ids"])
     ids, labels = rows_of_many_lengths(75)
-    assert predict(Reader(), TASK, plain, ids, labels)["accuracy"] == 1
+    assert predict(Reader(), TASK, plain, Encoded(ids, labels))["accuracy"] == 1
     spoiled = labels.copy()
     spoiled[[3, 40, 74]] = (labels[[3, 40, 74]] + 1) % 5
-    assert predict(Reader(), TASK, plain, ids, spoiled)["accuracy"] == pytest.approx(72 / 75)
+    assert predict(Reader(), TASK, plain, Encoded(ids, spoiled))["accuracy"] == pytest.approx(72 / 75)
 
 
 def test_predict_groups_by_length_and_turns_dropout_off():
@@ -271,7 +278,7 @@ def test_predict_groups_by_length_and_turns_dropout_off():
     ids, labels = rows_of_many_lengths(75)
     reader = Reader()
     reader.model.train()
-    predict(reader, TASK, plain, ids, labels)
+    predict(reader, TASK, plain, Encoded(ids, labels))
     assert not reader.model.training
     ordered = sorted(len(row) for row in ids)
     assert reader.shapes == [(32, ordered[31]), (32, ordered[63]), (11, ordered[74])]
@@ -289,22 +296,22 @@ def test_predict_whatever_the_order(adapted, tokenizer):
     rng = np.random.default_rng(0)
     words = "the a sky grass cherry is was blue green red very".split()
     texts = [" ".join(rng.choice(words, rng.integers(1, 30))) for _ in range(70)]
-    ids = TASK.encode(tokenizer, examples(texts), 32)
+    ids = TASK.encode(tokenizer, examples(texts), 32).ids
     labels = rng.integers(0, len(LABELS), 70)
-    expected = predict(adapted, TASK, tokenizer, ids, labels)
+    expected = predict(adapted, TASK, tokenizer, Encoded(ids, labels))
     assert 0 < expected["accuracy"] < 1
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(70)
-        found = predict(adapted, TASK, tokenizer, [ids[i] for i in order], labels[order])
+        found = predict(adapted, TASK, tokenizer, Encoded([ids[i] for i in order], labels[order]))
         assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_predict_in_batches_equals_row_by_row(adapted, tokenizer):
     """Padding and neighbours do not change a row's logits."""
     texts, pairs = SINGLES * 12, PAIRS * 12
-    ids = TASK.encode(tokenizer, examples(texts, pairs), 32)
+    ids = TASK.encode(tokenizer, examples(texts, pairs), 32).ids
     labels = np.arange(36) % len(LABELS)
-    together = predict(adapted, TASK, tokenizer, ids, labels)
-    alone = [predict(adapted, TASK, tokenizer, [row], labels[i : i + 1]) for i, row in enumerate(ids)]
+    together = predict(adapted, TASK, tokenizer, Encoded(ids, labels))
+    alone = [predict(adapted, TASK, tokenizer, Encoded([row], labels[i : i + 1])) for i, row in enumerate(ids)]
     for name in ("accuracy", "loss"):
         assert together[name] == pytest.approx(np.mean([one[name] for one in alone]), rel=1e-5)

@@ -27,7 +27,6 @@ from fedara_flwr.wire.records import (
     plan_from_content,
     plan_to_content,
     read_vector,
-    received_parts,
     sent_parts,
     update_from_content,
     update_to_content,
@@ -38,6 +37,7 @@ SPEC = ModelSpec(
     "f" * 64,
     (ModuleSpec("m0", 3, 2, 0), ModuleSpec("m1", 1, 4, 0), ModuleSpec("m2", 2, 2, 1)),
     (ParameterSpec("weight", (2, 2)), ParameterSpec("bias", (2,))),
+    (ParameterSpec("embedding", (3, 1)), ParameterSpec("m0.weight", (3, 2))),
 )
 MASK = RankMask((2, 2, 2), np.array([1, 1, 0, 1, 0, 1], dtype=bool))  # alive: 2 in m0, 1 in m1, 1 in m2
 PLAN = TrainPlan(
@@ -52,6 +52,7 @@ PLAN = TrainPlan(
     learning_rate=2e-3,
     e_lr_factor=1.0,
     head_learning_rate=1e-2,
+    carries=frozenset(PARTS),
 )
 VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
 MOST = 100  # examples that the node declared
@@ -136,7 +137,11 @@ WITH_TERMS = replace(
     importance="magnitude",
     importance_time="after",
     upload_mask="local",
-    offset_version=4,
+    offset=("0" * 64, "ab" * 32),
+    carries=frozenset({"B", "head"}),
+    drawn=frozenset({"A"}),
+    draw_seed=2**62,
+    entries=4,
     trainable=frozenset({"B", "head"}),
 )
 ALL_DEAD = replace(PLAN, mask=PLAN.mask.keep(np.zeros(4, dtype=bool)))
@@ -155,7 +160,7 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_plan_round_trip(plan):
-    content = plan_to_content(plan, random_arrays(plan.mask, received_parts(plan, False)))
+    content = plan_to_content(plan, random_arrays(plan.mask, plan.carries))
     assert plan_from_content(content, 3) == plan
     assert content.config_records["plan"].count_bytes() > 0
 
@@ -184,7 +189,7 @@ def plans(draw):
 @laws
 @given(plans())
 def test_any_plan_comes_back_and_is_counted(plan):
-    content = plan_to_content(plan, random_arrays(plan.mask, received_parts(plan, False)))
+    content = plan_to_content(plan, random_arrays(plan.mask, plan.carries))
     assert plan_from_content(content, 3) == plan
     assert sum(payload(content).values()) == sum(record.count_bytes() for record in content.values())
 
@@ -265,13 +270,9 @@ def test_plan_with_another_number_of_scales(scales):
 
 
 def test_parts_that_travel():
-    everything = {"B", "E", "A", "head"}
-    assert received_parts(PLAN, e_is_one=False) == everything
-    assert received_parts(PLAN, e_is_one=True) == {"B", "A", "head"}
-    assert received_parts(ALL_DEAD, e_is_one=False) == {"head"}
-    assert sent_parts(PLAN) == everything
+    assert sent_parts(PLAN) == {"B", "E", "A", "head", "backbone"}
     assert sent_parts(replace(PLAN, trainable=frozenset({"B", "head"}))) == {"B", "head"}
-    assert sent_parts(ALL_DEAD) == {"head"}
+    assert sent_parts(ALL_DEAD) == {"head", "backbone"}
     assert sent_parts(NOTHING_TRAINED) == set()
 
 
@@ -311,9 +312,9 @@ def test_local_upload_holds_the_votes_alone():
     plan = ANSWERED["local"]
     read = update_from_content(reply_to(plan), SPEC, plan, MOST)
     assert read.mask.bits.tolist() == [False, True, False, True, False, False]
-    assert {part: len(vector) for part, vector in read.arrays.items()} == {"B": 4, "E": 2, "A": 6, "head": 6}
+    assert {part: len(vector) for part, vector in read.arrays.items()} == {"B": 4, "E": 2, "A": 6, "head": 6, "backbone": 9}
     full = update_from_content(reply_to(VOTING), SPEC, VOTING, MOST)
-    assert {part: len(vector) for part, vector in full.arrays.items()} == {"B": 9, "E": 4, "A": 10, "head": 6}
+    assert {part: len(vector) for part, vector in full.arrays.items()} == {"B": 9, "E": 4, "A": 10, "head": 6, "backbone": 9}
 
 
 def test_vote_that_was_not_asked_for_is_ignored():
@@ -373,7 +374,7 @@ def test_missing_part(part):
     assert reason(content) == "parts"
 
 
-@pytest.mark.parametrize("name", ["backbone", "b", "B "])
+@pytest.mark.parametrize("name", ["spine", "b", "B "])
 def test_extra_part(name):
     content = reply_to(PLAN)
     content.array_records["arrays"][name] = Array(np.zeros(3, dtype=np.float32))
@@ -778,7 +779,7 @@ def test_payload_of_a_plan_by_hand():
     """Alive: 2, 1, 1 slots. B 4·(2·3 + 1·1 + 1·2) = 36, E 4·4 = 16, A 4·(2·2 + 1·4 + 1·2) = 40, head 4·6 = 24; mask 6 bits."""
     content = plan_to_content(PLAN, random_arrays(MASK))
     parts = payload(content)
-    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "mask": 1}
+    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "backbone": 36, "mask": 1}
     assert sum(parts.values()) == counted(content)
 
 
@@ -786,7 +787,7 @@ def test_payload_of_an_update_by_hand():
     """As above, and a vote of 4 bits with 4 ranks of 2 bytes."""
     content = reply_to(VOTING)
     parts = payload(content)
-    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "mask": 1 + 8}
+    assert {part: parts[part] for part in (*PARTS, "mask")} == {"B": 36, "E": 16, "A": 40, "head": 24, "backbone": 36, "mask": 1 + 8}
     assert sum(parts.values()) == counted(content)
 
 
@@ -830,8 +831,8 @@ def test_payload_does_not_believe_a_header():
 
 def test_unknown_parts_are_other_bytes():
     """128 bytes of header, 16 of data, and the name."""
-    parts = payload(RecordDict({"arrays": ArrayRecord({"backbone": Array(GOOD)})}))
-    assert {part: size for part, size in parts.items() if size} == {"other": 128 + 16 + len("backbone")}
+    parts = payload(RecordDict({"arrays": ArrayRecord({"spine": Array(GOOD)})}))
+    assert {part: size for part, size in parts.items() if size} == {"other": 128 + 16 + len("spine")}
 
 
 @pytest.mark.parametrize("value", ["", b"", [], [""], [b""]], ids=repr)

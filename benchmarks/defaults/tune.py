@@ -2,7 +2,7 @@
 
     python benchmarks/defaults/tune.py STAGE --data DIR --out FILE [--methods a,b] [--seeds 1,2,3]
 
-Stages: `grid` (the same grid for every method: all settings for 10 rounds, the best two for 30, the best one to the end and
+Stages: `grid` (the same grid for every method: all settings for 10 rounds, the best three for 30, the best one to the end and
 with more seeds) and `ablate` (given settings on every seed).
 Trials run in this process with the in-process engine, one torch thread each; start two of these for two cores. Trials whose
 lines are in FILE already are not run again.
@@ -31,15 +31,20 @@ DATASETS = {  # name: (clients, Dirichlet alpha)
 GRID = [
     {"train.learning-rate": lr, "adapter.alpha": alpha, "train.head-learning-rate": head}
     for lr, alpha, head in [
-        (2e-3, 24.0, 1e-2),
-        (2e-3, 96.0, 1e-2),
         (5e-4, 24.0, 1e-2),
-        (1e-2, 24.0, 1e-2),
+        (5e-4, 24.0, 3e-2),
+        (5e-4, 96.0, 1e-2),
+        (2e-3, 24.0, 1e-2),
         (2e-3, 24.0, 3e-2),
+        (2e-3, 96.0, 1e-2),
+        (2e-3, 96.0, 3e-2),
+        (1e-2, 24.0, 1e-2),
+        (1e-2, 24.0, 3e-2),
+        (1e-2, 96.0, 1e-2),
+        (3e-2, 24.0, 1e-2),
     ]
 ]
 BASE = {
-    "model.dtype": "bfloat16",
     "model.pooling": "identity",
     "strategy.min-train-nodes": 5,
     "train.steps": 8,
@@ -57,11 +62,12 @@ class Trial:
     """One run that can be continued rung by rung."""
 
     def __init__(
-        self, dataset: str, data_dir: str, method: str, setting: dict, seed: int, rounds: int, out: Path, stage: str
+        self, dataset: str, data_dir: str, method: str, setting: dict, seed: int, rounds: int, out: Path, stage: str, dtype: str
     ) -> None:
         clients, alpha = DATASETS[dataset]
         flat = {
             **BASE,
+            "model.dtype": dtype,
             "num-server-rounds": rounds,
             "method": method,
             "seed": seed,
@@ -98,6 +104,7 @@ class Trial:
             **self.key,
             "round": server_round,
             **found,
+            "dtype": self.flat["model.dtype"],
             "mb": sum(strategy.meter.total.values()) / 1e6,
             "alive": state.mask.count,
             "dead-modules": state.mask.dead_modules,
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--methods", default="fedlora,fedara-static,fedara")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--dtype", default="float32", help="of the backbone; bfloat16 is faster where the processor has it")
     parser.add_argument("--setting", default="[]", help="JSON list of settings; stage grid has one of its own")
     args = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -145,11 +153,12 @@ def main() -> None:
     dataset = Path(args.data).name
 
     def maker(method: str):
-        return lambda setting, seed: Trial(dataset, args.data, method, setting, seed, args.rounds, args.out, args.stage)
+        rest = (args.rounds, args.out, args.stage, args.dtype)
+        return lambda setting, seed: Trial(dataset, args.data, method, setting, seed, *rest)
 
     for method in args.methods.split(","):
         if args.stage == "grid":
-            halve(maker(method), json.loads(args.setting) or GRID, seeds, args.rounds, [(10, 2), (30, 1)])
+            halve(maker(method), json.loads(args.setting) or GRID, seeds, args.rounds, [(10, 3), (30, 1)])
         else:
             for setting, seed in itertools.product(json.loads(args.setting), seeds):
                 maker(method)(setting, seed).run(args.rounds)

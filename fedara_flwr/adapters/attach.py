@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import AdaLoraConfig, inject_adapter_in_model
 from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
 
-from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.config import Settings
+from fedara_flwr.offsets import Piece, factors
+from fedara_flwr.ranks import Ints, RankMask
 from fedara_flwr.spec import SLOT_PARTS, Arrays, Vector
+from fedara_flwr.tasks import TASKS
 
-ADAPTER = "default"
+ADAPTER, OFFSET = "default", "offset"
 PEFT_EPSILON = 1e-5  # AdaLoRA divides by (rank + 1e-5)
 
 
@@ -40,10 +44,16 @@ class AdaptedModel:
     """A resident backbone whose adapters and head are swapped in place.
 
     Not safe for two clients at a time; `load` replaces every trainable value, so nothing passes from one client to the next.
+    The resident backbone's tensors are never written: what changes in it is a frozen extra adapter, or a copy.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
+        self._frozen = backbone.frozen_parameters()
+        self._resident = [p.data for p in self._frozen]
+        self._base = self._resident
+        self._positions: Ints | None = None
+        self._offset: Piece | None = None
         inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
         self.layers: list[SVDLinear] = []
         self._places: list[tuple[nn.Module, str]] = []
@@ -58,28 +68,114 @@ class AdaptedModel:
         self.mask = RankMask.full([0] * len(self.layers))
         self.model.requires_grad_(False)
 
+    def set_offset(self, piece: Piece | None) -> None:
+        """Add `piece` to the backbone in place of the one before: a frozen adapter, or, where dense, a copy of the weights."""
+        if piece is self._offset or (piece is not None and self._offset is not None and piece.digest == self._offset.digest):
+            return
+        pairs = factors(piece, self.spec) if piece is not None and piece.ranks else []  # raises before anything is changed
+        self._offset = None
+        self._release()
+        for layer in self.layers:
+            if OFFSET in layer.lora_A:
+                layer.set_adapter([ADAPTER], inference_mode=True)  # PEFT warns where the one that goes is active
+                layer.delete_adapter(OFFSET)
+        config = peft_config([m.name for m in self.spec.modules], 1, 1.0)
+        for layer, (left, right) in zip(self.layers, pairs, strict=False):
+            if not len(right):
+                continue
+            layer.update_layer(OFFSET, 1, 1, config)
+            held = _held(layer)
+            for part, value in (("B", left), ("E", np.ones((len(right), 1), dtype=np.float32)), ("A", right)):
+                held[part][OFFSET] = nn.Parameter(torch.from_numpy(np.array(value)), requires_grad=False)
+            layer.ranknum[OFFSET].data.fill_(1.0)
+            layer.scaling[OFFSET] = 1.0 + PEFT_EPSILON
+        self._offset = piece
+
+    def resident_weight(self, name: str) -> NDArray[np.float32]:
+        """A module's weight as it was loaded, float32, shape (d_out, d_in); read-only."""
+        index = [module.name for module in self.spec.modules].index(name)
+        weight = self._weights()[index]
+        data = next(data for p, data in zip(self._frozen, self._resident, strict=True) if p is weight)
+        array: NDArray[np.float32] = data.float().numpy().view()
+        array.flags.writeable = False
+        return array
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The adapted layers' own weights."""
+        return [layer.base_layer.get_parameter("weight") for layer in self.layers]
+
+    def _release(self) -> None:
+        """The backbone as it is resident, every copy dropped."""
+        for parameter, data in zip(self._frozen, self._resident, strict=True):
+            parameter.data, parameter.grad = data, None
+            parameter.requires_grad_(False)
+        self._base = self._resident
+
+    def _change_backbone(self, change: Vector | None, positions: Ints | None, trainable: bool) -> None:
+        """The backbone for one client: resident, plus a dense offset, plus what is trained of it; copies where it differs.
+
+        Args:
+            change: differences from the pre-trained values, of all parameters or at `positions` of the modules' weights.
+            positions: as `draws.sparse_positions`; None = all.
+        """
+        self._release()
+        self._positions = positions
+        weights = self._weights()
+        if self._offset is not None and not self._offset.ranks:
+            _add(weights, torch.from_numpy(np.array(self._offset.arrays["dense"])))
+            self._base = [p.data for p in self._frozen]
+        if change is None:
+            return
+        if positions is None:
+            _add(self._frozen, torch.from_numpy(np.array(change)))
+        else:
+            whole = torch.zeros(sum(w.numel() for w in weights))
+            whole[torch.from_numpy(positions)] = torch.from_numpy(np.array(change))
+            _add(weights, whole)
+        for parameter in self._frozen if positions is None else weights:
+            parameter.requires_grad_(trainable)
+
+    def trained_backbone(self) -> list[nn.Parameter]:
+        """Parameters of the backbone that get gradients now."""
+        return [p for p in self._frozen if p.requires_grad]
+
+    def gradient_masks(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """(weight, which of its numbers may change) where only drawn positions of the backbone are trained."""
+        if self._positions is None:
+            return []
+        weights = self._weights()
+        whole = torch.zeros(sum(w.numel() for w in weights), dtype=torch.bool)
+        whole[torch.from_numpy(self._positions)] = True
+        pieces = whole.split([w.numel() for w in weights])
+        return [(w, piece.view_as(w)) for w, piece in zip(weights, pieces, strict=True)]
+
     def load(
         self,
         arrays: Arrays,
         mask: RankMask,
         scales: tuple[float, ...],
         trainable: frozenset[str] = frozenset(),
+        positions: Ints | None = None,
     ) -> None:
         """Shrink to `mask` and take over values.
 
         Args:
-            arrays: B, E, A packed under `mask` and head; E may be absent, then it is 1.
+            arrays: B, E, A packed under `mask` and head; E may be absent, then it is 1; backbone only where it differs.
             scales: s, one per module.
             trainable: parts that get gradients.
+            positions: numbers of the backbone that `arrays["backbone"]` holds, as `draws.sparse_positions`; None = all.
         """
         self.mask = mask
+        self._change_backbone(arrays.get("backbone"), positions, "backbone" in trainable)
         offsets = dict.fromkeys(SLOT_PARTS, 0)
         parts = {part: torch.from_numpy(np.array(arrays[part])) for part in SLOT_PARTS if part in arrays}
         parts.setdefault("E", torch.ones(mask.count))
         for module, layer, place, count, scale in zip(
             self.spec.modules, self.layers, self._places, mask.alive.tolist(), scales, strict=True
         ):
-            setattr(*place, layer if count else layer.base_layer)
+            active = [name for name, there in ((ADAPTER, count), (OFFSET, OFFSET in layer.lora_A)) if there]
+            setattr(*place, layer if active else layer.base_layer)
+            layer.set_adapter(active, inference_mode=True)
             if not count:
                 self._fill(layer, {}, frozenset(), scale)
                 continue
@@ -117,16 +213,43 @@ class AdaptedModel:
                 yield index, {part: held[part][ADAPTER] for part in SLOT_PARTS}
 
     def parameters(self, part: str) -> list[nn.Parameter]:
-        """The parameters of one part that exist now."""
-        return list(self.head) if part == "head" else [values[part] for _, values in self.alive()]
+        """The parameters of one part that exist now; of the backbone those that are trained."""
+        match part:
+            case "head":
+                return list(self.head)
+            case "backbone":
+                return self.trained_backbone()
+        return [values[part] for _, values in self.alive()]
 
     def collect(self, parts: frozenset[str]) -> Arrays:
         """The inverse of `load`: packed float32 vectors of `parts` under the present mask."""
         out: Arrays = {}
         for part in parts:
+            if part == "backbone":
+                out[part] = self._backbone_change()
+                continue
             rows = [(p.detach().T if part == "B" else p.detach()).contiguous().view(-1) for p in self.parameters(part)]
             out[part] = _vector(rows)
         return out
+
+    def _backbone_change(self) -> Vector:
+        """What training made of the backbone, as differences from the resident values, the offset not counted."""
+        base = dict(zip(self._frozen, self._base, strict=True))
+        parameters = self._frozen if self._positions is None else self._weights()
+        rows = _vector([(p.detach() - base[p]).float().view(-1) for p in parameters])
+        return rows if self._positions is None else rows[self._positions]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put what the loaded adapters and the offset add into copies of the weights, and the bare layers in their places.
+
+        The model is then one of stock transformers, until the next `load`.
+        """
+        for layer, place in zip(self.layers, self._places, strict=True):
+            if isinstance(getattr(*place), SVDLinear):
+                weight: Any = layer.base_layer.weight
+                weight.data = weight.data.float() + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                setattr(*place, layer.base_layer)
 
     def autocast(self) -> torch.autocast:
         """The context in which to run forward passes: bfloat16 where the backbone is."""
@@ -138,6 +261,34 @@ class AdaptedModel:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self.autocast():
             return self.model(**inputs).logits.float()
+
+
+def open_model(settings: Settings, labels: tuple[str, ...]) -> tuple[AdaptedModel, Any]:
+    """Backbone and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not fit.
+    """
+    silence_libraries()
+    task = TASKS[settings.data.task]
+    tokenizer = load_tokenizer(settings.model.name, task.words)
+    backbone = Backbone(
+        settings.model.name,
+        task,
+        labels,
+        dtype=settings.model.dtype,
+        pooling=settings.model.pooling,
+        target_modules=settings.adapter.target_modules,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AdaptedModel(backbone), tokenizer
+
+
+def _add(parameters: list[nn.Parameter], change: torch.Tensor) -> None:
+    """Each parameter's values replaced by a float32 copy with its share of `change` added."""
+    pieces = change.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.data = parameter.data.float() + piece.view_as(parameter)
 
 
 def _held(layer: SVDLinear) -> dict[str, Any]:

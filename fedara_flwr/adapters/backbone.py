@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def locate(name: str) -> str:
         if found is not None and found.submodule_search_locations:
             path = Path(next(iter(found.submodule_search_locations))) / folder
             weights = path / "model.safetensors"
-            actual = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "absent"
+            actual = _file_digest(weights) if weights.is_file() else "absent"
             if actual != expected:
                 raise ConfigError(f"model.name = {name!r}: {weights} has sha256 {actual}, published is {expected}")
             return str(path)
@@ -53,12 +54,25 @@ def locate(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
-    """The backbone's tokenizer, with a padding token."""
+@lru_cache
+def _file_digest(path: Path) -> str:
+    """sha256 of a file that does not change while the process lives."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tokenizer(name: str, words: bool = False) -> Any:
+    """The backbone's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: it cannot be loaded; or `words` is wanted, and it cannot tell which word a token is of.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
+    if words and not tokenizer.is_fast:
+        raise ConfigError(f"model.name = {name!r}: its tokenizer does not tell which word a token is of, as data.task needs")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -131,7 +145,9 @@ class Backbone:
         self.head_modules, head = self._split_head(task, set(info["missing_keys"]), blocks)
         self.identity_pooler = self._set_pooling(pooling, head)
         modules = _linear_modules(self.model, blocks, target_modules)
-        self.spec = ModelSpec(self._fingerprint(head), modules, head)
+        heads = {p.name for p in head}
+        rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in heads)
+        self.spec = ModelSpec(self._fingerprint(head), modules, head, rest)
         if dtype == "bfloat16":
             self.model.to(torch.bfloat16)
         for parameter in self.head_parameters():
@@ -184,14 +200,13 @@ class Backbone:
                 digest.update(parameter.detach().numpy().tobytes())
         return digest.hexdigest()
 
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """All other parameters, in the order of `spec.backbone`; before adapters change their names."""
+        return [self.model.get_parameter(p.name) for p in self.spec.backbone]
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The head's parameters, in the order of `spec.head`."""
         return [self.model.get_parameter(p.name) for p in self.spec.head]
-
-    def weight(self, name: str) -> torch.Tensor:
-        """The frozen weight of an adapted layer, float32, shape (d_out, d_in)."""
-        module: Any = self.model.get_submodule(name)
-        return getattr(module, "base_layer", module).weight.detach().float()
 
 
 def _block_list(model: nn.Module) -> str:

@@ -2,73 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.offsets import Weights
+from fedara_flwr.spec import SLOT_PARTS, Vector
 
 
-def save_peft(
-    folder: Path, backbone: Backbone, arrays: Arrays, mask: RankMask, scales: tuple[float, ...], task_type: str
-) -> None:
+def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
     """An AdaLoRA directory that `PeftModel.from_pretrained` loads with the same logits.
 
     `rank_pattern` (JSON booleans) carries the mask; modules without slots are not in it. PEFT knows one scale for all
     modules: where ours differ, the ratio is folded into E. The head, and a pooler that was set to the identity, are
     `modules_to_save`.
     """
-    alive = np.flatnonzero(mask.alive).tolist()
-    if not len(alive):
-        raise ValueError("no adapter is alive: export the model instead")
-    spec = backbone.spec
+    spec, mask, scales = backbone.spec, weights.mask, weights.scales
+    alive = _alive(weights)
     rank = max(mask.ranks[m] for m in alive)
     alpha = scales[alive[0]] * rank
     config = peft_config([spec.modules[m].name for m in alive], rank, alpha, task_type)
-    config.base_model_name_or_path = backbone.name
-    config.inference_mode = True
-    config.modules_to_save = list(backbone.head_modules) + ([backbone.identity_pooler] if backbone.identity_pooler else [])
     config.rank_pattern = {}
-    tensors: dict[str, torch.Tensor] = {}
-    e_part = arrays.get("E", np.ones(mask.count, dtype=np.float32))
-    starts = {"B": 0, "E": 0, "A": 0}
-    for m in alive:
-        module, count = spec.modules[m], int(mask.alive[m])
-        rows = {}
-        for part, width, source in (
-            ("B", module.d_out, arrays["B"]),
-            ("E", 1, e_part),
-            ("A", module.d_in, arrays["A"]),
-        ):
-            rows[part] = torch.from_numpy(np.array(source[starts[part] : starts[part] + count * width])).view(count, width)
-            starts[part] += count * width
-        prefix = f"base_model.model.{module.name}"
-        tensors[f"{prefix}.lora_A"] = rows["A"]
-        tensors[f"{prefix}.lora_B"] = rows["B"].T.contiguous()
-        tensors[f"{prefix}.lora_E"] = rows["E"] * (scales[m] * rank / alpha)
+    tensors = {}
+    for m, rows in _rows(backbone, weights):
+        name = spec.modules[m].name
+        tensors[f"{name}.lora_A"] = rows["A"]
+        tensors[f"{name}.lora_B"] = rows["B"].T.contiguous()
+        tensors[f"{name}.lora_E"] = rows["E"] * (scales[m] * rank / alpha)
         bits = np.zeros(rank, dtype=bool)
         bits[: mask.ranks[m]] = mask.module(m)
-        config.rank_pattern[f"{module.name}.lora_E"] = bits.tolist()
+        config.rank_pattern[f"{name}.lora_E"] = bits.tolist()
+    _save(folder, backbone, config, tensors, weights.arrays["head"])
+
+
+def save_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
+    """A plain LoRA directory with the same logits; E, where there is one, is folded into B.
+
+    Ranks and scales that differ by module are PEFT's `rank_pattern` and `alpha_pattern`.
+    """
+    spec, mask, scales = backbone.spec, weights.mask, weights.scales
+    alive = _alive(weights)
+    ranks = {spec.modules[m].name: int(mask.alive[m]) for m in alive}
+    alphas = {spec.modules[m].name: scales[m] * int(mask.alive[m]) for m in alive}
+    first = spec.modules[alive[0]].name
+    config = LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],  # type: ignore[arg-type]
+        target_modules=list(ranks),
+        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != ranks[first]},
+        alpha_pattern={_exactly(name): alpha for name, alpha in alphas.items() if alpha != alphas[first]},  # type: ignore[misc]
+        task_type=task_type,
+    )
+    tensors = {}
+    for m, rows in _rows(backbone, weights):
+        name = spec.modules[m].name
+        tensors[f"{name}.lora_A.weight"] = rows["A"]
+        tensors[f"{name}.lora_B.weight"] = (rows["B"] * rows["E"]).T.contiguous()
+    _save(folder, backbone, config, tensors, weights.arrays["head"])
+
+
+def _exactly(name: str) -> str:
+    """PEFT reads a pattern's key as the end of a name, or as a regular expression."""
+    return "^" + name.replace(".", r"\.")
+
+
+def _alive(weights: Weights) -> list[int]:
+    alive = np.flatnonzero(weights.mask.alive).tolist()
+    if not alive:
+        raise ValueError("no adapter is alive: export the model instead")
+    return alive
+
+
+def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Index and B (k, d_out), E (k, 1), A (k, d_in) of every module with k > 0 slots."""
+    starts = dict.fromkeys(SLOT_PARTS, 0)
+    arrays = {"E": np.ones(weights.mask.count, dtype=np.float32), **weights.arrays}
+    for m in _alive(weights):
+        module, count = backbone.spec.modules[m], int(weights.mask.alive[m])
+        rows = {}
+        for part, width in (("B", module.d_out), ("E", 1), ("A", module.d_in)):
+            values = arrays[part][starts[part] : starts[part] + count * width]
+            rows[part] = torch.from_numpy(np.array(values)).view(count, width)
+            starts[part] += count * width
+        yield m, rows
+
+
+def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector) -> None:
+    """Configuration and tensors, with head and an identity pooler among them."""
+    config.base_model_name_or_path = backbone.name
+    config.inference_mode = True
+    config.modules_to_save = list(backbone.head_modules) + ([backbone.identity_pooler] if backbone.identity_pooler else [])  # type: ignore[attr-defined]
     start = 0
-    for parameter in spec.head:
-        values = arrays["head"][start : start + parameter.size]
-        tensors[f"base_model.model.{parameter.name}"] = torch.from_numpy(np.array(values)).view(parameter.shape)
+    for parameter in backbone.spec.head:
+        tensors[parameter.name] = torch.from_numpy(np.array(head[start : start + parameter.size])).view(parameter.shape)
         start += parameter.size
     if backbone.identity_pooler:
         for name, value in backbone.model.get_submodule(backbone.identity_pooler).named_parameters():
-            tensors[f"base_model.model.{backbone.identity_pooler}.{name}"] = value.detach().float()
+            tensors[f"{backbone.identity_pooler}.{name}"] = value.detach().float()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(prefixed, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def save_model(folder: Path, adapted: AdaptedModel) -> None:
-    """The whole model without adapters, for methods that train none; loads in stock transformers."""
-    if adapted.mask.count:
-        raise ValueError("adapters are alive: export them with save_peft")
+    """The loaded model, adapters and offset merged into it; loads in stock transformers. Leaves `adapted` merged."""
+    adapted.merge()
     adapted.model.save_pretrained(str(folder))

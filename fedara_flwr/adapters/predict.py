@@ -9,23 +9,19 @@ import torch
 from numpy.typing import NDArray
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.tasks.base import Task
+from fedara_flwr.tasks.base import Encoded, Task
 
 BATCH = 32
 
 
 @torch.no_grad()
-def predict(
-    adapted: AdaptedModel, task: Task, tokenizer: Any, ids: list[list[int]], labels: NDArray[np.int64]
-) -> dict[str, float]:
+def predict(adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded) -> dict[str, float]:
     """The task's metrics of the loaded model; batches of similar length, results in the order of the rows."""
     adapted.model.eval()
-    order = np.argsort([len(row) for row in ids], kind="stable")
-    parts = []
+    order = np.argsort([len(row) for row in data.ids], kind="stable")
+    logits: dict[int, NDArray[np.float32]] = {}
     for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        batch = task.collate(tokenizer, [ids[i] for i in rows], labels[rows].tolist())
-        parts.append(adapted.logits(batch).cpu().numpy())
-    logits = np.empty((len(ids), parts[0].shape[1]), dtype=np.float32)
-    logits[order] = np.concatenate(parts)
-    return task.metrics(logits, labels)
+        rows = order[start : start + BATCH].tolist()
+        batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+        logits |= dict(zip(rows, adapted.logits(batch).cpu().numpy(), strict=True))
+    return task.metrics([logits[i] for i in range(len(order))], data.labels, adapted.backbone.labels)

@@ -47,3 +47,13 @@ def config() -> None:
     from fedara_flwr.config import reference
 
     typer.echo(reference(), nl=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: built in and of installed packages, with the keys that each one reads."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.listing import print_methods
+
+    print_methods(Console(highlight=False))

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
-from fedara_flwr.client.train import ClientData, Encoded
+from fedara_flwr.adapters.attach import open_model
+from fedara_flwr.client.store import NodeStore
+from fedara_flwr.client.train import ClientData
 from fedara_flwr.config import Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.load import load
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.offsets import compose
+from fedara_flwr.tasks import TASKS, Encoded
 
 NodeConfig = Mapping[str, Any]
 CLIENTS_KEPT = 256  # tokenised clients held in memory
@@ -26,21 +27,21 @@ class Session:
     """The resident part, for one run configuration."""
 
     def __init__(self, settings: Settings, labels: tuple[str, ...]) -> None:
-        silence_libraries()
         self.settings, self.labels = settings, labels
-        self.task = TASKS["classification"]
-        self.tokenizer = load_tokenizer(settings.model.name)
-        backbone = Backbone(
-            settings.model.name,
-            self.task,
-            labels,
-            dtype=settings.model.dtype,
-            pooling=settings.model.pooling,
-            target_modules=settings.adapter.target_modules,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        self.adapted = AdaptedModel(backbone)
+        self.task = TASKS[settings.data.task]
+        self.adapted, self.tokenizer = open_model(settings, labels)
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
+        self._offset: tuple[str, ...] = ()
+
+    def set_offset(self, digests: tuple[str, ...], store: NodeStore) -> None:
+        """Add the sum of these pieces to the backbone, in place of the one before.
+
+        Raises:
+            MissingPieces: some are not in the store; the backbone stays as it was.
+        """
+        if digests != self._offset:
+            self.adapted.set_offset(compose(store.get(digests), self.adapted.spec))
+            self._offset = digests
 
     def _encode_client(self, client_key: str, partition: int, partitions: int, path: str) -> ClientData:
         data, seed = self.settings.data, self.settings.seed
@@ -52,7 +53,7 @@ class Session:
         return ClientData(self._encode(train), self._encode(own))
 
     def _encode(self, examples: Examples) -> Encoded:
-        return Encoded(self.task.encode(self.tokenizer, examples, self.settings.data.max_length), examples.labels)
+        return self.task.encode(self.tokenizer, examples, self.settings.data.max_length)
 
 
 _resident: dict[str, Session] = {}

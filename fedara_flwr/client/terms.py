@@ -6,14 +6,18 @@ tells its terms' names without loading it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
     from fedara_flwr.adapters.attach import AdaptedModel
+    from fedara_flwr.ranks import Bools
 
 GROUP = "fedara_flwr.client_terms"
 
@@ -41,6 +45,10 @@ class Term:
 
     def finish(self) -> None:
         """After the last step, before values are collected."""
+
+    def kept(self) -> Bools | None:
+        """Slots worth sending back, shape (alive slots,); None = all. Asked after `finish` where the plan reports "kept"."""
+        return None
 
 
 def register(name: str) -> Callable[[type[Term]], type[Term]]:
@@ -102,3 +110,53 @@ class Orthogonality(Term):
             for gram in (values["A"] @ values["A"].T, values["B"].T @ values["B"]):
                 norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
         return self.weight * torch.stack(norms).mean() if norms else None
+
+
+@register("tail-penalty")
+class TailPenalty(Term):
+    """HetLoRA's self-pruning (arXiv 2401.06432, section 3.2): weight · Σ_m ‖B_m[:, c:]‖·‖A_m[c:, :]‖ over the tail of each
+    module.
+
+    The tail are the slots from c = ceil(gamma · k) on, of the k that the client holds. Where their penalty ends below its
+    start, the client keeps the first c of every module alone. Product of norms and not the norm of the product: as stated
+    there.
+    """
+
+    def __init__(self, adapted: AdaptedModel, *, weight: float, gamma: float) -> None:
+        super().__init__(adapted)
+        self.weight, self.gamma = weight, gamma
+        self._start = self._value()
+        self._end = self._start
+
+    def penalty(self) -> torch.Tensor | None:
+        return self.weight * self._tail()
+
+    def finish(self) -> None:
+        self._end = self._value()
+
+    def kept(self) -> Bools | None:
+        if not self._end < self._start:
+            return None
+        counts = [values["E"].shape[0] for _, values in self.adapted.alive()]
+        return np.concatenate([np.arange(count) < self._cut(count) for count in counts])
+
+    def _cut(self, count: int) -> int:
+        return max(1, math.ceil(self.gamma * count))
+
+    def _tail(self) -> torch.Tensor:
+        import torch
+
+        total = torch.zeros(())
+        for _, values in self.adapted.alive():
+            cut = self._cut(values["E"].shape[0])
+            total = total + _norm(values["B"][:, cut:]) * _norm(values["A"][cut:])
+        return total
+
+    def _value(self) -> float:
+        return float(self._tail().detach())
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    """Frobenius norm; its gradient at 0, where B starts, is 0 and not NaN."""
+    squares = values.square().sum()
+    return squares.clamp_min(1e-24).sqrt() if squares > 0 else squares

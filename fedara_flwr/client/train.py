@@ -5,10 +5,12 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -16,25 +18,16 @@ from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.score import SlotScorer
+from fedara_flwr.client.capacity import backward_blocks, flop_counter
 from fedara_flwr.client.terms import Term, find
+from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
 from fedara_flwr.spec import Arrays
-from fedara_flwr.tasks.base import Task
+from fedara_flwr.tasks.base import Encoded, Task
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import sent_parts
 
 WINDOW = 8  # batches among which examples are sorted by length
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised examples: token ids per row and labels of shape (n,)."""
-
-    ids: list[list[int]]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData
     """Metrics of the loaded model on the client's own held-out rows, as `eval-...`; none where there are no rows."""
     if not len(data.held_out):
         return {}
-    scores = predict(adapted, task, tokenizer, data.held_out.ids, data.held_out.labels)
+    scores = predict(adapted, task, tokenizer, data.held_out)
     return {f"eval-{name}": value for name, value in scores.items()} | {"eval-examples": len(data.held_out)}
 
 
@@ -87,13 +80,19 @@ def train(
     plan: TrainPlan,
     arrays: Arrays,
     client_key: str,
+    count_flops: bool = False,
 ) -> Update:
     """Run one client's round.
 
+    Args:
+        count_flops: count floating-point operations on the first step, for the modelled clock of simulated devices.
+
     Returns:
-        The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens`, `seconds-train`,
-        `seconds-all`, `peak-memory-mb`, and `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received
-        model where the plan asks for it.
+        The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
+        backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
+        `bytes-free` (memory of the machine); `flops-forward`, `flops-backward` (of the whole round: the first step's per
+        token, times the tokens) where they are counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of
+        the received model where the plan asks for it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -104,25 +103,40 @@ def train(
         raise ValueError("no example to train on")
     stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
     torch.manual_seed(stream)
-    adapted.load(arrays, plan.mask, plan.scales, plan.trainable)
+    load(adapted, plan, arrays)
     metrics: dict[str, float] = evaluate(adapted, task, tokenizer, data) if plan.evaluate else {}
     terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
     optimizer, scheduler = _make_optimizer(adapted, plan)
-    scorer = SlotScorer(adapted, plan.importance) if plan.report else None
+    scorer = SlotScorer(adapted, plan.importance) if "votes" in plan.report else None
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     adapted.model.train(plan.dropout)
     started = time.perf_counter()
     losses, tokens = [], 0
+    spent = {"forward": 0.0, "backward": 0.0}
+    flops: dict[str, float] = {}
+    gradient_masks = adapted.gradient_masks()
     steps = list(batches([len(row) for row in data.train.ids], plan, np.random.default_rng(stream)))
     for step, rows in enumerate(steps):
-        batch = task.collate(tokenizer, [data.train.ids[i] for i in rows], data.train.labels[rows].tolist())
+        batch = task.collate(tokenizer, [data.train.ids[i] for i in rows], [data.train.labels[i] for i in rows])
         tokens += batch["input_ids"].numel()
-        loss = task.loss(adapted.logits(batch), batch)
+        counts: dict[str, Any] = {name: flop_counter() if count_flops and step == 0 else nullcontext() for name in spent}
+        before = time.perf_counter()
+        with counts["forward"]:
+            loss = task.loss(adapted.logits(batch), batch)
+        spent["forward"] += time.perf_counter() - before
         losses.append(loss.detach())
         for penalty in (term.penalty() for term in terms):
             loss = loss if penalty is None else loss + penalty
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        before = time.perf_counter()
+        with counts["backward"]:
+            loss.backward()
+        spent["backward"] += time.perf_counter() - before
+        if count_flops and step == 0:
+            flops = {name: counter.get_total_flops() / tokens for name, counter in counts.items()}
+        for parameter, allowed in gradient_masks:
+            if parameter.grad is not None:
+                parameter.grad.mul_(allowed)
         # with E = 0 the first step gives A and B no gradient, so it is scored only where it is the only one
         scored = scorer is not None and (step > 0 or len(steps) == 1)
         gradients = scorer.gradients(copy=plan.clip_norm > 0) if scorer is not None and scored else []
@@ -148,12 +162,24 @@ def train(
         "loss-last": float(values[-1]),
         "steps": len(losses),
         "tokens": tokens,
+        "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
         "seconds-train": time.perf_counter() - started,
+        "bytes-free": psutil.virtual_memory().available,
     }
-    update = _collect(adapted, plan, scorer, len(data.train), metrics)
+    metrics |= {f"seconds-{name}": value for name, value in spent.items()}
+    metrics |= {f"flops-{name}": value * tokens for name, value in flops.items()}
+    update = _collect(adapted, plan, scorer, terms, len(data.train), metrics)
     metrics["peak-memory-mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     metrics["seconds-all"] = time.perf_counter() - began
     return update
+
+
+def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> None:
+    """Shrink the model to the plan's mask and take over what came and what both sides draw."""
+    spec = adapted.spec
+    positions = sparse_positions(spec, plan.entries, plan.draw_seed) if plan.entries else None
+    drawn = draw(spec, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
+    adapted.load(arrays | drawn, plan.mask, plan.scales, plan.trainable, positions)
 
 
 def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim.AdamW, Any]:
@@ -163,6 +189,7 @@ def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim
         "E": plan.learning_rate * plan.e_lr_factor,
         "A": plan.learning_rate,
         "head": plan.head_learning_rate,
+        "backbone": plan.learning_rate,
     }
     groups = [
         {"params": parameters, "lr": rate}
@@ -178,7 +205,12 @@ def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim
 
 
 def _collect(
-    adapted: AdaptedModel, plan: TrainPlan, scorer: SlotScorer | None, examples: int, metrics: dict[str, float]
+    adapted: AdaptedModel,
+    plan: TrainPlan,
+    scorer: SlotScorer | None,
+    terms: list[Term],
+    examples: int,
+    metrics: dict[str, float],
 ) -> Update:
     vote, mask = None, plan.mask
     arrays = adapted.collect(sent_parts(plan))
@@ -187,5 +219,10 @@ def _collect(
         vote = Vote(ranks < plan.budget, ranks.astype(np.uint16) if "scores" in plan.report else None)
         if plan.upload_mask == "local":
             mask = plan.mask.keep(vote.keep)
-            arrays = adapted.spec.slice(arrays, plan.mask, mask)
+    if "kept" in plan.report and plan.mask.count:
+        for term in terms:
+            kept = term.kept()
+            mask = mask if kept is None else mask.intersect(plan.mask.keep(kept))
+    arrays = adapted.spec.slice(arrays, plan.mask, mask)
+    arrays = {part: arrays[part] for part in sent_parts(replace(plan, mask=mask))}
     return Update(arrays, mask, examples, metrics, vote)

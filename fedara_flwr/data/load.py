@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import datasets
 import numpy as np
 
 from fedara_flwr.config import ConfigError, DataSettings, nearest
-from fedara_flwr.data import docstrings
+from fedara_flwr.data import docstrings, tags
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import split
 
 datasets.disable_progress_bars()
 MAX_LABELS = 10_000
+TAGGED = "token-classification"  # the task whose rows are words and tags
 # pandas would read a label "None" or "NA" as missing
 READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
@@ -32,19 +34,31 @@ def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Data
         names: label names to read labels by, where they are given from outside (a device and its server).
 
     Raises:
-        ConfigError: no such file, column or label; the line names the key.
+        ConfigError: no such file, column or label, or data that does not suit `data.task`; the line names the key.
     """
+    tagged = settings.task == TAGGED
+    if tagged and settings.pair_column:
+        raise ConfigError(f"data.pair-column = {settings.pair_column!r}: allowed is '' with data.task = {TAGGED!r}")
     if settings.path:
         splits, labels = _read_files(Path(settings.path).expanduser()), _read_labels(Path(settings.path).expanduser())
         key = f"data.path = {settings.path!r}"
     elif settings.name == "docstrings":
+        if tagged:
+            raise ConfigError(
+                f"data.name = 'docstrings': its words have no tags, allowed with data.task = {TAGGED!r} are data.path and "
+                "Hugging Face ids"
+            )
         everything, labels = docstrings.load()
         rest, test = split(everything, seed, settings.test)
         return Dataset(everything.take(rest), everything.take(test), labels)
     else:
         splits, labels = _read_hub(settings.name), ()
         key = f"data.name = {settings.name!r}"
+    for table in splits.values():
+        _check_columns(table, settings)
     names = names or _label_names(settings, splits, labels)
+    if tagged:
+        _check_prefixes(settings, names)
     train = _examples(splits["train"], settings, names, key)
     if not len(train):
         raise ConfigError(f"{key}: there are no rows with text and label")
@@ -122,13 +136,18 @@ def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[s
         return tuple(name.strip() for name in settings.labels.split(","))
     if labels:
         return labels
-    table, column = splits["train"], settings.label_column
-    _check_column(table, column, "data.label-column")
-    feature = table.features[column]
+    column, tagged = settings.label_column, settings.task == TAGGED
+    feature = splits["train"].features[column]
+    feature = feature.feature if tagged else feature
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = {_label(v) for s in splits.values() if column in s.column_names for v in s[column] if v is not None}
+    values = {_label(value) for table in splits.values() for value in _flat(table[column]) if value is not None}
     if all(isinstance(v, int) for v in values):
+        if tagged and values:  # which of them is 'O', and which begins an entity?
+            raise ConfigError(
+                f"data.label-column = {column!r}: it holds ids, allowed are tags, or ids with their names in data.labels or "
+                "labels.json"
+            )
         if max(values, default=0) >= MAX_LABELS:
             raise ConfigError(f"data.label-column = {column!r}: it holds {max(values)}, allowed are ids below {MAX_LABELS}")
         return tuple(str(i) for i in range(max(values, default=-1) + 1))
@@ -141,31 +160,55 @@ def _label(value: Any) -> Any:
     return int(value) if whole else value
 
 
-def _check_column(table: Any, column: str, key: str) -> None:
-    if column not in table.column_names:
+def _flat(column: Any) -> Iterator[Any]:
+    for value in column:
+        yield from value if isinstance(value, list) else [value]
+
+
+def _check_columns(table: Any, settings: DataSettings) -> None:
+    tagged = settings.task == TAGGED
+    for key, column, lists in (
+        ("data.text-column", settings.text_column, tagged),
+        ("data.label-column", settings.label_column, tagged),
+        ("data.pair-column", settings.pair_column, False),
+        ("data.id-column", settings.id_column, False),
+    ):
+        if not column:
+            continue
+        if column not in table.column_names:
+            raise ConfigError(
+                f"{key} = {column!r}: no such column, allowed are {table.column_names}{nearest(column, table.column_names)}"
+            )
+        feature = table.features[column]
+        held = isinstance(feature, datasets.List | datasets.LargeList)
+        if lists and not (held and isinstance(feature.feature, datasets.Value | datasets.ClassLabel)):
+            raise ConfigError(f"{key} = {column!r}: allowed with data.task = {TAGGED!r} are lists with one entry for each word")
+        if held and not lists:
+            raise ConfigError(
+                f"{key} = {column!r}: it holds lists, allowed with data.task = {settings.task!r} is one value a row"
+            )
+
+
+def _check_prefixes(settings: DataSettings, names: tuple[str, ...]) -> None:
+    prefixed = [name for name in names if tags.has_prefix(name)]
+    bare = [name for name in names if name != tags.OUTSIDE and not tags.has_prefix(name)]
+    if prefixed and bare:
         raise ConfigError(
-            f"{key} = {column!r}: no such column, allowed are {table.column_names}{nearest(column, table.column_names)}"
+            f"data.label-column = {settings.label_column!r}: tag {bare[0]!r} beside {prefixed[0]!r}, allowed are 'O', 'B-…' "
+            "and 'I-…', or types without a prefix"
         )
 
 
 def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: str) -> Examples:
-    columns = {"data.text-column": settings.text_column, "data.label-column": settings.label_column}
-    columns |= {"data.pair-column": settings.pair_column} if settings.pair_column else {}
-    columns |= {"data.id-column": settings.id_column} if settings.id_column else {}
-    for setting, column_name in columns.items():
-        _check_column(table, column_name, setting)
     ids = {name: i for i, name in enumerate(names)}
-    texts, labels = table[settings.text_column], table[settings.label_column]
-    kept, index = [], []
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if text is None or not str(text).strip() or label is None:
-            continue
+    kept: list[int] = []
+
+    def number(row: int, label: Any) -> int:
         label = _label(label)
-        number = label if isinstance(label, int) else ids.get(str(label), -1)
-        if not 0 <= number < len(names):
+        found = label if isinstance(label, int) else -1 if label is None else ids.get(str(label), -1)
+        if not 0 <= found < len(names):
             raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
-        kept.append(row)
-        index.append(number)
+        return found
 
     def column(name: str) -> tuple[str, ...] | None:
         if not name:
@@ -173,9 +216,36 @@ def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: s
         values = list(table[name])
         return tuple("" if values[row] is None else str(values[row]) for row in kept)
 
+    rows = enumerate(zip(table[settings.text_column], table[settings.label_column], strict=True))
+    if settings.task == TAGGED:
+        sentences, numbers = [], []
+        for row, (words, labels) in rows:
+            if words is None or labels is None:
+                continue
+            _check_sentence(key, row, words, labels)
+            if any(word.strip() for word in words):
+                kept.append(row)
+                sentences.append(tuple(words))
+                numbers.append(tuple(number(row, label) for label in labels))
+        texts = tuple(" ".join(words) for words in sentences)
+        main = tags.main_types(numbers, names)
+        return Examples(texts, main, None, column(settings.id_column), tuple(sentences), tuple(numbers))
+    index = []
+    for row, (text, label) in rows:
+        if text is not None and str(text).strip() and label is not None:
+            kept.append(row)
+            index.append(number(row, label))
     return Examples(
         column(settings.text_column) or (),
         np.array(index, dtype=np.int64),
         column(settings.pair_column),
         column(settings.id_column),
     )
+
+
+def _check_sentence(key: str, row: int, words: list[Any], labels: list[Any]) -> None:
+    if len(words) != len(labels):
+        raise ConfigError(f"{key}: row {row} has {len(labels)} labels for {len(words)} words, allowed is one for each word")
+    for word in words:
+        if not isinstance(word, str):
+            raise ConfigError(f"{key}: row {row} has {word!r} among its words, allowed is text")

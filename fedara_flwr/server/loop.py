@@ -10,30 +10,35 @@ import logging
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
+from fedara_flwr.draws import draw
+from fedara_flwr.fleet import Profile, assign, device_cost, read_profiles, round_cost
+from fedara_flwr.offsets import Holding
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.messages import replies as exchange
-from fedara_flwr.server.roster import Expected, Roster
+from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import Merger, Record, Round
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import ModelSpec
+from fedara_flwr.spec import SLOT_PARTS, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import (
     MAX_EXAMPLES,
     Rejected,
     check_metrics,
+    lacks_offset,
     plan_to_content,
     read_vector,
-    received_parts,
     to_record,
 )
 
@@ -55,10 +60,30 @@ class RoundLoop(Strategy):
     def __init__(self, settings: Settings, spec: ModelSpec, expected: Expected, write: Callable[[Record], None]) -> None:
         self.settings, self.spec, self.write = settings, spec, write
         self.meter = ByteMeter()
-        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter)
+        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, self.calibration)
+        self.fleet = read_profiles(settings.fleet.profiles)
         self._round: Round | None = None
 
+    def profile(self, node: Node) -> Profile | None:
+        """The device that a simulated node stands for, drawn by seed and client key; None for a real one."""
+        return assign(self.fleet, self.settings.seed, node.key) if node.simulated else None
+
     # -- hooks ------------------------------------------------------------------------------------------------------
+    calibration: ClassVar[Mapping[str, int]] = {}
+    """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+
+    @abstractmethod
+    def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
+        """See what a node reports of itself when it is first drawn."""
+
+    @abstractmethod
+    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
+        """See all nodes of a round before the first plan is made."""
+
+    @abstractmethod
+    def finish_round(self, server_round: int) -> None:
+        """Change the state once the round is merged: fresh values, what joins the offset."""
+
     @abstractmethod
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
         """One client's orders."""
@@ -87,12 +112,14 @@ class RoundLoop(Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Sample, plan and build one message per client; `arrays` is the global model under `state.mask`."""
         state = self.state
-        state.arrays = {part: read_vector(array, self.spec.length(part, state.mask), part) for part, array in arrays.items()}
+        lengths = {part: len(vector) for part, vector in state.arrays.items()}
+        state.arrays = {part: read_vector(array, lengths[part], part) for part, array in arrays.items()}
         if server_round == 1 or not self.roster.nodes:
             self.roster.wait(grid)
         else:
             self.roster.refresh(grid)
         asked = self.roster.sample(grid, server_round, self.roster.count())
+        self.prepare(server_round, asked)
         plans = [self.plan(server_round, node.key) for node in asked]
         work = Round(
             server_round,
@@ -104,14 +131,38 @@ class RoundLoop(Strategy):
             self.meter,
             self.settings.strategy.weighting,
         )
-        for node, plan in zip(asked, plans, strict=True):
-            sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
-            wanted = received_parts(plan, "E" not in state.arrays)
-            content = plan_to_content(plan, {part: vector for part, vector in sliced.items() if part in wanted})
+        for index, node in enumerate(asked):
+            plans[index], content = self._pack(node, plans[index], self._held_by(node))
             work.down.append(dict(self.meter.count("down", content)))
-            work.messages.append(Message(content, node.node_id, MessageType.TRAIN, ttl=self.settings.strategy.round_timeout))
+            work.messages.append(self._message(content, node, MessageType.TRAIN))
         self._round = work
         return work.messages
+
+    def _held_by(self, node: Node) -> Holding:
+        return self.state.holdings.get(node.key, Holding())
+
+    def _message(self, content: RecordDict, node: Node, kind: str) -> Message:
+        return Message(content, node.node_id, kind, ttl=self.settings.strategy.round_timeout)
+
+    def _pack(self, node: Node, plan: TrainPlan, have: Holding) -> tuple[TrainPlan, RecordDict]:
+        """The plan with what travels filled in, and its message: values under its mask, and the pieces that the node lacks."""
+        state = self.state
+        there, pieces = state.offset.fetch(have)
+        slots = plan.mask.count > 0
+        carries = frozenset(p for p in state.arrays if p not in plan.drawn and (slots or p not in SLOT_PARTS))
+        plan = replace(plan, carries=carries, offset=there.digests)
+        sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
+        return plan, plan_to_content(plan, {part: sliced[part] for part in carries}, pieces)
+
+    def _again(self, node: Node, plan: TrainPlan, message: Message, reply: Message) -> tuple[TrainPlan, Message] | None:
+        """A second message for a node that lost pieces of the offset: the plan with all of them; None for any other reply."""
+        if reply.has_error() or reply.metadata.src_node_id != node.node_id or not lacks_offset(reply.content, plan):
+            return None
+        self.meter.count("up", reply.content)
+        self.state.holdings.pop(node.key, None)
+        logger.info("client %s lacks pieces of the offset: they are sent again", node.key)
+        plan, content = self._pack(node, plan, Holding())
+        return plan, self._message(content, node, message.metadata.message_type)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check and merge the replies, then move on to the next mask. Too few good ones leave the model as it was."""
@@ -122,6 +173,11 @@ class RoundLoop(Strategy):
         for drop in work.drops:
             if drop.reason.startswith("error-"):
                 self.roster.forget(drop.client)
+            elif drop.reason == "offset":
+                state.holdings.pop(drop.client, None)
+        for node, plan in zip(work.asked, work.plans, strict=True):
+            if node.key in work.answered and plan.offset:
+                state.holdings[node.key] = Holding(state.offset.version, plan.offset)
         state.server_round = server_round
         if work.good < self.settings.strategy.min_replies:
             state.failed_rounds += 1
@@ -131,6 +187,8 @@ class RoundLoop(Strategy):
             merged, mask = merger.result(), self.next_mask(server_round)
             state.arrays = self.spec.slice(merged, state.mask, mask)
             state.mask = mask
+            self.finish_round(server_round)
+            work.merging = merger.report()
         metrics = self._summarise(work)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
 
@@ -142,14 +200,19 @@ class RoundLoop(Strategy):
         settings, state = self.settings, self.state
         if not settings.data.client_validation or server_round < settings.num_server_rounds:
             return []
-        nodes = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
-        messages = []
-        for node in sorted(nodes, key=lambda node: (len(node.key), node.key)):
-            plan = replace(self.plan(server_round, node.key), trainable=frozenset(), report=frozenset())
-            content = plan_to_content(plan, self.spec.slice(state.arrays, state.mask, plan.mask))
+        ready = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
+        ready.sort(key=lambda node: (len(node.key), node.key))
+        self._evaluators = []
+        for node in ready:
+            # the global model as it is: whole, and drawn only where the draw is what the model holds
+            plan = replace(self.plan(server_round, node.key), mask=state.mask, trainable=frozenset(), report=frozenset())
+            drawn = draw(self.spec, state.mask, plan.drawn, plan.draw_seed, plan.entries)
+            same = (p for p in drawn if p in state.arrays and np.array_equal(drawn[p], state.arrays[p]))
+            plan = replace(plan, drawn=frozenset(same))
+            plan, content = self._pack(node, plan, self._held_by(node))
             self.meter.count("down", content)
-            messages.append(Message(content, node.node_id, MessageType.EVALUATE, ttl=settings.strategy.round_timeout))
-        return messages
+            self._evaluators.append((node, plan, self._message(content, node, MessageType.EVALUATE)))
+        return [message for *_, message in self._evaluators]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by their held-out examples; a bad reply is left out."""
@@ -228,7 +291,17 @@ class RoundLoop(Strategy):
         work = self._round
         assert work is not None
         limit = min(timeout, self.settings.strategy.round_timeout)
-        for index, reply in exchange(grid, work.messages, limit):
+
+        def again(index: int, reply: Message) -> Message | None:
+            more = self._again(work.asked[index], work.plans[index], work.messages[index], reply)
+            if more is None:
+                return None
+            work.plans[index], work.messages[index] = more
+            sent = Counter(work.down[index]) + self.meter.count("down", more[1].content)
+            work.down[index] = dict(sent)
+            return more[1]
+
+        for index, reply in exchange(grid, work.messages, limit, again):
             if isinstance(reply, Exception):
                 work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
             elif reply.metadata.reply_to_message_id != work.messages[index].metadata.message_id:
@@ -246,6 +319,25 @@ class RoundLoop(Strategy):
                 means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
         return means
 
+    def _modelled(self, work: Round) -> Record:
+        """Seconds and joules of the round on the fleet's devices, by the modelled clock; {} unless all nodes are simulated.
+
+        Each client's line gets its own. A client whose reply did not count is left out: what it did is not known.
+        """
+        profiles = {node.key: self.profile(node) for node in work.asked}
+        costs = []
+        for line in work.records:
+            profile = profiles[str(line["client"])]
+            if profile is None or "flops-forward" not in line or "flops-backward" not in line:
+                return {}
+            flops = max(0.0, float(line["flops-forward"]) + float(line["flops-backward"]))  # type: ignore[arg-type]
+            down, up = (sum(line[name].values()) for name in ("bytes-down", "bytes-up"))  # type: ignore[attr-defined]
+            cost = device_cost(profile, flops, down, up)
+            costs.append(cost)
+            line |= {"modelled-device": profile.name, "modelled-seconds": cost.seconds, "modelled-joules": cost.joules}
+        total = round_cost(costs)
+        return {f"modelled-{name}": value for name, value in vars(total).items()}
+
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         found = evaluate(server_round, arrays)
         if found is not None:
@@ -257,7 +349,15 @@ class RoundLoop(Strategy):
         messages = list(self.configure_evaluate(server_round, arrays, config, grid))
         if not messages:
             return
-        answers = exchange(grid, messages, self.settings.strategy.round_timeout)
+
+        def again(index: int, reply: Message) -> Message | None:
+            more = self._again(*self._evaluators[index], reply)
+            if more is not None:
+                self.meter.count("down", more[1].content)
+                self._evaluators[index] = (self._evaluators[index][0], *more)
+            return more[1] if more is not None else None
+
+        answers = exchange(grid, messages, self.settings.strategy.round_timeout, again)
         metrics = self.aggregate_evaluate(server_round, (a for _, a in answers if not isinstance(a, Exception)))
         self.state.bytes_total = dict(self.meter.total)
         if metrics is not None:
@@ -275,6 +375,8 @@ class RoundLoop(Strategy):
             "round": server_round,
             **dict(evaluated or {}),
             **self._summarise(work),
+            **work.merging,
+            **self._modelled(work),
             "slots": sum(state.mask.ranks),
             "alive-sent": alive,
             "alive": state.mask.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -11,8 +11,16 @@ from flwr.serverapp import Grid
 POLL = (0.02, 0.25)  # seconds between looks: first, longest
 
 
-def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[tuple[int, Message | Exception]]:
+def replies(
+    grid: Grid,
+    messages: Sequence[Message],
+    timeout: float,
+    again: Callable[[int, Message], Message | None] = lambda index, reply: None,
+) -> Iterator[tuple[int, Message | Exception]]:
     """Send `messages` and yield (index, reply) as replies come, until all are there or `timeout` seconds are over.
+
+    Where `again` answers a reply with a message, that is sent and its reply waited for instead; once per message, so that no
+    node can keep the others waiting.
 
     One message id per pull: Flower confirms a batch before it inflates it, so one garbage reply would lose the good ones
     beside it. What cannot be inflated comes as the exception that it raised. A pull that has begun is not broken off.
@@ -23,6 +31,7 @@ def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator
         if not message_id:
             yield index, ConnectionError("the message could not be sent")
     deadline, wait = time.monotonic() + timeout, POLL[0]
+    repeated: set[int] = set()
     while pending:
         found = False
         for message_id in list(pending):
@@ -35,7 +44,19 @@ def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator
                 continue
             for reply in pulled[:1]:
                 found = True
-                yield pending.pop(message_id), reply
+                index = pending.pop(message_id)
+                try:
+                    more = again(index, reply) if index not in repeated else None
+                except Exception as error:  # as above: reading it may raise
+                    yield index, error
+                    continue
+                repeated.add(index)
+                if more is None:
+                    yield index, reply
+                elif new_id := next(iter(grid.push_messages([more])), None):
+                    pending[new_id] = index
+                else:
+                    yield index, ConnectionError("the message could not be sent")
         wait = POLL[0] if found else min(wait * 1.5, POLL[1])
         if pending:
             time.sleep(wait)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -21,7 +22,7 @@ from fedara_flwr.config import ConfigError, StrategySettings
 from fedara_flwr.server.messages import replies
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
-from fedara_flwr.wire.records import MAX_EXAMPLES
+from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
 logger = logging.getLogger("flwr")
 TRIES = 3  # questions that a node may leave unanswered before it is asked no more
@@ -40,18 +41,29 @@ class Expected:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that answered `whoami`."""
+    """A node that answered `whoami`; a simulated one has a profile of the fleet in place of a clock of its own."""
 
     key: str
     node_id: int
     partitions: int
+    simulated: bool = False
 
 
 class Roster:
     """Nodes by client key."""
 
-    def __init__(self, settings: StrategySettings, seed: int, expected: Expected, meter: ByteMeter) -> None:
+    def __init__(
+        self,
+        settings: StrategySettings,
+        seed: int,
+        expected: Expected,
+        meter: ByteMeter,
+        ready: Callable[[Node, Mapping[str, float]], None] = lambda node, metrics: None,
+        calibration: Mapping[str, int] | None = None,
+    ) -> None:
+        """`ready` sees what a node that can train says of itself; `calibration` is added to the question (client/capacity)."""
         self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
+        self._ready, self._calibration = ready, dict(calibration or {})
         self.nodes: dict[str, Node] = {}
         self.examples: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
@@ -126,7 +138,8 @@ class Roster:
         if key.startswith("node-"):
             logger.warning("node %d has no client-key or partition-id: its random streams cannot be repeated", node_id)
         partitions = who.get("num-partitions", 0)
-        self.nodes[key] = Node(key, node_id, partitions if isinstance(partitions, int) else 0)
+        simulated = who.get("simulated") is True
+        self.nodes[key] = Node(key, node_id, partitions if isinstance(partitions, int) else 0, simulated)
         self.examples.pop(key, None)  # a node that came back under its key is asked again
         self.unfit.pop(key, None)
 
@@ -160,7 +173,8 @@ class Roster:
         if not nodes:
             return
         by_id = {node.node_id: node.key for node in nodes}
-        question = RecordDict({"ready": ConfigRecord({"protocol": PROTOCOL, "labels": list(self.expected.labels)})})
+        asked: dict[str, Any] = {"protocol": PROTOCOL, "labels": list(self.expected.labels), **self._calibration}
+        question = RecordDict({"ready": ConfigRecord(asked)})
         for node_id, content in self._ask(grid, list(by_id), "query.ready", question):
             key = by_id[node_id]
             if isinstance(content, str):
@@ -175,7 +189,8 @@ class Roster:
 
     def _judge(self, key: str, content: RecordDict) -> None:
         answer = content.config_records.get("ready", ConfigRecord())
-        examples = content.metric_records.get("metrics", MetricRecord()).get("num-examples", 0)
+        metrics = content.metric_records.get("metrics", MetricRecord())
+        examples = metrics.get("num-examples", 0)
         if "error" in answer:
             self.unfit[key] = str(answer["error"])[:300]
             return
@@ -189,6 +204,8 @@ class Roster:
             self.unfit[key] = f"{small}{str(examples)[:32]} examples, allowed are 1 to {MAX_EXAMPLES}"
             return
         self.examples[key] = examples
+        numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+        self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})
 
     def _ask(self, grid: Grid, node_ids: list[int], kind: str, content: RecordDict) -> Iterable[tuple[int, RecordDict | str]]:
         """(node id, answer or what went wrong) for each node, in the order of `node_ids`."""

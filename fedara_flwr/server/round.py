@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import Message
@@ -13,7 +14,7 @@ from fedara_flwr.server.roster import Node, last_line
 from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import Rejected, update_from_content
+from fedara_flwr.wire.records import Rejected, lacks_offset, update_from_content
 
 logger = logging.getLogger("flwr")
 Record = dict[str, object]
@@ -30,6 +31,10 @@ class Merger(Protocol):
     def add(self, client_key: str, update: Update, weight: int) -> None: ...
 
     def result(self) -> Arrays: ...
+
+    def report(self) -> Record:
+        """What to write into the round's line, after `result`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Round:
         asked: nodes in sampling order; `plans` and `messages` go with them.
         limits: examples that each node declared first.
         down: bytes sent to each client, by part.
+        answered: clients whose updates counted.
+        merging: what the merger reports of itself.
     """
 
     number: int
@@ -62,15 +69,22 @@ class Round:
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    good: int = 0
+    merging: Record = field(default_factory=dict)
+    answered: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     _results: dict[int, Update | None] = field(default_factory=dict)
     _next: int = 0
 
+    @property
+    def good(self) -> int:
+        """How many replies counted."""
+        return len(self.answered)
+
     def collect(self, replies: Iterable[Message], merger: Merger, take: Callable[[str, Update, int], None]) -> None:
         """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in."""
-        by_message: dict[str, int] = {}
-        for reply in replies:  # ids are set when the messages are sent, which a lazy iterable does at its first reply
-            by_message = by_message or {message.metadata.message_id: i for i, message in enumerate(self.messages)}
+        for reply in replies:
+            # ids are set when the messages are sent, which a lazy iterable does at its first reply; one may be sent again
+            by_message = {message.metadata.message_id: i for i, message in enumerate(self.messages)}
             index = by_message.get(reply.metadata.reply_to_message_id)
             if index is None:
                 self._drop(f"node {reply.metadata.src_node_id}", "not-asked", "a reply to no message of this round")
@@ -102,10 +116,10 @@ class Round:
             update, node = self._results.pop(self._next), self.asked[self._next]
             self._next += 1
             if update is not None:
+                self.answered.append(node.key)
                 weight = update.num_examples if self.weighting == "examples" else 1
                 merger.add(node.key, update, weight)
                 take(node.key, update, weight)
-                self.good += 1
 
     def _check(self, index: int, reply: Message) -> Update | None:
         node, plan = self.asked[index], self.plans[index]
@@ -116,8 +130,13 @@ class Round:
             self._drop(node.key, "sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
             return None
         up = dict(self.meter.count("up", reply.content))
+        if lacks_offset(reply.content, plan):
+            self._drop(node.key, "offset", "the node still lacks pieces of the offset")
+            return None
         try:
             update = update_from_content(reply.content, self.spec, plan, self.limits[node.key])
+            # measured here; what a client says under that name does not count
+            update = replace(update, metrics={**update.metrics, "seconds-elapsed": time.monotonic() - self.began})
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))
             return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from fedara_flwr.offsets import Holding, OffsetLog
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import Arrays
 
@@ -15,12 +17,18 @@ class ServerState:
     Attributes:
         arrays: the global model, packed under `mask`.
         mask: the global rank mask.
+        offset: what has been added to the backbone.
+        holdings: which of the offset's pieces each client has.
+        clients: what the method remembers of each client, numbers and lists of numbers by name.
         bytes_total: bytes by "direction.part" since round 1.
         failed_rounds: rounds in a row that had too few good replies.
     """
 
     arrays: Arrays
     mask: RankMask
+    offset: OffsetLog
+    holdings: dict[str, Holding] = field(default_factory=dict)
+    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     server_round: int = 0
     bytes_total: dict[str, int] = field(default_factory=dict)
     failed_rounds: int = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel
 
 from fedara_flwr.config import ConfigError, nearest
 
@@ -22,26 +25,96 @@ def register(cls: S) -> S:
         ValueError: another class has that name already.
     """
     known = _REGISTERED.get(cls.name)
-    if not cls.name or (known is not None and known.__qualname__ != cls.__qualname__):
+    if not cls.name or (known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__)):
         raise ValueError(f"{cls.__qualname__}: the method name {cls.name!r} is empty or taken")
     _REGISTERED[cls.name] = cls
     return cls
 
 
-def methods() -> dict[str, type[BaseStrategy]]:
-    """All methods by name: built in, and those of installed packages (which never replace a built-in one)."""
-    from fedara_flwr.strategies import fedara, fedara_static, fedlora, head  # noqa: F401
+@dataclass(frozen=True)
+class Plugin:
+    """A method that an installed package offers; a broken one has no class but a reason, in one line."""
 
-    found = dict(_REGISTERED)
-    for point in entry_points(group=GROUP):
-        if point.name not in found:
-            found[point.name] = point.load()
-    return dict(sorted(found.items()))
+    name: str
+    package: str
+    method: type[BaseStrategy] | None
+    reason: str = ""
+
+
+def built_in() -> dict[str, type[BaseStrategy]]:
+    """The methods of this package by name."""
+    from fedara_flwr.strategies import (  # noqa: F401
+        fedara,
+        fedara_static,
+        federa,
+        fedex_lora,
+        fedlora,
+        ffa_lora,
+        flexlora,
+        flora,
+        full,
+        head,
+        hetlora,
+        legend,
+        slora,
+    )
+
+    return {name: cls for name, cls in sorted(_REGISTERED.items()) if cls.__module__.startswith(f"{__name__}.")}
+
+
+def plugins(name: str | None = None) -> list[Plugin]:
+    """What installed packages offer, sound or broken; with a `name`, only what has that name (nothing else is loaded)."""
+    taken = dict.fromkeys(built_in(), "this package")
+    found = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        if name is not None and point.name != name:
+            continue
+        package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
+        if point.name in taken:
+            found.append(Plugin(point.name, package, None, f"{taken[point.name]} has a method of that name"))
+            continue
+        try:
+            cls = point.load()
+            reason = _unfit(cls, point)
+        except (Exception, SystemExit) as error:  # a stranger's code: whatever it does must not end this run
+            cls, reason = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        found.append(Plugin(point.name, package, None if reason else cls, reason))
+        if not reason:
+            taken[point.name] = package
+    return found
+
+
+def _unfit(cls: object, point: EntryPoint) -> str:
+    """Why what an entry point names is no method that can be listed and run; '' where it is one."""
+    from fedara_flwr.strategies.base import BaseStrategy
+
+    if not (isinstance(cls, type) and issubclass(cls, BaseStrategy)):
+        return f"{point.value} is no subclass of BaseStrategy"
+    if cls.name != point.name:
+        return f"{point.value} has the name {cls.name!r}, its entry point {point.name!r}"
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, BaseModel)):
+        return f"{point.value}.Options is no pydantic model"
+    if not (isinstance(cls.keys, tuple) and all(isinstance(text, str) for text in (cls.title, cls.paper, *cls.keys))):
+        return f"{point.value}: title and paper must be texts, keys a tuple of texts"
+    return ""
+
+
+def methods() -> dict[str, type[BaseStrategy]]:
+    """All sound methods by name: built in, decorated with `register`, and those of installed packages."""
+    offered = {plugin.name: plugin.method for plugin in plugins() if plugin.method is not None}
+    return dict(sorted((built_in() | _REGISTERED | offered).items()))
 
 
 def find(name: str) -> type[BaseStrategy]:
-    """The method `name`; ConfigError with the nearest name where there is none."""
+    """The method `name`; ConfigError where there is none, with the nearest name, or where its plug-in is broken."""
+    registered = (built_in() | _REGISTERED).get(name)
+    if registered is not None:
+        return registered
+    offered = plugins(name)
+    for plugin in offered:
+        if plugin.method is not None:
+            return plugin.method
+    if offered:
+        raise ConfigError(f"method = {name!r}: the plug-in of {offered[0].package} is broken: {offered[0].reason}")
     known = methods()
-    if name not in known:
-        raise ConfigError(f"method = {name!r}: allowed are {', '.join(known)}{nearest(name, known)}")
-    return known[name]
+    raise ConfigError(f"method = {name!r}: allowed are {', '.join(known)}{nearest(name, known)}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
 
@@ -22,22 +25,36 @@ class SlotMean:
     def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays) -> None:
         """`arrays` is the global model as it was sent, packed under `mask`."""
         self.spec, self.mask, self.arrays = spec, mask, arrays
+        self._error = FactorError(spec, mask)
         self._sums: dict[str, np.ndarray] = {}
         self._weights: dict[str, np.ndarray] = {}
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
         """Add one client's update with its weight (> 0)."""
+        self._error.add(update, weight)
+        self.add_weighted(update, float(weight))
+
+    def add_weighted(self, update: Update, weight: float) -> None:
+        """`add` without the probe of the factors' error, with any weight that is not negative."""
         for part, values in update.arrays.items():
             if part not in self._sums:
                 self._sums[part] = np.zeros(len(self.arrays[part]), dtype=np.float64)
                 self._weights[part] = np.zeros(len(self.arrays[part]), dtype=np.float64)
-            if part == "head" or update.mask == self.mask:
-                self._sums[part] += float(weight) * values.astype(np.float64)
-                self._weights[part] += float(weight)
+            if part not in SLOT_PARTS or update.mask == self.mask:
+                self._sums[part] += weight * values.astype(np.float64)
+                self._weights[part] += weight
             else:
                 index = self.mask.elements(self.spec.widths(part), update.mask)
-                self._sums[part][index] += float(weight) * values.astype(np.float64)
-                self._weights[part][index] += float(weight)
+                self._sums[part][index] += weight * values.astype(np.float64)
+                self._weights[part][index] += weight
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """Weighted sums so far, float64."""
+        return self._sums
+
+    def weight_of(self, part: str) -> np.ndarray:
+        """Weight that went into each number of a part in `sums`, float64."""
+        return self._weights[part]
 
     def result(self) -> Arrays:
         """The merged model, float32, packed under the same mask."""
@@ -46,4 +63,176 @@ class SlotMean:
             weights = self._weights[part]
             mean = total / np.where(weights > 0, weights, 1.0)
             merged[part] = np.where(weights > 0, mean, self.arrays[part]).astype(np.float32)
+        self._error.compare(merged)
         return merged
+
+    def report(self) -> dict[str, object]:
+        """`factor-error`, where the factors of all clients were averaged."""
+        return {} if self._error.value is None else {"factor-error": self._error.value}
+
+
+class FactorError:
+    """How far the product of averaged factors is from the average of the products, relative to the latter.
+
+    ‖B̄·diag(Ē)·Ā - mean(B·diag(E)·A)‖ / ‖mean(B·diag(E)·A)‖, estimated on up to `PROBED` living modules spread over the
+    model, with one Gaussian vector each: ‖M·z‖² has the mean ‖M‖²_F. That costs a few thousandths of the merge
+    (benchmarks/methods), where the products themselves would cost many times as much.
+    """
+
+    PROBED = 4
+
+    def __init__(self, spec: ModelSpec, mask: RankMask) -> None:
+        self.value: float | None = None
+        self._mask, self._weight, self._whole = mask, 0.0, True
+        alive = np.flatnonzero(mask.alive)
+        chosen = alive[np.unique(np.linspace(0, len(alive) - 1, self.PROBED).round().astype(int))] if len(alive) else []
+        before = np.concatenate([[0], np.cumsum(mask.alive)])
+        ends = {part: np.concatenate([[0], np.cumsum(mask.alive * np.array(spec.widths(part)))]) for part in SLOT_PARTS}
+        self._modules = []
+        for m in chosen:
+            cuts = {part: slice(int(ends[part][m]), int(ends[part][m + 1])) for part in ("B", "A")}
+            cuts["E"] = slice(int(before[m]), int(before[m + 1]))
+            probe = np.random.default_rng(int(m)).standard_normal(spec.modules[m].d_in).astype(np.float32)
+            self._modules.append((cuts, int(mask.alive[m]), probe, np.zeros(spec.modules[m].d_out)))
+
+    def _apply(self, arrays: Arrays, cuts: dict[str, slice], count: int, probe: np.ndarray) -> np.ndarray:
+        inner = arrays["A"][cuts["A"]].reshape(count, -1) @ probe
+        inner = inner * arrays["E"][cuts["E"]] if "E" in arrays else inner
+        return inner @ arrays["B"][cuts["B"]].reshape(count, -1)
+
+    def add(self, update: Update, weight: int) -> None:
+        """Add one client's product."""
+        self._whole &= update.mask == self._mask and {"B", "A"} <= update.arrays.keys()
+        if self._whole:
+            self._weight += weight
+            with np.errstate(over="ignore", invalid="ignore"):  # an absurd update must not do more than spoil this figure
+                for cuts, count, probe, total in self._modules:
+                    total += weight * self._apply(update.arrays, cuts, count, probe).astype(np.float64)
+
+    def compare(self, merged: Arrays) -> None:
+        """Set `value`; it stays None where not every client sent B and A of all slots."""
+        if not self._whole or not self._weight or not self._modules:
+            return
+        exact, off = 0.0, 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            for cuts, count, probe, total in self._modules:
+                mean = total / self._weight
+                exact += float(mean @ mean)
+                off += float(np.square(self._apply(merged, cuts, count, probe) - mean).sum())
+        if exact > 0 and np.isfinite(off / exact):
+            self.value = (off / exact) ** 0.5
+
+
+class PaddedMean(SlotMean):
+    """Weighted mean over all clients, slots that one did not send counting as 0 (HetLoRA, arXiv 2401.06432, section 3.2).
+
+    A slot that nobody sent keeps its value (this project's reading): as 0 in both A and B it could never learn again.
+    `client_weight` gives each update's weight in the slot parts; all other parts are averaged as in SlotMean.
+    """
+
+    def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, client_weight: Callable[[Update], float]) -> None:
+        super().__init__(spec, mask, arrays)
+        self._of, self._slots, self._all = client_weight, SlotMean(spec, mask, arrays), 0.0
+
+    def add(self, client_key: str, update: Update, weight: int) -> None:
+        """Add one client's update; `weight` counts for the parts without slots."""
+        norm = self._of(update)
+        rest = {part: values for part, values in update.arrays.items() if part not in SLOT_PARTS}
+        super().add(client_key, replace(update, arrays=rest), weight)
+        slots = {part: values for part, values in update.arrays.items() if part in SLOT_PARTS}
+        self._slots.add_weighted(replace(update, arrays=slots), norm)
+        self._all += norm
+
+    def result(self) -> Arrays:
+        """As SlotMean's."""
+        merged = super().result()
+        for part, total in self._slots.sums().items():
+            if self._all > 0:
+                padded = total / self._all
+                merged[part] = np.where(self._slots.weight_of(part) > 0, padded, self.arrays[part]).astype(np.float32)
+        return merged
+
+
+def delta_norm(spec: ModelSpec, update: Update) -> float:
+    """‖ΔW‖_F of one client's adapters over all modules together, without forming a product: ‖BA‖² = Σ (BᵀB)∘(AAᵀ)."""
+    total = 0.0
+    for left, right in module_factors(spec, update.mask, update.arrays):
+        total += float(((left.T @ left) * (right @ right.T)).sum())
+    return max(total, 0.0) ** 0.5
+
+
+def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(B·diag(E) of shape (d_out, k), A of shape (k, d_in)) of every module under `mask`, float64; without E it is 1."""
+    found, starts = [], dict.fromkeys(SLOT_PARTS, 0)
+    for m, count in enumerate(mask.alive.tolist()):
+        rows = {}
+        for part in SLOT_PARTS:
+            width = spec.widths(part)[m]
+            if part in arrays or not count:  # parts without a slot do not travel
+                values = arrays[part][starts[part] : starts[part] + count * width] if count else np.zeros(0)
+                rows[part] = values.astype(np.float64).reshape(count, width)
+            starts[part] += count * width
+        left = rows["B"].T * rows["E"][:, 0] if "E" in rows else rows["B"].T
+        found.append((left, rows["A"]))
+    return found
+
+
+def pack_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Arrays:
+    """B and A of all modules, packed, from (left, right) of each: the inverse of `module_factors` with E = 1."""
+    return {
+        "B": np.concatenate([left.T.reshape(-1) for left, _ in pairs]).astype(np.float32),
+        "A": np.concatenate([right.reshape(-1) for _, right in pairs]).astype(np.float32),
+    }
+
+
+class Stack:
+    """Keeps every client's factors: the exact weighted sum of products is their concatenation (FLoRA, arXiv 2409.05976).
+
+    B·diag(E) and A of each client stand side by side, the weight (its share of all weights) on B alone. Parts without slots
+    are averaged as in SlotMean. Memory grows with the clients of a round.
+    """
+
+    memory = "stack"
+
+    def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, scales: Sequence[float]) -> None:
+        self.spec, self.mean, self.scales = spec, SlotMean(spec, mask, arrays), scales
+        self._factors: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]] = []
+
+    def add(self, client_key: str, update: Update, weight: int) -> None:
+        """Add one client's update with its weight (> 0)."""
+        self.mean.add(client_key, update, weight)
+        self._factors.append((weight, module_factors(self.spec, update.mask, update.arrays)))
+
+    def result(self) -> Arrays:
+        """The means of all parts, as SlotMean's."""
+        return self.mean.result()
+
+    def report(self) -> dict[str, object]:
+        """`factor-error`, as SlotMean's: what averaging the factors would have cost here."""
+        return self.mean.report()
+
+    def stacked(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per module [s·w_1·B_1, s·w_2·B_2, …] of shape (d_out, Σk) and [A_1; A_2; …] of shape (Σk, d_in), float64."""
+        total = sum(weight for weight, _ in self._factors)
+        pairs = []
+        for m, scale in enumerate(self.scales):
+            lefts = [scale * weight / total * factors[m][0] for weight, factors in self._factors]
+            pairs.append((np.concatenate(lefts, axis=1), np.concatenate([factors[m][1] for _, factors in self._factors])))
+        return pairs
+
+
+def split_svd(matrix: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The best approximation of `matrix` as scale·B·A of `rank`: B = U√S/√scale, A = √S·Vᵀ/√scale."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    root = np.sqrt(s[:rank] / scale)
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def split_product(left: np.ndarray, right: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """`split_svd` of left·right, by QR of the factors while they are thin, else of the dense product (contracts.md §8)."""
+    if 2 * left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return split_svd(left @ right, rank, scale)
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    b, a = split_svd(r_left @ r_right.T, rank, scale)
+    return q_left @ b, a @ q_right.T

@@ -6,7 +6,7 @@ Flower's side of a Strategy, are in server/loop.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from fedara_flwr import seeds
 from fedara_flwr.config import Group, Settings, check_options
+from fedara_flwr.offsets import OffsetLog, Piece, Weights
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.loop import RoundLoop
-from fedara_flwr.server.roster import Expected
+from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Merger, Record
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import Arrays, ModelSpec
@@ -32,9 +33,7 @@ class ModelPort(Protocol):
 
     def weight(self, name: str) -> NDArray[np.float32]: ...
 
-    def evaluate(
-        self, arrays: Arrays, mask: RankMask, scales: tuple[float, ...], split: Literal["validation", "test"] = ...
-    ) -> dict[str, float]: ...
+    def evaluate(self, weights: Weights, split: Literal["validation", "test"] = ...) -> dict[str, float]: ...
 
     def expected(self, terms: frozenset[str]) -> Expected: ...
 
@@ -44,7 +43,12 @@ class NoOptions(Group):
 
 
 class BaseStrategy(RoundLoop):
-    """Hooks: trainable, start_mask, start_arrays, scales, client_mask, terms, plan, merger, take, next_mask."""
+    """What a method overrides, in the order in which it is called.
+
+    Once: `trainable`, `start_mask`, `start_arrays`, `start_offset`, `scales`, `terms`. Each round: `ready` for nodes that are
+    drawn for the first time, `prepare`, `client_mask` and `plan` for each node, `merger`, `take` for each good update,
+    `next_mask`, `finish_round`, `weights`. At the end: `exported`.
+    """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
@@ -62,7 +66,9 @@ class BaseStrategy(RoundLoop):
         self.options = check_options(self.Options, settings.options, self.name)
         super().__init__(settings, model.spec, model.expected(frozenset(self.terms())), write)
         mask = self.start_mask()
-        self.state = ServerState(self.start_arrays(mask), mask)
+        self.state = ServerState(self.start_arrays(mask), mask, OffsetLog(self.spec))
+        if (piece := self.start_offset()) is not None:
+            self.state.offset.add(piece)
 
     # -- hooks: the model -------------------------------------------------------------------------------------------
     def start_mask(self) -> RankMask:
@@ -81,6 +87,10 @@ class BaseStrategy(RoundLoop):
                 arrays[part] = self.draw(part, mask)
             arrays["E"] = np.zeros(mask.count, dtype=np.float32)
         return arrays
+
+    def start_offset(self) -> Piece | None:
+        """What is added to the backbone before round 1; called after `start_arrays`."""
+        return None
 
     def draw(self, part: str, mask: RankMask) -> NDArray[np.float32]:
         """Random values of B or A by `adapter.init`, packed under `mask`, from the run's seed."""
@@ -115,6 +125,12 @@ class BaseStrategy(RoundLoop):
         if train.orthogonality and {"A", "B"} <= self.trainable:
             terms["orthogonality"] = {"weight": train.orthogonality}
         return terms
+
+    def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
+        """See what a node reports of itself when it is first drawn (with `calibration`, see client/capacity)."""
+
+    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
+        """See all nodes of a round, in sampling order, before the first plan is made."""
 
     def client_mask(self, client_key: str) -> RankMask:
         """Slots that one client gets; the global mask covers them."""
@@ -153,6 +169,18 @@ class BaseStrategy(RoundLoop):
         """The global mask after this round; must be covered by the present one."""
         return self.state.mask
 
+    def finish_round(self, server_round: int) -> None:
+        """Change the state once the round is merged: fresh values, what joins `state.offset`."""
+
+    # -- hooks: the result ------------------------------------------------------------------------------------------
+    def weights(self) -> Weights:
+        """The global model."""
+        return Weights(self.state.arrays, self.state.mask, self.scales(), self.state.offset.composed())
+
+    def exported(self) -> Weights:
+        """What the run leaves: adapters where nothing but them and the head changed, else a merged model."""
+        return self.weights()
+
     def evaluate(self) -> dict[str, float]:
         """The global model on the server's validation data."""
-        return self.model.evaluate(self.state.arrays, self.state.mask, self.scales())
+        return self.model.evaluate(self.weights())

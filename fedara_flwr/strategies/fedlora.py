@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedara_flwr import seeds
+from fedara_flwr.draws import lora_a
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import Arrays
 from fedara_flwr.strategies import register
@@ -21,11 +21,8 @@ class FedLoRA(BaseStrategy):
 
     def start_arrays(self, mask: RankMask) -> Arrays:
         """ΔW = 0 since B = 0."""
-        widths = np.array(self.spec.widths("A"))[mask.modules[mask.bits]]
-        bound = np.repeat(1.0 / np.sqrt(widths), widths)
-        noise = seeds.generator(self.settings.seed, "start", "A").uniform(-1.0, 1.0, self.spec.length("A", mask))
         return {
             "head": self.start_head(),
-            "A": (noise * bound).astype(np.float32),
+            "A": lora_a(self.spec, mask, self.settings.seed),
             "B": np.zeros(self.spec.length("B", mask), dtype=np.float32),
         }

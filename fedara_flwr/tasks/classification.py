@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification
 
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.tasks.base import Batch
+from fedara_flwr.tasks.base import Batch, Encoded, cross_entropies, pad
 
 
 class Classification:
@@ -20,16 +20,17 @@ class Classification:
     name = "classification"
     auto_class = AutoModelForSequenceClassification
     peft_task_type = "SEQ_CLS"
+    words = False
     _head_modules = frozenset({"classifier", "pre_classifier", "score", "pooler"})
 
     def is_head(self, module: str) -> bool:
         """BERT, RoBERTa: classifier; DistilBERT: and pre_classifier; DeBERTa: and pooler; decoders: score."""
         return module in self._head_modules
 
-    def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> list[list[int]]:
-        """Token ids with special tokens; the longer text of a pair is cut first."""
+    def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
+        """Token ids with special tokens, and one label per row; the longer text of a pair is cut first."""
         if not len(examples):
-            return []
+            return Encoded([], [])
         encoded = tokenizer(
             list(examples.texts),
             list(examples.pairs) if examples.pairs is not None else None,
@@ -38,41 +39,26 @@ class Classification:
             return_attention_mask=False,
             split_special_tokens=True,  # a text that spells out "[SEP]" has no separator in it
         )
-        return encoded["input_ids"]
+        return Encoded(encoded["input_ids"], examples.labels.tolist())
 
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[int]) -> Batch:
-        """input_ids and attention_mask of shape (batch, longest), labels of shape (batch,).
-
-        Pairs get their token types from the tokenizer's own separator, as BERT's `create_token_type_ids` does.
-        """
-        longest = max(len(row) for row in ids)
-        tokens = torch.full((len(ids), longest), tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros((len(ids), longest), dtype=torch.long)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor(labels, dtype=torch.long)}
-        if "token_type_ids" in tokenizer.model_input_names and tokenizer.sep_token_id is not None:
-            separators = (tokens == tokenizer.sep_token_id).long()
-            batch["token_type_ids"] = ((separators.cumsum(1) - separators) == 1).long() * mask
-        return batch
+        """As `pad`, and labels of shape (batch,)."""
+        return pad(tokenizer, ids) | {"labels": torch.tensor(labels, dtype=torch.long)}
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy, in float32 whatever the backbone's type."""
         return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
 
-    def metrics(self, logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
+    def metrics(self, logits: Sequence[NDArray[np.float32]], labels: Sequence[int], names: tuple[str, ...]) -> dict[str, float]:
         """accuracy, macro-f1 over the labels that occur in truth or prediction, and the mean loss."""
-        predicted = logits.argmax(axis=1)
+        outputs, truth = np.asarray(logits), np.asarray(labels)
+        predicted = outputs.argmax(axis=1)
         scores = []
-        for label in np.union1d(predicted, labels):
-            hits = int(((predicted == label) & (labels == label)).sum())
-            scores.append(2 * hits / (int((predicted == label).sum()) + int((labels == label).sum())))
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        log_total = np.log(np.exp(shifted.astype(np.float64)).sum(axis=1))
-        loss = log_total - shifted[np.arange(len(labels)), labels]
+        for label in np.union1d(predicted, truth):
+            hits = int(((predicted == label) & (truth == label)).sum())
+            scores.append(2 * hits / (int((predicted == label).sum()) + int((truth == label).sum())))
         return {
-            "accuracy": float((predicted == labels).mean()),
+            "accuracy": float((predicted == truth).mean()),
             "macro-f1": float(np.mean(scores)),
-            "loss": float(loss.mean()),
+            "loss": float(cross_entropies(outputs, truth).mean()),
         }

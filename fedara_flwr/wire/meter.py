@@ -9,24 +9,26 @@ from typing import Literal
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedara_flwr.spec import PARTS
+from fedara_flwr.wire.records import PIECE
 
 Direction = Literal["down", "up"]
-COUNTED = (*PARTS, "mask", "other")
-_MASKS = ("mask", "votes", "slot-ranks")
+COUNTED = (*PARTS, "offset", "mask", "other")
+_MASKS = ("mask", "votes", "slot-ranks", "kept")
 
 
 def payload(content: RecordDict) -> Counter[str]:
     """Bytes of one message by part; the sum is what Flower's own `count_bytes()` says of its records.
 
-    B, E, A and head count 4 bytes per number; mask the packed bits and slot ranks; other is what remains: npy headers,
-    names and the settings in the plan.
+    B, E, A, head, backbone and offset count 4 bytes per number; mask the packed bits and slot ranks; other is what remains:
+    npy headers, names and the settings in the plan.
     """
     parts: Counter[str] = Counter()
     total = sum(_size(record) for record in content.values())
-    for arrays in content.array_records.values():
+    for record_name, arrays in content.array_records.items():
         for name, array in arrays.items():
+            part = "offset" if record_name.startswith(PIECE) else name if name in PARTS else "other"
             # what a header claims is not believed beyond the bytes that are there
-            parts[name if name in PARTS else "other"] += max(0, min(4 * prod(array.shape), len(array.data)))
+            parts[part] += max(0, min(4 * prod(array.shape), len(array.data)))
     for config in content.config_records.values():
         for key in _MASKS:
             value = config.get(key)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedara_flwr.ranks import Bools, RankMask
 from fedara_flwr.spec import Arrays
 
-REPORTS = ("votes", "scores")
+REPORTS = ("votes", "scores", "kept")
 Ranks = NDArray[np.uint16]
 
 
@@ -24,15 +24,19 @@ class TrainPlan:
         seed: the run's seed; the client's streams derive from (seed, round, client key).
         mask: slots that travel and live in the client's model.
         scales: s of y = W0·x + s·B·diag(E)·A·x, one per module.
-        trainable: parts that are trained and sent back, out of B, E, A and head. The others keep what was received.
+        trainable: parts that are trained and sent back, out of B, E, A, head and backbone. The others keep what was received.
+        carries: parts that travel with the plan.
+        drawn: parts that both sides draw from `draw_seed` instead (fedara_flwr.draws). An E that is in neither is 1.
+        entries: numbers of the backbone that are trained, at positions drawn from `draw_seed`; 0 = all.
         steps: optimiser steps; 0 = `epochs` passes over the client's examples.
         learning_rate: AdamW, of A and B; E has `e_lr_factor` times that, the head `head_learning_rate`.
         clip_norm: 0 = gradients are not clipped.
         terms: client-side terms by name, each with its parameters.
-        report: what to add to the update: "votes" (needs `budget`), "scores" (their ranks, too).
+        report: what to add to the update: "votes" (needs `budget`), "scores" (their ranks, too), "kept" (slots that the
+            terms leave; the others are not sent back).
         budget: slots the client may vote for.
         evaluate: whether to evaluate the received model on the client's own held-out share.
-        offset_version: version of the shared backbone offset that the client must hold; 0 = none.
+        offset: digests of the pieces whose sum the client must add to its backbone (fedara_flwr.offsets).
     """
 
     server_round: int
@@ -46,6 +50,10 @@ class TrainPlan:
     learning_rate: float
     e_lr_factor: float
     head_learning_rate: float
+    carries: frozenset[str] = frozenset()
+    drawn: frozenset[str] = frozenset()
+    draw_seed: int = 0
+    entries: int = 0
     warmup_steps: int = 0
     clip_norm: float = 0.0
     dropout: bool = False
@@ -56,7 +64,7 @@ class TrainPlan:
     importance_time: str = "before"
     upload_mask: str = "global"
     evaluate: bool = False
-    offset_version: int = 0
+    offset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Update:
 
     Attributes:
         arrays: the trained parts, packed under `mask`.
-        mask: slots that came: the plan's, or those of them that the client voted for (`upload_mask = "local"`).
+        mask: slots that came: the plan's, or those of them that the client voted for (`upload_mask = "local"`) or kept.
         num_examples: examples the client trains on.
         metrics: losses, seconds, bytes of memory; names as in docs.
         vote: the local mask, where the plan asked for it.

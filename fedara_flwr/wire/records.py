@@ -1,19 +1,23 @@
 """TrainPlan and Update ⇄ Flower records. Reading an Update checks everything that can be checked without the model.
 
-A message holds `arrays` (ArrayRecord: one float32 vector per part) and `plan` or `reply` (ConfigRecord); an update also
-`metrics` (MetricRecord). Empty strings and lists never enter a ConfigRecord: Flower cannot count their bytes.
+A message holds `arrays` (ArrayRecord: one float32 vector per part) and `plan` or `reply` (ConfigRecord); a plan also the
+pieces of the offset that the client lacks, an update `metrics` (MetricRecord). Empty strings and lists never enter a
+ConfigRecord: Flower cannot count their bytes.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedara_flwr.ranks import RankMask, pack_bits, unpack_bits
+from fedara_flwr.offsets import Piece, piece_lengths
+from fedara_flwr.ranks import Bools, RankMask, pack_bits, unpack_bits
 from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
@@ -35,10 +39,14 @@ _SCALARS = {
     "importance-time": "importance_time",
     "upload-mask": "upload_mask",
     "evaluate": "evaluate",
-    "offset-version": "offset_version",
+    "draw-seed": "draw_seed",
+    "entries": "entries",
 }
+_SETS = ("trainable", "carries", "drawn", "report")
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
+PIECE, PIECE_RANKS = "offset.", "offset-ranks."  # names of a piece's records, its digest behind
 MAX_METRICS = 64
+MAX_VALUE = 1e100  # of a metric; sums over clients, weighted by examples, stay finite
 MAX_NAME = 64
 
 
@@ -87,15 +95,15 @@ def read_vector(array: Array, length: int, name: str) -> Vector:
     return vector
 
 
-def read_arrays(content: RecordDict, spec: ModelSpec, mask: RankMask, parts: frozenset[str]) -> Arrays:
+def read_arrays(content: RecordDict, spec: ModelSpec, mask: RankMask, parts: frozenset[str], entries: int = 0) -> Arrays:
     """Exactly `parts`, packed under `mask`; Rejected otherwise."""
     records = content.array_records
-    if set(records) != {"arrays"}:
-        raise Rejected("records", f"array records {_names(records)}, expected ['arrays']")
+    if "arrays" not in records:
+        raise Rejected("records", f"array records {_names(records)}, expected 'arrays'")
     record = records["arrays"]
     if set(record) != parts:
         raise Rejected("parts", f"parts {_names(record)}, expected {sorted(parts)}")
-    return {part: read_vector(record[part], spec.length(part, mask), part) for part in PARTS if part in parts}
+    return {part: read_vector(record[part], spec.length(part, mask, entries), part) for part in PARTS if part in parts}
 
 
 def _names(record: Any) -> list[str]:
@@ -103,24 +111,56 @@ def _names(record: Any) -> list[str]:
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
-def plan_to_content(plan: TrainPlan, arrays: Arrays) -> RecordDict:
-    """A TRAIN message: the plan and the arrays packed under its mask."""
+def plan_to_content(plan: TrainPlan, arrays: Arrays, pieces: Sequence[Piece] = ()) -> RecordDict:
+    """A TRAIN message: the plan, the arrays packed under its mask, and pieces of the offset that the client lacks."""
     config: dict[str, Any] = {key: getattr(plan, name) for key, name in _SCALARS.items()}
     config |= {
         "protocol": PROTOCOL,
         "ranks": list(_shorten(plan.mask.ranks)),
         "scales": list(_shorten(plan.scales)),
     }
-    if plan.trainable:
-        config["trainable"] = ",".join(sorted(plan.trainable))
+    config |= {key: ",".join(sorted(getattr(plan, key))) for key in _SETS if getattr(plan, key)}
     if len(plan.mask.bits):
         config["mask"] = plan.mask.to_bytes()
-    if plan.report:
-        config["report"] = ",".join(sorted(plan.report))
+    if plan.offset:
+        config["offset"] = list(plan.offset)
     for term, parameters in plan.terms.items():
         config[f"term.{term}"] = True
         config |= {f"term.{term}.{name}": float(value) for name, value in parameters.items()}
-    return RecordDict({"arrays": to_record(arrays), "plan": ConfigRecord(config)})
+    content = RecordDict({"arrays": to_record(arrays), "plan": ConfigRecord(config)})
+    for piece in pieces:
+        content[PIECE + piece.digest] = ArrayRecord({name: Array(vector) for name, vector in sorted(piece.arrays.items())})
+        if piece.ranks:
+            content[PIECE_RANKS + piece.digest] = ConfigRecord({"ranks": list(_shorten(piece.ranks))})
+    return content
+
+
+def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
+    """Pieces of the offset that came with a plan, on the client.
+
+    Raises:
+        Rejected: a piece does not fit the model, or is not what its digest says.
+    """
+    found = []
+    for name, record in content.array_records.items():
+        if not name.startswith(PIECE):
+            continue
+        digest = name.removeprefix(PIECE)
+        config: Any = content.config_records.get(PIECE_RANKS + digest, {})
+        try:
+            ranks = tuple(_lengthen([int(r) for r in config["ranks"]], len(spec.modules))) if "ranks" in config else ()
+        except (ValueError, TypeError) as error:
+            raise Rejected("offset", f"a piece does not fit this model ({str(error)[:80]})") from None
+        if any(rank < 0 for rank in ranks):
+            raise Rejected("offset", "a piece has a negative rank")
+        lengths = piece_lengths(spec, ranks)
+        if set(record) != set(lengths):
+            raise Rejected("parts", f"an offset has {_names(record)}, expected {sorted(lengths)}")
+        piece = Piece(ranks, {part: read_vector(record[part], length, part) for part, length in lengths.items()})
+        if piece.digest != digest:
+            raise Rejected("offset", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]}")
+        found.append(piece)
+    return found
 
 
 def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
@@ -144,12 +184,13 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
                 if name:
                     parameters[name] = float(config[key])
         ranks = _lengthen([int(r) for r in config["ranks"]], modules)
+        known: dict[str, Any] = {name: config[key] for key, name in _SCALARS.items()}
+        known |= {key: _read_set(config, key) for key in _SETS}
         return TrainPlan(
-            **{name: config[key] for key, name in _SCALARS.items()},
+            **known,
             mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
             scales=tuple(_lengthen([float(s) for s in config["scales"]], modules)),
-            trainable=_read_set(config, "trainable"),
-            report=_read_set(config, "report"),
+            offset=tuple(str(digest) for digest in config.get("offset", ())),
             terms=terms,
         )
     except (KeyError, ValueError, TypeError) as error:
@@ -160,15 +201,9 @@ def _read_set(config: ConfigRecord, key: str) -> frozenset[str]:
     return frozenset(str(config[key]).split(",")) if key in config else frozenset()
 
 
-def received_parts(plan: TrainPlan, e_is_one: bool) -> frozenset[str]:
-    """Parts that a TRAIN message carries: all, without E where it is 1 and frozen, without slots where none lives."""
-    slots = {part for part in SLOT_PARTS if plan.mask.count and not (part == "E" and e_is_one)}
-    return frozenset(slots | {"head"})
-
-
 def sent_parts(plan: TrainPlan) -> frozenset[str]:
     """Parts that an update must carry: the trainable ones, without slot parts where no slot is alive."""
-    return frozenset(p for p in plan.trainable if p == "head" or plan.mask.count)
+    return frozenset(p for p in plan.trainable if p not in SLOT_PARTS or plan.mask.count)
 
 
 def _shorten(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -190,9 +225,22 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
         config["votes"] = pack_bits(update.vote.keep)
         if update.vote.ranks is not None:
             config["slot-ranks"] = update.vote.ranks.astype("<u2").tobytes()
+    if "kept" in plan.report and plan.mask.count:
+        config["kept"] = pack_bits(update.mask.within(plan.mask))
     metrics: dict[str, Any] = {"num-examples": int(update.num_examples)}
     metrics |= update.metrics
     return RecordDict({"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
+
+
+def need_offset(missing: Sequence[str], server_round: int) -> RecordDict:
+    """The reply of a node that lost pieces of the offset: it is sent them within the round."""
+    return RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, "round": server_round, "need-offset": list(missing)})})
+
+
+def lacks_offset(content: RecordDict, plan: TrainPlan) -> bool:
+    """Whether a reply says that pieces of the plan's offset are missing."""
+    missing = content.config_records.get("reply", ConfigRecord()).get("need-offset")
+    return isinstance(missing, list) and 0 < len(missing) and set(missing) <= set(plan.offset)
 
 
 def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, max_examples: int) -> Update:
@@ -204,8 +252,10 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     Raises:
         Rejected: the reply is not what was asked for; the reason is counted and logged.
     """
-    if set(content.config_records) != {"reply"} or set(content.metric_records) != {"metrics"}:
+    if set(content) != {"arrays", "metrics", "reply"} or "reply" not in content.config_records:
         raise Rejected("records", f"records {_names(content)}, expected ['arrays', 'metrics', 'reply']")
+    if "metrics" not in content.metric_records:
+        raise Rejected("records", "'metrics' is no MetricRecord")
     config, metrics = content.config_records["reply"], content.metric_records["metrics"]
     if config.get("protocol") != PROTOCOL:
         raise Rejected("protocol", f"version {str(config.get('protocol'))[:MAX_NAME]!r}, expected {PROTOCOL}")
@@ -218,7 +268,11 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
     mask = plan.mask
     if plan.upload_mask == "local" and vote is not None:
         mask = mask.keep(vote.keep)
-    arrays = read_arrays(content, spec, mask, sent_parts(plan))
+    if "kept" in plan.report and plan.mask.count:
+        mask = mask.keep(_read_bits(config, "kept", plan.mask.count))
+        if not mask.count:
+            raise Rejected("votes", "kept: no slot at all")
+    arrays = read_arrays(content, spec, mask, sent_parts(replace(plan, mask=mask)), plan.entries)
     values = {name: float(value) for name, value in metrics.items() if name != "num-examples"}  # type: ignore[arg-type]
     return Update(arrays, mask, num_examples, values, vote)
 
@@ -233,21 +287,26 @@ def check_metrics(metrics: MetricRecord, count: str, limit: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
         raise Rejected("num-examples", f"{count} is {value!r}, allowed is an integer from 1 to {limit}")
     for name, metric in metrics.items():
-        if not math.isfinite(float(metric)):  # type: ignore[arg-type]
+        if not abs(float(metric)) <= MAX_VALUE:  # type: ignore[arg-type]
             raise Rejected("not-finite", f"metric {name!r} is {metric!r}")
     return value
+
+
+def _read_bits(config: ConfigRecord, key: str, count: int) -> Bools:
+    value = config.get(key)
+    if not isinstance(value, bytes):
+        raise Rejected("votes", f"the record {key!r} is missing")
+    try:
+        return unpack_bits(value, count)
+    except ValueError as error:
+        raise Rejected("votes", f"{key}: {error}") from None
 
 
 def _read_vote(config: ConfigRecord, plan: TrainPlan) -> Vote | None:
     if "votes" not in plan.report:
         return None
-    count, votes, ranks = plan.mask.count, config.get("votes"), None
-    if not isinstance(votes, bytes):
-        raise Rejected("votes", "the vote is missing")
-    try:
-        keep = unpack_bits(votes, count)
-    except ValueError as error:
-        raise Rejected("votes", str(error)) from None
+    count, ranks = plan.mask.count, None
+    keep = _read_bits(config, "votes", count)
     if int(keep.sum()) != min(plan.budget, count):
         raise Rejected("votes", f"votes for {int(keep.sum())} slots, allowed are {min(plan.budget, count)}")
     if "scores" in plan.report:

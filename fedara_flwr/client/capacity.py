@@ -1,0 +1,92 @@
+"""What a device can do: floating-point operations counted as they run, and one calibration batch (LEGEND's reports)."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.tasks.base import Encoded, Task
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_CPU = {  # torch counts attention on GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Context that counts the floating-point operations of matrix products and attention, as they run."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU)
+
+
+def backward_blocks(adapted: AdaptedModel, trains_backbone: bool) -> int:
+    """Blocks that the backward pass goes through: from the lowest one with a living module to the top."""
+    if trains_backbone:
+        return adapted.spec.blocks
+    lowest = min((adapted.spec.modules[index].block for index, _ in adapted.alive()), default=adapted.spec.blocks)
+    return adapted.spec.blocks - lowest
+
+
+def measure(
+    adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded, batch_size: int, rank: int
+) -> dict[str, int | float]:
+    """One forward and backward pass with adapters of `rank` on every module; what it took, as metrics.
+
+    Returns:
+        `seconds-forward`, `seconds-backward`, `flops-forward`, `flops-backward` (per step), `blocks` of the backward pass,
+        `bytes-block` (kept for the backward pass by one block, with gradients and AdamW's moments of its adapters) and
+        `bytes-free` (memory of the machine).
+    """
+    mask = RankMask.full([rank] * len(adapted.spec.modules))
+    arrays = {part: np.zeros(adapted.spec.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
+    adapted.load(arrays, mask, (1.0,) * len(mask.ranks), frozenset(arrays))
+    adapted.model.train(False)
+    rows = list(range(min(batch_size, len(data))))
+    batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+    own = {p.untyped_storage().data_ptr() for p in adapted.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with flop_counter() as forward:
+            loss = task.loss(adapted.logits(batch), batch)
+        with flop_counter() as backward:
+            loss.backward()
+    began = time.perf_counter()  # a second pass: the first one paid for warming up and for the counters
+    loss = task.loss(adapted.logits(batch), batch)
+    between = time.perf_counter()
+    loss.backward()
+    ended = time.perf_counter()
+    trained = 12 * sum(parameter.numel() for part in ("B", "A") for parameter in adapted.parameters(part))
+    blocks = adapted.spec.blocks
+    return {
+        "seconds-forward": between - began,
+        "seconds-backward": ended - between,
+        "flops-forward": forward.get_total_flops(),
+        "flops-backward": backward.get_total_flops(),
+        "blocks": blocks,
+        "bytes-block": math.ceil((sum(kept.values()) + trained) / blocks),
+        "bytes-free": psutil.virtual_memory().available,
+    }

@@ -1,0 +1,37 @@
+"""Values that server and clients draw alike from a seed, so that they need not travel. numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedara_flwr.ranks import Ints, RankMask
+from fedara_flwr.seeds import generator
+from fedara_flwr.spec import Arrays, ModelSpec, Vector
+
+
+def lora_a(spec: ModelSpec, mask: RankMask, seed: int) -> Vector:
+    """LoRA's A, packed under `mask`: U(-1/√d_in, 1/√d_in), which is Kaiming's with a = √5, as PEFT has it.
+
+    A slot's values do not depend on which others are alive: the whole A is drawn, then cut.
+    """
+    full = RankMask.full(mask.ranks)
+    widths = np.array(spec.widths("A"), dtype=np.int64)[full.modules]
+    bound = np.repeat(1.0 / np.sqrt(widths), widths)
+    noise = generator(seed, "start", "A").uniform(-1.0, 1.0, spec.length("A", full))
+    return full.slice((noise * bound).astype(np.float32), spec.widths("A"), mask)
+
+
+def sparse_positions(spec: ModelSpec, count: int, seed: int) -> Ints:
+    """`count` positions, ascending, among the weights of all adapted modules laid one after another, row by row."""
+    total = sum(m.d_out * m.d_in for m in spec.modules)
+    if not 0 < count <= total:
+        raise ValueError(f"{count} positions among {total} weights")
+    return np.sort(generator(seed, "sparse").choice(total, count, replace=False, shuffle=False))
+
+
+def draw(spec: ModelSpec, mask: RankMask, parts: frozenset[str], seed: int, entries: int) -> Arrays:
+    """The parts that a TRAIN message leaves out on purpose: A as `lora_a`, every other one zero."""
+    return {
+        part: lora_a(spec, mask, seed) if part == "A" else np.zeros(spec.length(part, mask, entries), dtype=np.float32)
+        for part in parts
+    }

@@ -1,0 +1,198 @@
+"""Offsets: what a method adds to the frozen weights, the same on every node (contracts.md §2). numpy only.
+
+The server keeps a log of pieces. A node is told which pieces make up the version that it must hold, and is sent those that
+it lacks: low-rank factors, or one dense piece in place of all where that is fewer bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedara_flwr.ranks import Ints, RankMask
+from fedara_flwr.spec import Arrays, ModelSpec, Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """ΔW of every module.
+
+    Attributes:
+        ranks: rank of each module's factors; () = dense. arrays: B and A packed under `RankMask.full(ranks)`, ΔW = B·A; or
+        `dense`, all modules' ΔW one after another, row by row.
+    """
+
+    ranks: tuple[int, ...]
+    arrays: Arrays
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of ranks and values."""
+        total = hashlib.sha256(repr(self.ranks).encode())
+        for name in sorted(self.arrays):
+            total.update(name.encode())
+            total.update(np.ascontiguousarray(self.arrays[name], dtype="<f4").tobytes())
+        return total.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return sum(vector.nbytes for vector in self.arrays.values())
+
+    def lengths(self, spec: ModelSpec) -> dict[str, int]:
+        """Length that each array must have."""
+        return piece_lengths(spec, self.ranks)
+
+
+def piece_lengths(spec: ModelSpec, ranks: tuple[int, ...]) -> dict[str, int]:
+    """Names and lengths of a piece's arrays."""
+    if not ranks:
+        return {"dense": dense_size(spec)}
+    pairs = list(zip(spec.modules, ranks, strict=True))
+    return {"B": sum(m.d_out * rank for m, rank in pairs), "A": sum(m.d_in * rank for m, rank in pairs)}
+
+
+def dense_size(spec: ModelSpec) -> int:
+    """Numbers in the weights of all adapted modules."""
+    return sum(m.d_out * m.d_in for m in spec.modules)
+
+
+def factors(piece: Piece, spec: ModelSpec) -> list[tuple[Vector, Vector]]:
+    """(left of shape (d_out, r), right of shape (r, d_in)) of every module; views."""
+    found, starts = [], {"B": 0, "A": 0}
+    for module, rank in zip(spec.modules, piece.ranks, strict=True):
+        pair = {}
+        for part, width in (("B", module.d_out), ("A", module.d_in)):
+            pair[part] = piece.arrays[part][starts[part] : starts[part] + rank * width].reshape(rank, width)
+            starts[part] += rank * width
+        found.append((pair["B"].T, pair["A"]))
+    return found
+
+
+def from_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Piece:
+    """A piece of one (left, right) per module."""
+    return Piece(
+        tuple(right.shape[0] for _, right in pairs),
+        {
+            "B": np.concatenate([left.T.reshape(-1) for left, _ in pairs]).astype(np.float32),
+            "A": np.concatenate([right.reshape(-1) for _, right in pairs]).astype(np.float32),
+        },
+    )
+
+
+def dense(pieces: Sequence[Piece], spec: ModelSpec) -> list[np.ndarray]:
+    """The sum of all pieces as one float32 matrix (d_out, d_in) per module."""
+    total = [np.zeros((m.d_out, m.d_in), dtype=np.float32) for m in spec.modules]
+    for piece in pieces:
+        if piece.ranks:
+            for matrix, (left, right) in zip(total, factors(piece, spec), strict=True):
+                matrix += left @ right
+        else:
+            start = 0
+            for matrix in total:
+                matrix += piece.arrays["dense"][start : start + matrix.size].reshape(matrix.shape)
+                start += matrix.size
+    return total
+
+
+def as_dense(matrices: Sequence[np.ndarray]) -> Piece:
+    """A dense piece of one matrix per module."""
+    return Piece((), {"dense": np.concatenate([m.reshape(-1) for m in matrices]).astype(np.float32)})
+
+
+def compose(pieces: Sequence[Piece], spec: ModelSpec) -> Piece | None:
+    """All pieces as one: factors side by side while they are at most half of the dense numbers, else dense."""
+    if not pieces:
+        return None
+    numbers = sum(piece.nbytes for piece in pieces) // 4
+    if any(not piece.ranks for piece in pieces) or 2 * numbers > dense_size(spec):
+        return as_dense(dense(pieces, spec))
+    if len(pieces) == 1:
+        return pieces[0]
+    by_piece = [factors(piece, spec) for piece in pieces]
+    return from_factors(
+        [
+            (np.concatenate([f[m][0] for f in by_piece], axis=1), np.concatenate([f[m][1] for f in by_piece]))
+            for m in range(len(spec.modules))
+        ]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A whole model as numbers: what evaluation and export take.
+
+    Attributes:
+        arrays: head; B, E (or none, then it is 1) and A packed under `mask`; backbone where it is trained.
+        scales: s of y = W0·x + s·B·diag(E)·A·x, one per module.
+        offset: what is added to the backbone.
+        positions: numbers of the backbone that `arrays["backbone"]` holds (draws.sparse_positions); None = all.
+    """
+
+    arrays: Arrays
+    mask: RankMask
+    scales: tuple[float, ...]
+    offset: Piece | None = None
+    positions: Ints | None = None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a node has: pieces by digest, whose sum is `version`."""
+
+    version: int = 0
+    digests: tuple[str, ...] = ()
+
+
+class OffsetLog:
+    """The server's pieces. Keeps the newest ones up to the bytes of one dense piece, and the sum of all."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec, self.version = spec, 0
+        self._newest: dict[int, Piece] = {}
+        self._sum: list[np.ndarray] | None = None
+        self._dense: Piece | None = None
+
+    def add(self, piece: Piece) -> None:
+        """The next version: everything so far plus `piece`."""
+        for name, length in piece.lengths(self.spec).items():
+            if piece.arrays[name].shape != (length,):
+                raise ValueError(f"{name} has shape {piece.arrays[name].shape}, expected ({length},)")
+        self.version += 1
+        self._newest[self.version] = piece
+        self._dense = None
+        if self._sum is not None:
+            self._sum = [a + b for a, b in zip(self._sum, dense([piece], self.spec), strict=True)]
+        # a node that lacks more than a dense piece's bytes gets the dense one, so older pieces are never sent again
+        while sum(p.nbytes for p in self._newest.values()) > 4 * dense_size(self.spec):
+            self._sum = self._sum or dense(list(self._newest.values()), self.spec)
+            del self._newest[min(self._newest)]
+
+    def composed(self) -> Piece | None:
+        """Everything as one piece; None before the first."""
+        if not self.version:
+            return None
+        if self._sum is None:
+            return compose(list(self._newest.values()), self.spec)
+        return self._as_dense()
+
+    def _as_dense(self) -> Piece:
+        if self._dense is None:
+            self._dense = as_dense(self._sum or dense(list(self._newest.values()), self.spec))
+        return self._dense
+
+    def fetch(self, have: Holding) -> tuple[Holding, list[Piece]]:
+        """(what a node holds afterwards, pieces to send) for a node that holds `have`; the fewest bytes."""
+        if have.version == self.version:
+            return have, []
+        missing = range(have.version + 1, self.version + 1)
+        if all(v in self._newest for v in missing):
+            pieces = [self._newest[v] for v in missing]
+            if sum(p.nbytes for p in pieces) < 4 * dense_size(self.spec):
+                return Holding(self.version, (*have.digests, *(p.digest for p in pieces))), pieces
+        whole = self._as_dense()
+        return Holding(self.version, (whole.digest,)), [whole]

@@ -1,0 +1,63 @@
+"""Ranks that differ by client: shared by hetlora, flexlora, flora and fedex-lora."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from fedara_flwr import seeds
+from fedara_flwr.config import Group
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.strategies.fedlora import FedLoRA
+
+
+class RankOptions(Group):
+    """Who gets which rank."""
+
+    ranks: list[int] = Field(
+        default_factory=list, description="ranks that clients get, each up to adapter.rank; [] = adapter.rank for all"
+    )
+    assign: Literal["profile", "seed"] = Field(
+        "profile", description="by the speed of the client's device among the fleet's, or drawn by seed"
+    )
+
+    @field_validator("ranks")
+    @classmethod
+    def _positive(cls, ranks: list[int]) -> list[int]:
+        if any(rank < 1 for rank in ranks):
+            raise ValueError("allowed are ranks from 1")
+        return ranks
+
+
+class ClientRanks(FedLoRA):
+    """FedLoRA in which client k holds the first r_k slots of every module."""
+
+    Options = RankOptions
+
+    def client_rank(self, client_key: str) -> int:
+        """r_k: the fleet's slowest device gets the lowest rank, the fastest the highest, those between in proportion.
+
+        A real device, of unknown speed, is drawn by seed, and so is one of a fleet of equals.
+        """
+        options, rank = self.options, self.settings.adapter.rank
+        assert isinstance(options, RankOptions)
+        ranks = sorted(min(r, rank) for r in options.ranks) or [rank]
+        node = self.roster.nodes.get(client_key)
+        profile = self.profile(node) if node is not None and options.assign == "profile" else None
+        speeds = sorted({p.flops for p in self.fleet})
+        if profile is None or len(speeds) < 2:
+            return ranks[int(seeds.generator(self.settings.seed, "rank", client_key).integers(len(ranks)))]
+        most = len(speeds) - 1
+        return ranks[(2 * speeds.index(profile.flops) * (len(ranks) - 1) + most) // (2 * most)]  # rounded, halves up
+
+    def client_mask(self, client_key: str) -> RankMask:
+        """The first r_k slots of every module."""
+        return first_slots(self.state.mask, self.client_rank(client_key))
+
+
+def first_slots(mask: RankMask, rank: int) -> RankMask:
+    """The alive slots of `mask` whose index in their module is below `rank`."""
+    index = np.concatenate([np.arange(r) for r in mask.ranks]) if mask.ranks else np.zeros(0, dtype=np.int64)
+    return RankMask(mask.ranks, mask.bits & (index < rank))

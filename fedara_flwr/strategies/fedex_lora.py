@@ -1,0 +1,39 @@
+"""`fedex-lora` (FedEx-LoRA, arXiv 2410.09432): FedLoRA made exact by a residual that joins the backbone.
+
+Stated by the paper: A and B are averaged as in FedIT; ΔW_res = mean(B_k·A_k) - mean(B)·mean(A) is added to the frozen weights.
+This project's reading: the residual travels as factors [w_1·B_1, …, -B̄], [A_1; …; Ā], or dense where that is fewer bytes;
+each node is sent what it missed and keeps it. With a rank per client, factors are averaged over the clients that hold a slot;
+the residual makes that exact as well.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedara_flwr.offsets import from_factors
+from fedara_flwr.strategies import register
+from fedara_flwr.strategies.aggregation import Stack, module_factors
+from fedara_flwr.strategies.client_ranks import ClientRanks
+
+
+@register
+class FedExLoRA(ClientRanks):
+    """FedLoRA and the exact residual."""
+
+    name = "fedex-lora"
+    title = "LoRA, FedAvg of A and B, and the exact residual of that average in the backbone"
+    paper = "arXiv 2410.09432"
+
+    def merger(self) -> Stack:
+        """Means, and all factors for the residual."""
+        self._stack = Stack(self.spec, self.state.mask, self.state.arrays, self.scales())
+        return self._stack
+
+    def finish_round(self, server_round: int) -> None:
+        """The residual joins the offset."""
+        means = module_factors(self.spec, self.state.mask, self.state.arrays)
+        pairs = [
+            (np.concatenate([left, -scale * b], axis=1), np.concatenate([right, a]))
+            for (left, right), scale, (b, a) in zip(self._stack.stacked(), self.scales(), means, strict=True)
+        ]
+        self.state.offset.add(from_factors(pairs))

@@ -1,0 +1,51 @@
+"""`flexlora` (FlexLoRA, arXiv 2402.11505): a rank per client; the server merges products and splits them again by SVD.
+
+Stated by the paper: ΔW = Σ w_k·s·B_k·A_k; the SVD of ΔW, truncated to r_k, is what client k gets next.
+This project's reading: √S on both sides; one scale alpha / adapter.rank for all ranks, so that truncation is taking the first
+slots; a slot whose singular value is zero starts again from a random A and B = 0, since with both zero it could never learn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedara_flwr.draws import lora_a
+from fedara_flwr.spec import Arrays
+from fedara_flwr.strategies import register
+from fedara_flwr.strategies.aggregation import Stack, module_factors, pack_factors, split_product
+from fedara_flwr.strategies.client_ranks import ClientRanks
+
+ZERO = 1e-12  # singular values below this share of the largest one
+
+
+class SplitStack(Stack):
+    """Stacks the clients' factors and splits the sum of their products into rank-r factors again."""
+
+    def result(self) -> Arrays:
+        """B and A by SVD, the rest averaged."""
+        mask, spec = self.mean.mask, self.spec
+        fresh = module_factors(
+            spec, mask, {"B": np.zeros(spec.length("B", mask), dtype=np.float32), "A": lora_a(spec, mask, 0)}
+        )
+        pairs = []
+        for (left, right), rank, scale, (_, random) in zip(self.stacked(), mask.ranks, self.scales, fresh, strict=True):
+            b, a = split_product(left, right, rank, scale)
+            singular = np.square(a).sum(axis=1)  # a's rows are √S·Vᵀ
+            live = singular > ZERO * singular.max(initial=0.0)
+            filled, padded = random.copy(), np.zeros((left.shape[0], rank))
+            filled[: len(a)][live], padded[:, : len(a)][:, live] = a[live], b[:, live]
+            pairs.append((padded, filled))
+        return {**super().result(), **pack_factors(pairs)}
+
+
+@register
+class FlexLoRA(ClientRanks):
+    """FedLoRA with another merger."""
+
+    name = "flexlora"
+    title = "LoRA with a rank per client; the server averages products and splits them by SVD"
+    paper = "arXiv 2402.11505"
+
+    def merger(self) -> SplitStack:
+        """Products, not factors."""
+        return SplitStack(self.spec, self.state.mask, self.state.arrays, self.scales())

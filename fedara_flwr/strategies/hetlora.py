@@ -1,0 +1,63 @@
+"""`hetlora` (HetLoRA, arXiv 2401.06432): a rank per client, self-pruning, sparsity-weighted aggregation.
+
+Stated by the paper: global factors of rank max r_k, truncated to r_k for client k; its loss has λ·‖B[:, γ·r_k:]‖·‖A[γ·r_k:,
+:]‖ added, and where that product fell during local training the client's rank falls to γ·r_k; updates are padded with zeros
+and weighted by ‖B_k·A_k‖_F. This project's reading: the norm is taken over all modules together; a client's present rank is
+kept by the server, so nothing stays on the client; head averaged as in FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pydantic import Field
+
+from fedara_flwr.strategies import register
+from fedara_flwr.strategies.aggregation import PaddedMean, delta_norm
+from fedara_flwr.strategies.client_ranks import ClientRanks, RankOptions
+from fedara_flwr.wire.plan import TrainPlan, Update
+
+
+class HetLoRAOptions(RankOptions):
+    """Keys of hetlora."""
+
+    penalty: float = Field(5e-3, ge=0, description="λ, weight of the tail's norm in the loss; 0 = no self-pruning")
+    gamma: float = Field(0.85, gt=0, lt=1, description="γ, share of its slots that a client keeps when its tail shrank")
+
+
+@register
+class HetLoRA(ClientRanks):
+    """Zero-padded, norm-weighted averaging of factors of different ranks."""
+
+    name = "hetlora"
+    title = "LoRA with a rank per client, self-pruning and norm-weighted, zero-padded averaging"
+    paper = "arXiv 2401.06432"
+    Options = HetLoRAOptions
+
+    def terms(self) -> Mapping[str, Mapping[str, float]]:
+        """The tail's penalty."""
+        options = self.options
+        assert isinstance(options, HetLoRAOptions)
+        if not options.penalty:
+            return super().terms()
+        return {**super().terms(), "tail-penalty": {"weight": options.penalty, "gamma": options.gamma}}
+
+    def client_rank(self, client_key: str) -> int:
+        """What pruning has left of r_k."""
+        return min(
+            super().client_rank(client_key), self.state.clients.get(client_key, {}).get("rank", self.settings.adapter.rank)
+        )
+
+    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+        """Ask which slots the client keeps."""
+        plan = super().plan(server_round, client_key)
+        return replace(plan, report=frozenset({"kept"})) if "tail-penalty" in plan.terms else plan
+
+    def merger(self) -> PaddedMean:
+        """Weights ∝ ‖B_k·A_k‖_F."""
+        return PaddedMean(self.spec, self.state.mask, self.state.arrays, lambda update: delta_norm(self.spec, update))
+
+    def take(self, client_key: str, update: Update, weight: int) -> None:
+        """Remember the rank that the client kept."""
+        self.state.clients[client_key] = {"rank": max(1, int(update.mask.alive.max()))}
