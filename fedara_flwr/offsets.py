@@ -7,7 +7,7 @@ it lacks: low-rank factors, or one dense piece in place of all where that is few
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,19 +84,23 @@ def from_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Piece:
     )
 
 
-def dense(pieces: Sequence[Piece], spec: ModelSpec) -> list[np.ndarray]:
+def dense(pieces: Iterable[Piece], spec: ModelSpec) -> list[np.ndarray]:
     """The sum of all pieces as one float32 matrix (d_out, d_in) per module."""
     total = [np.zeros((m.d_out, m.d_in), dtype=np.float32) for m in spec.modules]
     for piece in pieces:
-        if piece.ranks:
-            for matrix, (left, right) in zip(total, factors(piece, spec), strict=True):
-                matrix += left @ right
-        else:
-            start = 0
-            for matrix in total:
-                matrix += piece.arrays["dense"][start : start + matrix.size].reshape(matrix.shape)
-                start += matrix.size
+        _add(total, piece, spec)
     return total
+
+
+def _add(total: list[np.ndarray], piece: Piece, spec: ModelSpec) -> None:
+    if piece.ranks:
+        for matrix, (left, right) in zip(total, factors(piece, spec), strict=True):
+            matrix += left @ right
+    else:
+        start = 0
+        for matrix in total:
+            matrix += piece.arrays["dense"][start : start + matrix.size].reshape(matrix.shape)
+            start += matrix.size
 
 
 def as_dense(matrices: Sequence[np.ndarray]) -> Piece:
@@ -104,16 +108,25 @@ def as_dense(matrices: Sequence[np.ndarray]) -> Piece:
     return Piece((), {"dense": np.concatenate([m.reshape(-1) for m in matrices]).astype(np.float32)})
 
 
-def compose(pieces: Sequence[Piece], spec: ModelSpec) -> Piece | None:
-    """All pieces as one: factors side by side while they are at most half of the dense numbers, else dense."""
-    if not pieces:
-        return None
-    numbers = sum(piece.nbytes for piece in pieces) // 4
-    if any(not piece.ranks for piece in pieces) or 2 * numbers > dense_size(spec):
-        return as_dense(dense(pieces, spec))
-    if len(pieces) == 1:
-        return pieces[0]
-    by_piece = [factors(piece, spec) for piece in pieces]
+def compose(pieces: Iterable[Piece], spec: ModelSpec) -> Piece | None:
+    """All pieces as one: factors side by side while they are at most half of the dense numbers, else dense.
+
+    Never holds more than the sum and that many factors, however many pieces there are.
+    """
+    kept: list[Piece] = []
+    total: list[np.ndarray] | None = None
+    for piece in pieces:
+        if total is not None:
+            _add(total, piece, spec)
+            continue
+        kept.append(piece)
+        if not piece.ranks or 2 * sum(p.nbytes for p in kept) > 4 * dense_size(spec):
+            total, kept = dense(kept, spec), []
+    if total is not None:
+        return as_dense(total)
+    if len(kept) < 2:
+        return kept[0] if kept else None
+    by_piece = [factors(piece, spec) for piece in kept]
     return from_factors(
         [
             (np.concatenate([f[m][0] for f in by_piece], axis=1), np.concatenate([f[m][1] for f in by_piece]))
@@ -156,6 +169,11 @@ class OffsetLog:
         self._newest: dict[int, Piece] = {}
         self._sum: list[np.ndarray] | None = None
         self._dense: Piece | None = None
+        self._sizes: dict[str, int] = {}
+
+    def nbytes(self, digests: Sequence[str]) -> int:
+        """Bytes of pieces that were sent once."""
+        return sum(self._sizes[digest] for digest in digests)
 
     def add(self, piece: Piece) -> None:
         """The next version: everything so far plus `piece`."""
@@ -193,6 +211,8 @@ class OffsetLog:
         if all(v in self._newest for v in missing):
             pieces = [self._newest[v] for v in missing]
             if sum(p.nbytes for p in pieces) < 4 * dense_size(self.spec):
+                self._sizes |= {p.digest: p.nbytes for p in pieces}
                 return Holding(self.version, (*have.digests, *(p.digest for p in pieces))), pieces
         whole = self._as_dense()
+        self._sizes[whole.digest] = whole.nbytes
         return Holding(self.version, (whole.digest,)), [whole]

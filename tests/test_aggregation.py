@@ -1,4 +1,4 @@
-"""SlotMean: the weighted mean of every number over the clients that sent it."""
+"""Mergers: the weighted mean, the padded mean, the stack, its splitting by SVD, and the error of averaged factors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import PARTS, SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies.aggregation import SlotMean
+from fedara_flwr.strategies.aggregation import (
+    FactorError,
+    PaddedMean,
+    SlotMean,
+    Stack,
+    delta_norm,
+    module_factors,
+    pack_factors,
+    split_product,
+    split_svd,
+)
 from fedara_flwr.wire.plan import Update
 
-laws = settings(deadline=None, max_examples=100)
+laws = settings(deadline=None, max_examples=60)
 SPEC = ModelSpec(
     "f" * 64,
     (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)),
     (ParameterSpec("weight", (1, 2)),),
+    (ParameterSpec("embeddings", (2, 1)),),
 )
 FULL = RankMask.full([2, 1])  # slots (0,0), (0,1), (1,0): 2 + 2 + 1 numbers in B, 1 + 1 + 1 in E, 1 + 1 + 3 in A
 finite = st.floats(-(2.0**60), 2.0**60, width=32)
@@ -29,7 +40,7 @@ def f32(*values):
 
 
 def global_arrays():
-    return {"B": f32(1, 2, 3, 4, 5), "E": f32(6, 7, 8), "A": f32(9, 10, 11, 12, 13), "head": f32(14, 15)}
+    return {"B": f32(1, 2, 3, 4, 5), "E": f32(6, 7, 8), "A": f32(9, 10, 11, 12, 13), "head": f32(14, 15), "backbone": f32(0, 0)}
 
 
 def merge(*updates, mask=FULL, arrays=None):
@@ -234,3 +245,281 @@ def test_refuses_a_part_of_another_length(part):
     values = {part: np.ones(SPEC.length(part, FULL) + 1, dtype=np.float32)}
     with pytest.raises(ValueError):
         merge((update(**values), 1))
+
+
+# -- factors ------------------------------------------------------------
+WIDE = ModelSpec(
+    "f" * 64,
+    (ModuleSpec("m0", 5, 4, 0), ModuleSpec("m1", 3, 6, 0), ModuleSpec("m2", 4, 4, 1)),
+    (ParameterSpec("weight", (1, 2)),),
+)
+SLOTS = RankMask.full([3, 2, 3])
+masks = st.lists(st.booleans(), min_size=8, max_size=8).map(lambda bits: RankMask(SLOTS.ranks, np.array(bits)))
+
+
+def wide_update(seed, mask=SLOTS, parts=("B", "A", "head"), spread=1.0):
+    """Random values under `mask`; parts without a slot are left out, as on the wire."""
+    rng = np.random.default_rng(seed)
+    sent = [part for part in parts if part == "head" or mask.count]
+    return Update({part: rng.normal(0, spread, WIDE.length(part, mask)).astype(np.float32) for part in sent}, mask, 1, {})
+
+
+def products(item):
+    """B·diag(E)·A of every module."""
+    return [left @ right for left, right in module_factors(WIDE, item.mask, item.arrays)]
+
+
+def test_module_factors_by_hand():
+    """m0 (2 by 1) holds B = (1, 2), (3, 4), E = 6, 7 and A = 9, 10; m1 (1 by 3) B = 5, E = 8, A = 11 12 13."""
+    (left, right), (left1, right1) = module_factors(SPEC, FULL, global_arrays())
+    assert left.tolist() == [[6, 21], [12, 28]] and right.tolist() == [[9], [10]]
+    assert left1.tolist() == [[40]] and right1.tolist() == [[11, 12, 13]]
+    assert left.dtype == right.dtype == np.float64
+
+
+def test_module_factors_without_a_slot():
+    """A dead module has factors of rank 0; where no slot lives at all, B and A did not even travel."""
+    last = RankMask((2, 1), np.array([0, 0, 1], dtype=bool))
+    (left, right), (left1, _) = module_factors(SPEC, last, {"B": f32(5), "A": f32(1, 2, 3)})
+    assert left.shape == (2, 0) and right.shape == (0, 1) and left1.tolist() == [[5]]
+    none = RankMask((2, 1), np.zeros(3, dtype=bool))
+    assert [(a.shape, b.shape) for a, b in module_factors(SPEC, none, {"head": f32(0, 0)})] == [
+        ((2, 0), (0, 1)),
+        ((1, 0), (0, 3)),
+    ]
+    assert delta_norm(SPEC, update(none, head=f32(0, 0))) == 0
+
+
+@laws
+@given(st.integers(0, 2**32), masks)
+def test_pack_is_the_inverse_of_module_factors(seed, mask):
+    item = wide_update(seed, mask, ("B", "A"))
+    packed = pack_factors(module_factors(WIDE, mask, item.arrays))
+    assert all(np.array_equal(packed[part], item.arrays.get(part, f32())) for part in ("B", "A"))
+
+
+@laws
+@given(st.integers(0, 2**32), masks, st.booleans())
+def test_delta_norm_is_the_norm_of_all_products(seed, mask, with_e):
+    item = wide_update(seed, mask, ("B", "E", "A") if with_e else ("B", "A"))
+    expected = np.linalg.norm(np.concatenate([product.reshape(-1) for product in products(item)]))
+    assert delta_norm(WIDE, item) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_delta_norm_by_hand():
+    """B·A of m0 is (3, 0)ᵀ, of m1 (0, 0, 4): 5 together."""
+    assert delta_norm(SPEC, update(B=f32(1, 0, 0, 0, 2), A=f32(3, 7, 0, 0, 2))) == 5
+
+
+# -- PaddedMean ------------------------------------------------------------
+def padded(*updates, norm=lambda item: item.metrics["norm"]):
+    merger = PaddedMean(SPEC, FULL, global_arrays(), norm)
+    for number, (item, weight) in enumerate(updates):
+        merger.add(str(number), item, weight)
+    return merger.result(), merger.report()
+
+
+def normed(norm, mask=FULL, **parts):
+    return Update(parts, mask, 1, {"norm": norm})
+
+
+FIRST = RankMask((2, 1), np.array([1, 0, 1], dtype=bool))
+
+
+def test_padded_mean_by_hand():
+    """Norms 1 and 3 weigh the slots, examples 1 and 1 the head; client a holds (0,0) and (1,0), b all three.
+
+    B of (0,0): (1·4 + 3·8)/4 = 7, (1·0 + 3·4)/4 = 3 | (0,1), b's alone, is padded with 0: 3·4/4 = 3, 3·8/4 = 6 |
+    (1,0): (1·8 + 3·0)/4 = 2. A: 1·4/4 = 1 | 3·4/4 = 3 | (1·4 + 3·4)/4 = 4, 0, (0 + 3·4)/4 = 3. Head: means 1 and 3.
+    """
+    merged, report = padded(
+        (normed(1.0, FIRST, B=f32(4, 0, 8), A=f32(4, 4, 0, 0), head=f32(0, 2)), 1),
+        (normed(3.0, B=f32(8, 4, 4, 8, 0), A=f32(0, 4, 4, 0, 4), head=f32(2, 4)), 1),
+    )
+    assert merged["B"].tolist() == [7, 3, 3, 6, 2]
+    assert merged["A"].tolist() == [1, 3, 4, 0, 3]
+    assert merged["head"].tolist() == [1, 3]
+    assert merged["E"].tolist() == [6, 7, 8]
+    assert report == {}
+
+
+def test_padded_slot_that_nobody_sent_keeps_its_value():
+    """Only clients of low rank were drawn: (0,1) is not their concern, and B = A = 0 could never learn again."""
+    merged, _ = padded((normed(2.0, FIRST, B=f32(4, 0, 8), A=f32(4, 4, 0, 0), head=f32(0, 2)), 1))
+    assert merged["B"].tolist() == [4, 0, 3, 4, 8]
+    assert merged["A"].tolist() == [4, 10, 4, 0, 0]
+
+
+def test_padded_mean_of_clients_whose_adapters_are_zero_changes_no_slot():
+    merged, _ = padded((normed(0.0, B=f32(0, 0, 0, 0, 0), A=f32(1, 1, 1, 1, 1), head=f32(0, 2)), 1))
+    assert same(merged, global_arrays() | {"head": f32(0, 2)})
+
+
+def test_client_without_a_slot_does_not_end_the_merge():
+    none = RankMask((2, 1), np.zeros(3, dtype=bool))
+    good = normed(1.0, B=f32(1, 1, 1, 1, 1), A=f32(1, 1, 1, 1, 1), head=f32(0, 0))
+    merged, _ = padded((normed(0.0, none, head=f32(4, 4)), 3), (good, 1), norm=lambda item: delta_norm(SPEC, item))
+    assert merged["B"].tolist() == [1, 1, 1, 1, 1] and merged["head"].tolist() == [3, 3]
+
+
+@laws
+@given(st.lists(st.tuples(st.integers(0, 2**32), st.floats(0.125, 8)), min_size=1, max_size=4))
+def test_padded_mean_is_the_weighted_mean_when_all_own_all(drawn):
+    items = [(wide_update(seed), norm) for seed, norm in drawn]
+    start = wide_update(1).arrays
+    left, right = PaddedMean(WIDE, SLOTS, start, lambda item: item.metrics["norm"]), SlotMean(WIDE, SLOTS, start)
+    for item, norm in items:
+        left.add("k", Update(item.arrays, SLOTS, 1, {"norm": norm}), 1)
+        right.add_weighted(item, norm)
+    one, two = left.result(), right.result()
+    assert all(np.allclose(one[part], two[part], rtol=1e-6, atol=1e-7) for part in ("B", "A"))
+
+
+# -- Stack ------------------------------------------------------------
+def test_stack_by_hand():
+    """Scales 2 and 4, weights 1 and 3: a's B weighs 2·1/4 = 1/2 in m0 and 1 in m1, b's 3/2 and 3; A is as it came."""
+    stack = Stack(SPEC, FULL, global_arrays(), (2.0, 4.0))
+    stack.add("a", update(FIRST, B=f32(4, 0, 8), A=f32(4, 1, 2, 3), head=f32(0, 0)), 1)
+    stack.add("b", update(B=f32(2, 4, 6, 8, 1), A=f32(5, 6, 7, 8, 9), head=f32(4, 4)), 3)
+    (left, right), (left1, right1) = stack.stacked()
+    assert left.tolist() == [[2, 3, 9], [0, 6, 12]] and right.tolist() == [[4], [5], [6]]
+    assert left1.tolist() == [[8, 3]] and right1.tolist() == [[1, 2, 3], [7, 8, 9]]
+    assert stack.result()["head"].tolist() == [3, 3]
+
+
+@laws
+@given(st.lists(st.tuples(st.integers(0, 2**32), masks, st.integers(1, 1000), st.booleans()), min_size=1, max_size=4))
+def test_stack_is_the_exact_weighted_sum(drawn):
+    items = [(wide_update(seed, mask, ("B", "E", "A") if e else ("B", "A")), weight) for seed, mask, weight, e in drawn]
+    scales, total = (2.0, 0.5, 3.0), sum(weight for _, weight in items)
+    start = wide_update(0, parts=("B", "E", "A", "head")).arrays
+    stack = Stack(WIDE, SLOTS, start, scales)
+    for item, weight in items:
+        stack.add("k", item, weight)
+    for m, (left, right) in enumerate(stack.stacked()):
+        expected = sum(scales[m] * weight / total * products(item)[m] for item, weight in items)
+        assert np.allclose(left @ right, expected, rtol=1e-12, atol=1e-12)
+
+
+# -- splitting by SVD ------------------------------------------------------------
+def test_split_svd_by_hand():
+    """diag(8, 2) with scale 2 and rank 1: √(8/2) = 2 on both sides, signs open; what is left out is the 2."""
+    b, a = split_svd(np.diag([8.0, 2.0]), 1, 2.0)
+    assert np.allclose(np.abs(b), [[2], [0]]) and np.allclose(np.abs(a), [[2, 0]])
+    assert np.allclose(2.0 * b @ a, [[8, 0], [0, 0]])
+
+
+@st.composite
+def thin_factors(draw):
+    rows, columns, rank = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return rng.normal(size=(rows, rank)), rng.normal(size=(rank, columns))
+
+
+@laws
+@given(thin_factors(), st.integers(1, 6), st.floats(0.25, 8))
+def test_split_by_qr_equals_the_dense_split_and_is_the_best_approximation(factors, rank, scale):
+    """Eckart-Young: what rank r misses are the singular values from r on; √S stands on both sides, orthogonal otherwise."""
+    left, right = factors
+    b, a = split_product(left, right, rank, scale)
+    b2, a2 = split_svd(left @ right, rank, scale)
+    singular = np.linalg.svd(left @ right, compute_uv=False)
+    room = 1e-9 * (1 + singular[0])
+    missed = np.linalg.norm(left @ right - scale * b @ a)
+    assert missed == pytest.approx(np.linalg.norm(singular[rank:]), abs=room)
+    assert np.linalg.norm(left @ right - scale * b2 @ a2) == pytest.approx(missed, abs=room)
+    for gram in (b.T @ b, a @ a.T):
+        assert np.allclose(gram * scale, np.diag(singular[: len(gram)]), atol=room)
+
+
+def test_split_by_qr_and_dense_give_the_same_product():
+    """12 by 10 of rank 3: 2·3 < 10, so by QR; a sum of four such ones is dense. Rank 4 keeps all of the first."""
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(12, 3)), rng.normal(size=(3, 10))
+    thin, thick = split_product(left, right, 4, 2.0), split_product(np.tile(left, 4), np.tile(right, (4, 1)), 4, 2.0)
+    assert thin[0].shape == (12, 3) and thick[0].shape == (12, 4)
+    assert np.allclose(2 * thin[0] @ thin[1], left @ right) and np.allclose(2 * thick[0] @ thick[1], 4 * left @ right)
+
+
+# -- FactorError ------------------------------------------------------------
+def factor_error(items, spec=WIDE, mask=SLOTS, parts=("B", "A", "head")):
+    """(merged, report) of updates under `mask`."""
+    mean = SlotMean(spec, mask, {part: np.zeros(spec.length(part, mask), dtype=np.float32) for part in parts})
+    for item, weight in items:
+        mean.add("k", item, weight)
+    merged = mean.result()
+    return merged, mean.report()
+
+
+def exact_error(items, merged, spec, mask):
+    total = sum(weight for _, weight in items)
+    off, size = 0.0, 0.0
+    ours = module_factors(spec, mask, merged)
+    theirs = [module_factors(spec, mask, item.arrays) for item, _ in items]
+    for m, (left, right) in enumerate(ours):
+        mean = sum(weight / total * f[m][0] @ f[m][1] for (_, weight), f in zip(items, theirs, strict=True))
+        off, size = off + np.sum((left @ right - mean) ** 2), size + np.sum(mean**2)
+    return (off / size) ** 0.5
+
+
+def test_factor_error_by_hand():
+    """B = A = 1 and B = A = 3, single numbers: mean of products 5, product of means 4, off by 1/5 whatever the probe."""
+    spec = ModelSpec("f" * 64, (ModuleSpec("m", 1, 1, 0),), SPEC.head)
+    mask = RankMask.full([1])
+    items = [(Update({"B": f32(v), "A": f32(v)}, mask, 1, {}), 1) for v in (1, 3)]
+    assert factor_error(items, spec, mask)[1]["factor-error"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("parts", [("B", "A"), ("B", "E", "A")])
+def test_factor_error_is_near_the_exact_one(parts):
+    """Over 40 models of ten modules: the estimates' mean square is within 10% of the exact errors', and none is off by 2.
+
+    A module's estimate has one probe of 30 numbers, so it scatters; four modules are probed of each model.
+    """
+    spec = ModelSpec("f" * 64, tuple(ModuleSpec(f"m{i}", 20, 30, i) for i in range(10)), SPEC.head)
+    mask, pairs = RankMask.full([4] * 10), []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        items = []
+        for weight in (1, 2, 5):
+            drawn = {part: rng.normal(size=spec.length(part, mask)).astype(np.float32) for part in parts}
+            items.append((Update(drawn, mask, 1, {}), weight))
+        merged, report = factor_error(items, spec, mask, parts)
+        pairs.append((report["factor-error"], exact_error(items, merged, spec, mask)))
+    estimated, exact = np.array(pairs).T
+    assert np.mean(estimated**2) == pytest.approx(np.mean(exact**2), rel=0.1)
+    assert (estimated < 2 * exact).all() and (estimated > exact / 2).all()
+
+
+def test_factor_error_is_zero_where_all_send_the_same_factors():
+    item = wide_update(3)
+    _, report = factor_error([(item, 1), (item, 3), (item, 7)])
+    assert report["factor-error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_factor_error_is_zero_where_all_share_one_factor():
+    """FFA-LoRA's point: with one A the mean of B is exact."""
+    a = wide_update(3).arrays["A"]
+    items = [(Update(wide_update(seed).arrays | {"A": a}, SLOTS, 1, {}), seed) for seed in (1, 2, 3)]
+    assert factor_error(items)[1]["factor-error"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [],
+        [(wide_update(1, parts=("B", "head")), 1), (wide_update(2, parts=("B", "head")), 1)],
+        [(wide_update(1), 1), (wide_update(2, parts=("B", "head")), 1)],
+        [(wide_update(1), 1), (wide_update(2, RankMask(SLOTS.ranks, np.arange(8) > 0)), 1)],
+        [(wide_update(1, parts=("head",)), 1)],
+        [(wide_update(1, spread=0.0), 1), (wide_update(2, spread=0.0), 1)],
+        [(wide_update(1, spread=1e38), 1), (wide_update(2, spread=1e38), 1)],
+    ],
+    ids=["nobody", "only B", "one only B", "other masks", "only head", "all zero", "overflow"],
+)
+def test_no_factor_error(items):
+    assert factor_error(items)[1] == {}
+
+
+def test_factor_error_of_a_mask_without_slots():
+    assert FactorError(WIDE, RankMask(SLOTS.ranks, np.zeros(8, dtype=bool))).value is None

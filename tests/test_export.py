@@ -112,7 +112,9 @@ def test_merged_adapters_have_the_same_logits_in_stock_transformers(tiny_models,
     adapted = AdaptedModel(backbone(tiny_models[name]))
     weights, rng = unequal(adapted.spec), np.random.default_rng(1)
     spec = adapted.spec
-    adapted.set_offset(from_factors([(rng.normal(0, 0.2, (m.d_out, 2)), rng.normal(0, 0.2, (2, m.d_in))) for m in spec.modules]))
+    adapted.set_offset(
+        from_factors([(rng.normal(0, 0.2, (m.d_out, 2)), rng.normal(0, 0.2, (2, m.d_in))) for m in spec.modules])
+    )
     batch, expected = random_batch(), logits(adapted, weights, random_batch())
     save_model(tmp_path, adapted)
     np.testing.assert_allclose(stock_logits("whole", "", tmp_path, batch), expected, atol=5e-6)

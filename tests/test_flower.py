@@ -16,7 +16,17 @@ from runs_helper import SMALL
 
 ROOT = Path(__file__).parent.parent
 FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]
-WALL_CLOCK = {"seconds", "seconds-evaluate", "seconds-train", "seconds-all", "peak-memory-mb"}
+WALL_CLOCK = {
+    "seconds",
+    "seconds-all",
+    "seconds-backward",
+    "seconds-elapsed",
+    "seconds-evaluate",
+    "seconds-forward",
+    "seconds-train",
+    "bytes-free",
+    "peak-memory-mb",
+}
 
 
 def clone(target: Path) -> Path:
@@ -56,17 +66,22 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
-def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path):
+@pytest.mark.parametrize(
+    "method", ["fedara", *(pytest.param(m, marks=pytest.mark.slow) for m in ("federa", "flora", "legend"))]
+)
+def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method):
     """Same seed: the same arrays, masks, bytes and metrics; and nothing is left running."""
     app = clone(tmp_path / "app")
-    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower"}))
+    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower", "method": method}))
     assert flower.returncode == 0, flower.stdout[-3000:] + flower.stderr[-2000:]
     assert "run directory" in flower.stdout + flower.stderr
-    inprocess = fedara(app, *overrides(tiny_bert, **{"run.name": "inprocess"}), "--engine", "inprocess")
+    inprocess = fedara(app, *overrides(tiny_bert, **{"run.name": "inprocess", "method": method}), "--engine", "inprocess")
     assert inprocess.returncode == 0, inprocess.stderr[-2000:]
     first, second = app / "runs" / "flower", app / "runs" / "inprocess"
-    weights = "adapter/adapter_model.safetensors"
-    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+    for weights in first.glob("*/*.safetensors"):
+        assert weights.read_bytes() == (second / weights.relative_to(first)).read_bytes()
+    assert len(list(first.glob("*/*.safetensors"))) == 1
+    assert any(line["type"] == "round" and line["modelled-seconds"] > 0 for line in metrics(first))
     assert metrics(first) == metrics(second)
     masks = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
     assert masks[0]["mask"] == masks[1]["mask"] and masks[0]["bytes"] == masks[1]["bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 
 import numpy as np
 import pytest
@@ -110,6 +111,23 @@ def test_a_digest_is_that_of_ranks_and_values():
     others = [Piece((1, 0, 1), piece.arrays), Piece((), {"dense": values}), Piece((), {"dense": changed})]
     assert len({p.digest for p in [piece, *others]}) == 4
     assert Piece((), {"dense": values[::-1]}).digest == others[1].digest  # not contiguous, the same numbers
+
+
+def test_composing_many_pieces_holds_one_of_them_at_a_time():
+    """Two pieces of 34 bytes' worth fit beside each other; from then on the sum is dense, and the rest is not kept."""
+    alive, most = weakref.WeakSet(), 0
+
+    def stream():
+        nonlocal most
+        for seed in range(30):
+            piece = piece_of((1, 0, 0), seed)
+            alive.add(piece)
+            most = max(most, len(alive))
+            yield piece
+
+    whole = compose(stream(), SPEC)
+    assert flat(dense([whole], SPEC)) == flat(dense([piece_of((1, 0, 0), seed) for seed in range(30)], SPEC))
+    assert most <= 3  # the one that is made, and those that the caller and `compose` still name
 
 
 # -- the log --------------------------------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ def tampered(piece, arrays=None, ranks=None, digest=None):
     content, digest = content_of(piece), digest or piece.digest
     del content["offset." + piece.digest]
     content["offset." + digest] = ArrayRecord({name: Array(v) for name, v in (arrays or piece.arrays).items()})
-    content["offset-ranks." + digest] = ConfigRecord({"ranks": piece.ranks if ranks is None else ranks})
+    content["offset-ranks." + digest] = ConfigRecord({"ranks": list(piece.ranks) if ranks is None else ranks})
     return content
 
 
@@ -287,7 +305,16 @@ def test_a_piece_that_is_not_what_was_announced_is_refused(content, reason):
 
 @pytest.mark.parametrize(
     "missing, lacks",
-    [(["a"], True), (["a", "b"], True), (["c"], False), (["a", "c"], False), ([], False), (None, False), ("a", False), (7, False)],
+    [
+        (["a"], True),
+        (["a", "b"], True),
+        (["c"], False),
+        (["a", "c"], False),
+        ([], False),
+        (None, False),
+        ("a", False),
+        (7, False),
+    ],
 )
 def test_only_pieces_of_the_plan_can_be_missing(missing, lacks):
     reply = {} if missing is None else {"need-offset": missing}

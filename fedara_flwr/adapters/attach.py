@@ -87,7 +87,7 @@ class AdaptedModel:
             held = _held(layer)
             for part, value in (("B", left), ("E", np.ones((len(right), 1), dtype=np.float32)), ("A", right)):
                 held[part][OFFSET] = nn.Parameter(torch.from_numpy(np.array(value)), requires_grad=False)
-            layer.ranknum[OFFSET].data.fill_(1.0)
+            layer.ranknum[OFFSET].data = torch.ones(1)  # float32 whatever the backbone is: PEFT adds 1e-5
             layer.scaling[OFFSET] = 1.0 + PEFT_EPSILON
         self._offset = piece
 
@@ -202,7 +202,7 @@ class AdaptedModel:
         for part in SLOT_PARTS:
             value = values[part].T if part == "B" else values[part]
             held[part][ADAPTER] = nn.Parameter(value.contiguous().clone(), requires_grad=part in trainable)
-        layer.ranknum[ADAPTER].data.fill_(1.0)
+        layer.ranknum[ADAPTER].data = torch.ones(1)
         layer.scaling[ADAPTER] = scale * (1.0 + PEFT_EPSILON)
 
     def alive(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
@@ -243,12 +243,15 @@ class AdaptedModel:
     def merge(self) -> None:
         """Put what the loaded adapters and the offset add into copies of the weights, and the bare layers in their places.
 
-        The model is then one of stock transformers, until the next `load`.
+        The model is then one of stock transformers, until the next `load`; all of it float32, since transformers loads a whole
+        model in one type, and bfloat16 would round what was trained.
         """
+        for parameter in self._frozen:
+            parameter.data = parameter.data.float()
         for layer, place in zip(self.layers, self._places, strict=True):
             if isinstance(getattr(*place), SVDLinear):
                 weight: Any = layer.base_layer.weight
-                weight.data = weight.data.float() + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                weight.data = weight.data + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
                 setattr(*place, layer.base_layer)
 
     def autocast(self) -> torch.autocast:

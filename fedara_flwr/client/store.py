@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,26 +46,25 @@ class NodeStore:
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def get(self, digests: Iterable[str]) -> list[Piece]:
-        """The pieces, in that order.
+    def get(self, digests: Iterable[str]) -> Iterator[Piece]:
+        """The pieces, in that order, read one at a time.
 
         Raises:
-            MissingPieces: some are not there, or are not what their name says; those are removed.
+            MissingPieces: after the last one, that some are not there, or are not what their name says; those are removed.
         """
-        found, missing = [], []
+        missing = []
         for digest in digests:
             file = self._file(digest)
             there = file.exists()  # what another process puts there from now on is not this one's to remove
             piece = self._read(file)
             if piece is not None and piece.digest == digest:
-                found.append(piece)
+                yield piece
                 continue
             missing.append(digest)
             if there:
                 file.unlink(missing_ok=True)
         if missing:
             raise MissingPieces(missing)
-        return found
 
     def _file(self, digest: str) -> Path:
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):

@@ -383,6 +383,7 @@ class RoundLoop(Strategy):
             "alive-per-module": state.mask.alive.tolist(),
             "dead-modules": state.mask.dead_modules,
             "bytes": sent,
+            "bytes-kept": max((state.offset.nbytes(plan.offset) for plan in work.plans), default=0),
             "bytes-total": sum(self.meter.total.values()),
             "sampled": [node.key for node in work.asked],
             "good": work.good,

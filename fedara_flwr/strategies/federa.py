@@ -36,7 +36,7 @@ class FeDeRA(FedLoRA):
             missing = rank - right.shape[0]  # a rank above the matrix's own
             pairs.append((np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, missing), (0, 0)))))
         self._start = {"head": self.start_head(), **pack_factors(pairs)}
-        return self._start
+        return dict(self._start)
 
     def start_offset(self) -> Piece:
         """-s·B0·A0."""

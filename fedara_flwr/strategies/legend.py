@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -88,7 +88,7 @@ def depths(
         sent: bytes of an update at depth 0, 1, …, L.
         target: "fastest" or "median" device's time at the depth that its memory allows.
     """
-    most = [max(1, int(min(blocks, device.depth))) for device in devices]
+    most = [int(max(1, min(blocks, device.depth))) for device in devices]
     times = [device.seconds(k, steps, sent[k]) for device, k in zip(devices, most, strict=True)]
     # the fastest device is the one that does the same work in the least time
     if target == "fastest":
@@ -134,7 +134,7 @@ class Legend(FedLoRA):
         per_block = metrics.get("bytes-block", 0.0)
         fits = free / per_block if per_block > 0 else 1.0
         self.state.clients[node.key] = {"depth": max(1.0, min(fits, float(self.spec.blocks))), "uploads": []}
-        self._report(node.key, {**metrics, "steps": 1})
+        self._report(node.key, metrics, 1, self.spec.blocks)
 
     def take(self, client_key: str, update: Update, weight: int) -> None:
         """What the round took the device joins its moving averages."""
@@ -145,17 +145,18 @@ class Legend(FedLoRA):
             uploads = self.state.clients[client_key]["uploads"]
             uploads.append(max(0.0, elapsed - busy - POLLING) / sent)
             del uploads[:-UPLOADS]
-        self._report(client_key, update.metrics)
+        steps = self.settings.train.steps or update.metrics.get("steps", 0)
+        self._report(client_key, update.metrics, steps, self.depth[client_key])
 
-    def _report(self, client_key: str, metrics: Mapping[str, float]) -> None:
+    def _report(self, client_key: str, metrics: Mapping[str, float], steps: float, blocks: int) -> None:
         """Seconds per step; of a simulated device counted FLOPs over its profile's speed, never this machine's clock.
 
         A report with anything but finite numbers above 0 does not count: as 0 it would make its device the fastest.
         """
         profile, known = self.profile(self.roster.nodes[client_key]), self.state.clients[client_key]
         assert isinstance(self.options, LegendOptions)
-        share, steps, blocks = self.options.smoothing, metrics.get("steps", 0), metrics.get("blocks", 0)
-        if not (1 <= steps < inf and 1 <= blocks < inf):
+        share = self.options.smoothing
+        if not 1 <= steps < inf:
             return
         unit, speed = ("seconds", 1.0) if profile is None else ("flops", profile.flops)
         over = {"forward": steps, "backward": steps * blocks}
@@ -176,12 +177,16 @@ class Legend(FedLoRA):
     def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
         """Depths of this round's nodes; one without a report trains one block."""
         assert isinstance(self.options, LegendOptions)
-        blocks, steps = self.spec.blocks, self.settings.train.steps or 1
+        blocks, train = self.spec.blocks, self.settings.train
         sent = [self._bytes(depth) for depth in range(blocks + 1)]
         found = {node.key: capacity for node in nodes if (capacity := self.capacity(node)) is not None}
+        if not train.steps:  # by epochs each device has steps of its own, here they are one
+            for key, capacity in found.items():
+                steps = train.epochs * -(-self.roster.examples.get(key, 1) // train.batch_size)
+                found[key] = replace(capacity, forward=steps * capacity.forward, backward=steps * capacity.backward)
         self.depth = dict.fromkeys((node.key for node in nodes), 1)
         if found:
-            chosen = depths(list(found.values()), blocks, steps, sent, self.options.target, self.options.slack)
+            chosen = depths(list(found.values()), blocks, train.steps or 1, sent, self.options.target, self.options.slack)
             self.depth |= dict(zip(found, chosen, strict=True))
 
     def _bytes(self, depth: int) -> int:

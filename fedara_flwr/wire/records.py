@@ -8,7 +8,6 @@ ConfigRecord: Flower cannot count their bytes.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -278,7 +277,7 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
 
 
 def check_metrics(metrics: MetricRecord, count: str, limit: int) -> int:
-    """The number of examples under `count`; Rejected unless it is whole, from 1 to `limit`, and all metrics are finite."""
+    """The number of examples under `count`; Rejected unless it is whole, from 1 to `limit`, and all metrics up to MAX_VALUE."""
     if len(metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in metrics):
         raise Rejected("metrics", f"{len(metrics)} metrics, allowed are {MAX_METRICS} with names up to {MAX_NAME}")
     if any(isinstance(value, list) for value in metrics.values()):

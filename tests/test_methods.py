@@ -1,0 +1,196 @@
+"""Every registered method, two rounds in-process on a tiny model: what all of them must keep, whatever they do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs_helper import ShuffledGrid, config, prepare
+
+from fedara_flwr import strategies
+from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.offsets import Weights
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.wire.plan import Update
+
+METHODS = sorted(strategies.built_in())
+every_method = pytest.mark.parametrize("method", METHODS)
+OPTIONS = dict.fromkeys(("hetlora", "flexlora", "flora", "fedex-lora"), "ranks = [1, 2, 4]") | {"slora": "sparse-rounds = 0.5"}
+STOCK = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+from peft import PeftModel
+base, ids, folders = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), sys.argv[3:]
+for folder in folders:
+    if folder.endswith("/adapter"):
+        model = PeftModel.from_pretrained(Auto.from_pretrained(base, num_labels=12), folder)
+    else:
+        model = Auto.from_pretrained(folder)
+    with torch.no_grad():
+        print("LOGITS", json.dumps(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.tolist()))
+assert not any(name.startswith("fedara") for name in sys.modules)
+"""
+
+
+def flat(tiny_bert, method):
+    return config(tiny_bert, method=method, num_server_rounds=2, strategy__options=OPTIONS.get(method, ""))
+
+
+def logits(model, weights):
+    model._load(weights)
+    ids = torch.arange(5, 19).view(2, 7)
+    with torch.no_grad():
+        return model.adapted.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).numpy()
+
+
+class Spied:
+    """A finished run with what it sent and merged, by round and client."""
+
+    def __init__(self, tiny_bert, method, grid_class=InProcessGrid):
+        self.strategy, grid = prepare(flat(tiny_bert, method), grid_class)
+        strategy, self.plans, self.updates, self.fetched = self.strategy, {}, {}, {}
+        self.start = strategy.weights()
+        pack, take = strategy._pack, strategy.take
+
+        def spy_pack(node, plan, have):
+            plan, content = pack(node, plan, have)
+            self.plans[plan.server_round, node.key] = plan
+            self.fetched[plan.server_round, node.key] = sum(
+                len(array.data) - 128
+                for name, record in content.array_records.items()
+                if name != "arrays"
+                for array in record.values()
+            )
+            return plan, content
+
+        def spy_take(key, update, weight):
+            self.updates[strategy._round.number, key] = update
+            take(key, update, weight)
+
+        strategy._pack, strategy.take = spy_pack, spy_take
+        strategy.start(grid, strategy.initial_arrays(), 2)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_bert):
+    found = {}
+
+    def run(method):
+        if method not in found:
+            found[method] = Spied(tiny_bert, method)
+        return found[method]
+
+    return run
+
+
+@every_method
+def test_starts_as_the_backbone(runs, method):
+    """Adapters, offsets and backbone differences cancel or are zero: the head on the pre-trained model."""
+    run = runs(method)
+    empty = RankMask.full([0] * len(run.strategy.spec.modules))
+    bare = Weights({"head": run.start.arrays["head"]}, empty, run.start.scales)
+    np.testing.assert_allclose(logits(run.strategy.model, run.start), logits(run.strategy.model, bare), atol=2e-6)
+
+
+@every_method
+def test_learns_something_finite_from_every_reply(runs, method):
+    run = runs(method)
+    state = run.strategy.state
+    assert state.server_round == 2 and len(run.updates) == 6
+    assert all(np.isfinite(vector).all() for vector in state.arrays.values())
+    change = logits(run.strategy.model, run.strategy.weights()) - logits(run.strategy.model, run.start)
+    assert np.isfinite(change).all() and np.abs(change).max() > 1e-5
+
+
+@every_method
+def test_bytes_follow_the_formula(runs, method):
+    """4 bytes for each number of what the plan carries and the update holds, and of the pieces that were sent."""
+    run = runs(method)
+    spec = run.strategy.spec
+    lines = [line for line in run.strategy.lines if line["type"] == "client"]
+    assert len(lines) == 6
+    for line in lines:
+        key = line["round"], line["client"]
+        plan, update = run.plans[key], run.updates[key]
+        down = {part: 4 * spec.length(part, plan.mask, plan.entries) for part in plan.carries}
+        up = {part: 4 * spec.length(part, update.mask, plan.entries) for part in update.arrays}
+        parts = (*SLOT_PARTS, "head", "backbone")
+        assert {p: line["bytes-down"].get(p, 0) for p in parts} == {p: down.get(p, 0) for p in parts}
+        assert {p: line["bytes-up"].get(p, 0) for p in parts} == {p: up.get(p, 0) for p in parts}
+        assert line["bytes-down"].get("offset", 0) == run.fetched[key]
+        assert set(update.arrays) == {p for p in plan.trainable if p not in SLOT_PARTS or update.mask.count}
+
+
+@every_method
+def test_order_of_replies_is_irrelevant(runs, tiny_bert, method):
+    first, second = runs(method), Spied(tiny_bert, method, ShuffledGrid)
+    one, two = first.strategy.state, second.strategy.state
+    assert one.mask == two.mask and one.bytes_total == two.bytes_total
+    assert one.arrays.keys() == two.arrays.keys()
+    assert all(np.array_equal(one.arrays[part], two.arrays[part]) for part in one.arrays)
+    pieces = [state.offset.composed() for state in (one, two)]
+    assert (pieces[0] and pieces[0].digest) == (pieces[1] and pieces[1].digest)
+
+
+def test_what_is_left_loads_in_stock_peft_or_transformers(runs, tiny_bert, tmp_path):
+    """One fresh process without this package loads them all; where the backbone changed it is a whole model."""
+    expected, folders = {}, {}
+    for method in METHODS:
+        strategy = runs(method).strategy
+        expected[method] = logits(strategy.model, strategy.weights())
+        folders[method] = strategy.model.export(tmp_path / method, strategy.exported())
+    whole = {method for method, folder in folders.items() if folder.name == "model"}
+    assert whole == {"head", "full", "flora", "fedex-lora"}
+    ids = json.dumps(torch.arange(5, 19).view(2, 7).tolist())
+    arguments = [sys.executable, "-c", STOCK, str(tiny_bert), ids, *map(str, folders.values())]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("LOGITS")]
+    for method, values in zip(folders, found, strict=True):
+        np.testing.assert_allclose(np.array(values), expected[method], atol=5e-6, err_msg=method)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("head", "full", "slora")])
+def test_a_client_without_a_layer_does_not_change_it(runs, method):
+    """Two clients, the second owns nothing of module 0: what it sends makes no difference there.
+
+    Where clients of unequal rank are padded with zeros or summed, its absence counts as zero, but never its values.
+    """
+    strategy = runs(method).strategy
+    spec, mask = strategy.spec, strategy.state.mask
+    rng = np.random.default_rng(0)
+    trained = strategy.trainable
+
+    def update(mask, scale):
+        values = {p: (scale * rng.normal(size=spec.length(p, mask))).astype(np.float32) for p in trained}
+        return Update(values, mask, 5, {})
+
+    bits = mask.bits.copy()
+    bits[mask.modules == 0] = False
+    first, absent = update(mask, 1.0), RankMask(mask.ranks, bits)
+    second = update(absent, 1.0)
+    third = replace(second, arrays={p: -v if p != "head" else v for p, v in second.arrays.items()})  # the same norm
+    results = []
+    for other in (second, third):
+        merger = strategy.merger()
+        merger.add("a", first, 5)
+        merger.add("b", other, 5)
+        merged = merger.result()
+        results.append(
+            {p: mask.slice(merged[p], spec.widths(p), mask)[: spec.widths(p)[0] * mask.alive[0]] for p in ("B", "A")}
+        )
+    for part in ("B", "A"):
+        np.testing.assert_allclose(results[0][part], results[1][part], atol=1e-6)
+
+
+@every_method
+def test_says_what_it_is(method):
+    cls = strategies.find(method)
+    assert cls.title and len(cls.title) < 100 and cls.__module__.startswith("fedara_flwr.strategies.")
+    assert cls.paper.startswith("arXiv") or method == "head"
