@@ -55,6 +55,7 @@ PLAN = TrainPlan(
     carries=frozenset(PARTS),
 )
 VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
+NUMBERS = {"B": 36, "E": 16, "A": 40, "head": 24, "backbone": 36}  # bytes under MASK
 MOST = 100  # examples that the node declared
 
 
