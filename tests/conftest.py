@@ -60,6 +60,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def flower_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs and stores of the tests go where they do not meet the user's."""
+    os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flower"))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One directory per architecture: random weights, no head."""

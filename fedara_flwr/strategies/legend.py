@@ -119,6 +119,7 @@ class Legend(FedLoRA):
 
     def start_mask(self) -> RankMask:
         """Rising ranks, the same for all modules of a block."""
+        self.depth: dict[str, int] = {}
         assert isinstance(self.options, LegendOptions)
         ranks = rank_distribution(self.spec.blocks, self.settings.adapter.rank, self.options.rank_step)
         return RankMask.full([ranks[module.block] for module in self.spec.modules])

@@ -44,6 +44,7 @@ _SCALARS = {
 _SETS = ("trainable", "carries", "drawn", "report")
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 PIECE, PIECE_RANKS = "offset.", "offset-ranks."  # names of a piece's records, its digest behind
+LARGEST = 1e12  # of an update's numbers: their products must stay finite in float32
 MAX_METRICS = 64
 MAX_VALUE = 1e100  # of a metric; sums over clients, weighted by examples, stay finite
 MAX_NAME = 64
@@ -272,6 +273,10 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
         if not mask.count:
             raise Rejected("votes", "kept: no slot at all")
     arrays = read_arrays(content, spec, mask, sent_parts(replace(plan, mask=mask)), plan.entries)
+    for part, vector in arrays.items():
+        largest = float(np.abs(vector).max(initial=0.0))
+        if largest > LARGEST:
+            raise Rejected("range", f"{part} holds {largest:.3g}, allowed is up to {LARGEST:g}")
     values = {name: float(value) for name, value in metrics.items() if name != "num-examples"}  # type: ignore[arg-type]
     return Update(arrays, mask, num_examples, values, vote)
 
