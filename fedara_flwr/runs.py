@@ -70,8 +70,16 @@ class RunDirectory:
         facts = {**facts, "versions": {name: version(name) for name in PACKAGES}}
         (self.path / "federated.json").write_text(json.dumps(facts, indent=2) + "\n")
 
+    def modelled(self) -> dict[str, float]:
+        """Seconds, waiting and joules of all rounds by the modelled clock; {} where not every node was simulated."""
+        rounds = self.records("round")
+        names = ("seconds", "waiting", "joules")
+        if not rounds or any(f"modelled-{name}" not in record for record in rounds for name in names):
+            return {}
+        return {name: sum(record[f"modelled-{name}"] for record in rounds) for name in names}
+
     def table(self) -> str:
-        """Rounds as a table: accuracy, slots, modules, megabytes, seconds."""
+        """Rounds as a table: accuracy, slots, modules, megabytes, seconds here and, modelled, on the fleet's devices."""
         table = Table(box=box.SIMPLE_HEAD, title=self.path.name)
         for heading in (
             "round",
@@ -82,6 +90,7 @@ class RunDirectory:
             "MB down",
             "MB up",
             "s",
+            "modelled s",
             "clients",
         ):
             table.add_column(heading, justify="right")
@@ -97,13 +106,16 @@ class RunDirectory:
                 f"{sent['down'] / 1e6:.2f}",
                 f"{sent['up'] / 1e6:.2f}",
                 f"{record['seconds'] + record['seconds-evaluate']:.1f}",
+                f"{record['modelled-seconds']:.1f}" if "modelled-seconds" in record else "-",
                 f"{record['good']}/{len(record['sampled'])}",
             )
         if rounds:
             table.add_section()
             down, up = (sum(r["bytes"][way] for r in rounds) / 1e6 for way in ("down", "up"))
             seconds = sum(r["seconds"] + r["seconds-evaluate"] for r in rounds)
-            table.add_row("all", "", "", "", "", f"{down:.1f}", f"{up:.1f}", f"{seconds:.0f}", "")
+            modelled = self.modelled()
+            total = f"{modelled['seconds']:.0f}" if modelled else "-"
+            table.add_row("all", "", "", "", "", f"{down:.1f}", f"{up:.1f}", f"{seconds:.0f}", total, "")
         text = io.StringIO()
         Console(file=text, width=100, color_system=None).print(table)
         return text.getvalue().rstrip()

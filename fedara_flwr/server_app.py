@@ -82,11 +82,15 @@ def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel,
             "alive-per-module": state.mask.alive.tolist(),
             "mask": state.mask.to_bytes().hex(),
             "bytes": state.bytes_total,
+            "modelled": directory.modelled(),
             "left-out": strategy.roster.unfit,
         }
     )
     logger.info("\n%s", directory.table())
     if outcome == "completed":
         logger.info("test accuracy %.3f, macro-F1 %.3f", end["test-accuracy"], end["test-macro-f1"])
+    if modelled := directory.modelled():
+        fleet, joules = settings.fleet.profiles, modelled["joules"]
+        logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", fleet, modelled["seconds"], joules, modelled["waiting"])
     logger.info("%s: %s", exported.name, exported)
     logger.info("run directory: %s", directory.path)

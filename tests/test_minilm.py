@@ -30,10 +30,10 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     assert rounds[-1]["accuracy"] > rounds[0]["accuracy"]
     assert rounds[-1]["accuracy"] > 1.5 * majority
     assert rounds[-1]["alive"] == 4 * 36
-    model, state = strategy.model, strategy.state
-    folder = model.export(tmp_path, state.arrays, state.mask, strategy.scales())
+    model, weights = strategy.model, strategy.weights()
+    folder = model.export(tmp_path, weights)
     batch = model.task.collate(model.tokenizer, model._encoded["validation"].ids[:1], [0])
-    model.adapted.load(state.arrays, state.mask, strategy.scales())
+    model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
         expected = model.adapted.logits(batch).numpy()
     found = stock_logits("peft", locate(MINILM), folder, batch, labels=12)

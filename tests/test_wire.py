@@ -763,12 +763,23 @@ def test_mutated_reply_is_refused_or_read(part, data):
         try:
             read = update_from_content(content, SPEC, VOTING, MOST)
         except Rejected as error:
-            assert error.reason in {"format", "shape", "not-finite"}
+            assert error.reason in {"format", "shape", "not-finite", "range"}
             return
     sent = update_for(VOTING).arrays
     assert read.arrays[part].tobytes() == bytes(raw)[-4 * len(sent[part]) :]
     assert all(np.array_equal(read.arrays[other], sent[other]) for other in PARTS if other != part)
     assert all(np.isfinite(vector).all() for vector in read.arrays.values())
+
+
+@pytest.mark.parametrize("value, refused", [(1e12, False), (1.1e12, True), (-3e38, True)])
+def test_numbers_whose_products_would_overflow(value, refused):
+    update = update_for(PLAN)
+    update.arrays["A"][0] = value
+    content = update_to_content(update, PLAN)
+    if refused:
+        assert reason(content) == "range"
+    else:
+        assert update_from_content(content, SPEC, PLAN, MOST).arrays["A"][0] == np.float32(value)
 
 
 # -- the meter ------------------------------------------------------------
