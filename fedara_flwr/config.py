@@ -135,7 +135,7 @@ class FleetSettings(Group):
         "agx-orin,orin-nano,raspberry-pi-5,phone",
         min_length=1,
         description="devices of a simulation, drawn by seed for each node, comma-separated; one named twice is drawn twice as "
-        "often. They set the modelled seconds and joules, and what legend, hetlora and flexlora give a node",
+        "often. They set the modelled seconds and joules, and what legend, hetlora, flexlora, flora and fedex-lora give a node",
     )
 
 

@@ -73,15 +73,17 @@ def factors(piece: Piece, spec: ModelSpec) -> list[tuple[Vector, Vector]]:
     return found
 
 
+def pack_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Arrays:
+    """B and A of all modules, packed, from (left of shape (d_out, r), right of shape (r, d_in)) of each."""
+    return {
+        "B": np.concatenate([left.T.reshape(-1) for left, _ in pairs]).astype(np.float32),
+        "A": np.concatenate([right.reshape(-1) for _, right in pairs]).astype(np.float32),
+    }
+
+
 def from_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Piece:
     """A piece of one (left, right) per module."""
-    return Piece(
-        tuple(right.shape[0] for _, right in pairs),
-        {
-            "B": np.concatenate([left.T.reshape(-1) for left, _ in pairs]).astype(np.float32),
-            "A": np.concatenate([right.reshape(-1) for _, right in pairs]).astype(np.float32),
-        },
-    )
+    return Piece(tuple(right.shape[0] for _, right in pairs), pack_factors(pairs))
 
 
 def dense(pieces: Iterable[Piece], spec: ModelSpec) -> list[np.ndarray]:
@@ -173,7 +175,7 @@ class OffsetLog:
 
     def nbytes(self, digests: Sequence[str]) -> int:
         """Bytes of pieces that were sent once."""
-        return sum(self._sizes[digest] for digest in digests)
+        return sum(self._sizes.get(digest, 0) for digest in digests)
 
     def add(self, piece: Piece) -> None:
         """The next version: everything so far plus `piece`."""
@@ -204,13 +206,15 @@ class OffsetLog:
         return self._dense
 
     def fetch(self, have: Holding) -> tuple[Holding, list[Piece]]:
-        """(what a node holds afterwards, pieces to send) for a node that holds `have`; the fewest bytes."""
+        """(what a node holds afterwards, pieces to send) for a node that holds `have`: fewest bytes within what it may keep."""
         if have.version == self.version:
             return have, []
         missing = range(have.version + 1, self.version + 1)
         if all(v in self._newest for v in missing):
             pieces = [self._newest[v] for v in missing]
-            if sum(p.nbytes for p in pieces) < 4 * dense_size(self.spec):
+            new = sum(p.nbytes for p in pieces)
+            # the second: what a node keeps, and reads each round, must not grow with the rounds
+            if new < 4 * dense_size(self.spec) and self.nbytes(have.digests) + new <= 8 * dense_size(self.spec):
                 self._sizes |= {p.digest: p.nbytes for p in pieces}
                 return Holding(self.version, (*have.digests, *(p.digest for p in pieces))), pieces
         whole = self._as_dense()

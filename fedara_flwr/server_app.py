@@ -64,6 +64,7 @@ def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel,
     """Test once, export what was reached, write and show the summary."""
     settings, state = strategy.settings, strategy.state
     end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": seconds}
+    test: dict[str, float] = {}
     if outcome == "completed":
         test = model.evaluate(strategy.weights(), "test")
         end |= {f"test-{name}": value for name, value in test.items()}
@@ -88,9 +89,9 @@ def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel,
     )
     logger.info("\n%s", directory.table())
     if outcome == "completed":
-        logger.info("test accuracy %.3f, macro-F1 %.3f", end["test-accuracy"], end["test-macro-f1"])
+        logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
     if modelled := directory.modelled():
-        fleet, joules = settings.fleet.profiles, modelled["joules"]
-        logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", fleet, modelled["seconds"], joules, modelled["waiting"])
+        figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
+        logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", settings.fleet.profiles, *figures)
     logger.info("%s: %s", exported.name, exported)
     logger.info("run directory: %s", directory.path)

@@ -385,7 +385,37 @@ def test_a_device_without_a_report_trains_one_block_until_its_first_update(metri
     strategy.prepare(1, [node, other])
     assert strategy.depth == {"0": 1, "1": 3}
     answer(strategy, "0", seconds_forward=2.0, seconds_backward=2.0, seconds_all=4.0, seconds_elapsed=7.0)
-    assert strategy.capacity(node) == Capacity(1.0, 1.0, 0.0, strategy.state.clients["0"]["depth"])
+    found = strategy.capacity(node)
+    assert (found.forward, found.backward, found.upload) == (1.0, 1.0, 0.0)
+    assert found.depth == (3.0 if "bytes-block" in metrics else 1.0)
+
+
+def test_free_memory_is_a_moving_average():
+    """6 MB at first, 2 MB after a round: 4 MB, and with 2 MB a block the depth falls from 3 to 2."""
+    strategy = legend("smoothing = 0.5")
+    node = join(strategy, "0", calibration(1.0, 3.0, free=6e6, per_block=2e6))
+    strategy.prepare(1, [node])
+    assert strategy.depth == {"0": 3}
+    answer(strategy, "0", seconds_forward=1.0, seconds_backward=3.0, bytes_free=2e6)
+    assert strategy.capacity(node).depth == 2.0
+
+
+def test_asked_again_a_device_keeps_its_averages():
+    strategy = legend()
+    node = join(strategy, "0", calibration(1.0, 3.0))
+    strategy.prepare(1, [node])
+    answer(strategy, "0", seconds_forward=5.0, seconds_backward=9.0, seconds_elapsed=99.0)
+    known = strategy.capacity(node)
+    strategy.ready(node, calibration(100.0, 300.0))
+    assert strategy.capacity(node) == known
+
+
+@pytest.mark.parametrize("claimed", [1e-9, 1e-300])
+def test_a_device_that_claims_to_be_absurdly_fast_does_not_move_the_median_target(claimed):
+    strategy = legend("target = 'median'\nslack = 0.0")
+    nodes = [join(strategy, str(i), calibration(1.0, 3.0)) for i in range(3)]
+    strategy.prepare(1, [*nodes, join(strategy, "9", calibration(claimed, claimed))])
+    assert strategy.depth == {"0": 3, "1": 3, "2": 3, "9": 3}
 
 
 # -- blocks ------------------------------------------------------------

@@ -6,7 +6,6 @@ tells its terms' names without loading it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -114,12 +113,11 @@ class Orthogonality(Term):
 
 @register("tail-penalty")
 class TailPenalty(Term):
-    """HetLoRA's self-pruning (arXiv 2401.06432, section 3.2): weight · Σ_m ‖B_m[:, c:]‖·‖A_m[c:, :]‖ over the tail of each
-    module.
+    """HetLoRA's self-pruning (arXiv 2401.06432, section 3.2): weight · Σ_m ‖B_m[:, c:]‖·‖A_m[c:, :]‖ over modules' tails.
 
-    The tail are the slots from c = ceil(gamma · k) on, of the k that the client holds. Where their penalty ends below its
-    start, the client keeps the first c of every module alone. Product of norms and not the norm of the product: as stated
-    there.
+    The tail are the slots from c = floor(gamma · k) on, at least 1, of the k that the client holds. Where their penalty ends
+    below its start, the client keeps the first c of every module alone. Product of norms and not the norm of the product: as
+    stated there.
     """
 
     def __init__(self, adapted: AdaptedModel, *, weight: float, gamma: float) -> None:
@@ -141,7 +139,7 @@ class TailPenalty(Term):
         return np.concatenate([np.arange(count) < self._cut(count) for count in counts])
 
     def _cut(self, count: int) -> int:
-        return max(1, math.ceil(self.gamma * count))
+        return max(1, int(self.gamma * count))
 
     def _tail(self) -> torch.Tensor:
         import torch

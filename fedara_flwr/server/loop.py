@@ -43,8 +43,13 @@ from fedara_flwr.wire.records import (
 )
 
 logger = logging.getLogger("flwr")
-EVALUATED = ("eval-accuracy", "eval-macro-f1", "eval-loss")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+def _shared(reports: Sequence[Mapping[str, object]]) -> list[str]:
+    """Metrics of an evaluation that every client reports."""
+    names = set.intersection(*(set(report) for report in reports)) if reports else set()
+    return sorted(name for name in names if name.startswith("eval-") and name != "eval-examples")
 
 
 class RunFailed(RuntimeError):
@@ -224,14 +229,15 @@ class RoundLoop(Strategy):
                 self.meter.count("up", reply.content)
                 metrics = reply.content.metric_records.get("metrics", MetricRecord())
                 examples = check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
-                good.append((examples, {name: float(metrics[name]) for name in EVALUATED}))  # type: ignore[arg-type]
-            except (Rejected, KeyError) as error:
+                good.append((examples, {name: float(value) for name, value in metrics.items()}))  # type: ignore[arg-type]
+            except Rejected as error:
                 logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
         if not good:
             return None
         total = sum(examples for examples, _ in good)
         # fsum: the last bits must not depend on the order of the replies
-        means = {name: math.fsum(k * values[name] for k, values in good) / total for name in EVALUATED}
+        names = _shared([values for _, values in good])
+        means = {name: math.fsum(k * values[name] for k, values in good) / total for name in names}
         summary: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
         return MetricRecord({**summary, "clients": len(good)})
 
@@ -262,7 +268,6 @@ class RoundLoop(Strategy):
         self.write({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
-            alive = self.state.mask.count
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)
             merged, metrics = self.aggregate_train(server_round, self._receive(grid, timeout))
             trained = time.monotonic()
@@ -270,7 +275,7 @@ class RoundLoop(Strategy):
                 result.train_metrics_clientapp[server_round] = metrics
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
-            self._record(server_round, alive, evaluated, trained - began, time.monotonic() - trained)
+            self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
             if not self._asked_any() and self.roster.unfit:
                 client, reason = next(iter(self.roster.unfit.items()))
                 raise RunFailed(f"no node can train; client {client}: {reason}")
@@ -301,6 +306,7 @@ class RoundLoop(Strategy):
             work.down[index] = dict(sent)
             return more[1]
 
+        work.began = time.monotonic()
         for index, reply in exchange(grid, work.messages, limit, again):
             if isinstance(reply, Exception):
                 work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
@@ -313,7 +319,8 @@ class RoundLoop(Strategy):
     def _summarise(self, work: Round) -> dict[str, float]:
         """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
         means: dict[str, float] = {}
-        for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in EVALUATED)]:
+        evaluated = _shared([record for record in work.records if "eval-examples" in record])
+        for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in evaluated)]:
             pairs = [(float(r[count]), float(r[name])) for r in work.records if name in r and count in r]  # type: ignore[arg-type]
             if pairs:
                 means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
@@ -364,7 +371,7 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self.write({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
-    def _record(self, server_round: int, alive: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> None:
+    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> None:
         """Write the round's line and its clients' lines, and log it."""
         work, state = self._round, self.state
         assert work is not None
@@ -378,7 +385,7 @@ class RoundLoop(Strategy):
             **work.merging,
             **self._modelled(work),
             "slots": sum(state.mask.ranks),
-            "alive-sent": alive,
+            "alive-sent": sum(plan.mask.count for plan in work.plans) / max(len(work.plans), 1),
             "alive": state.mask.count,
             "alive-per-module": state.mask.alive.tolist(),
             "dead-modules": state.mask.dead_modules,

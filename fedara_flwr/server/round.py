@@ -56,6 +56,7 @@ class Round:
         down: bytes sent to each client, by part.
         answered: clients whose updates counted.
         merging: what the merger reports of itself.
+        began: when the messages were pushed, by the monotonic clock.
     """
 
     number: int
@@ -82,9 +83,11 @@ class Round:
 
     def collect(self, replies: Iterable[Message], merger: Merger, take: Callable[[str, Update, int], None]) -> None:
         """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in."""
+        by_message: dict[str, int] = {}
         for reply in replies:
-            # ids are set when the messages are sent, which a lazy iterable does at its first reply; one may be sent again
-            by_message = {message.metadata.message_id: i for i, message in enumerate(self.messages)}
+            if reply.metadata.reply_to_message_id not in by_message:
+                # ids are set when the messages are sent, which a lazy iterable does at its first reply; one may be sent again
+                by_message = {message.metadata.message_id: i for i, message in enumerate(self.messages)}
             index = by_message.get(reply.metadata.reply_to_message_id)
             if index is None:
                 self._drop(f"node {reply.metadata.src_node_id}", "not-asked", "a reply to no message of this round")

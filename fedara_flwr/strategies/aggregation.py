@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +39,9 @@ class SlotMean:
         """`add` without the probe of the factors' error, with any weight that is not negative."""
         for part, values in update.arrays.items():
             if part not in self._sums:
-                self._sums[part] = np.zeros(len(self.arrays[part]), dtype=np.float64)
-                self._weights[part] = np.zeros(len(self.arrays[part]), dtype=np.float64)
+                size = len(self.arrays[part])
+                self._sums[part] = np.zeros(size, dtype=np.float64)
+                self._weights[part] = np.zeros(size if part in SLOT_PARTS else 1, dtype=np.float64)
             if part not in SLOT_PARTS or update.mask == self.mask:
                 self._sums[part] += weight * values.astype(np.float64)
                 self._weights[part] += weight
@@ -47,14 +49,6 @@ class SlotMean:
                 index = self.mask.elements(self.spec.widths(part), update.mask)
                 self._sums[part][index] += weight * values.astype(np.float64)
                 self._weights[part][index] += weight
-
-    def sums(self) -> dict[str, np.ndarray]:
-        """Weighted sums so far, float64."""
-        return self._sums
-
-    def weight_of(self, part: str) -> np.ndarray:
-        """Weight that went into each number of a part in `sums`, float64."""
-        return self._weights[part]
 
     def result(self) -> Arrays:
         """The merged model, float32, packed under the same mask."""
@@ -72,7 +66,7 @@ class SlotMean:
 
 
 class FactorError:
-    """How far the product of averaged factors is from the average of the products, relative to the latter.
+    """Estimate of how far the product of averaged factors is from the average of products, relative to the latter.
 
     ‖B̄·diag(Ē)·Ā - mean(B·diag(E)·A)‖ / ‖mean(B·diag(E)·A)‖, estimated on up to `PROBED` living modules spread over the
     model, with one Gaussian vector each: ‖M·z‖² has the mean ‖M‖²_F. That costs less than 5% of the merge
@@ -83,42 +77,53 @@ class FactorError:
 
     def __init__(self, spec: ModelSpec, mask: RankMask) -> None:
         self.value: float | None = None
-        self._mask, self._weight, self._whole = mask, 0.0, True
+        self._spec, self._mask = spec, mask
         alive = np.flatnonzero(mask.alive)
-        chosen = alive[np.unique(np.linspace(0, len(alive) - 1, self.PROBED).round().astype(int))] if len(alive) else []
-        before = np.concatenate([[0], np.cumsum(mask.alive)])
-        ends = {part: np.concatenate([[0], np.cumsum(mask.alive * np.array(spec.widths(part)))]) for part in SLOT_PARTS}
-        self._modules = []
-        for m in chosen:
-            cuts = {part: slice(int(ends[part][m]), int(ends[part][m + 1])) for part in ("B", "A")}
-            cuts["E"] = slice(int(before[m]), int(before[m + 1]))
-            probe = np.random.default_rng(int(m)).standard_normal(spec.modules[m].d_in).astype(np.float32)
-            self._modules.append((cuts, int(mask.alive[m]), probe, np.zeros(spec.modules[m].d_out)))
+        places: Any = np.unique(np.linspace(0, len(alive) - 1, self.PROBED).round().astype(int)) if len(alive) else []
+        self._modules = [int(m) for m in alive[places]] if len(alive) else []
+        self._probes = {
+            m: np.random.default_rng(m).standard_normal(spec.modules[m].d_in).astype(np.float32) for m in self._modules
+        }
+        self._sums = {m: np.zeros(spec.modules[m].d_out) for m in self._modules}
+        self._weights = dict.fromkeys(self._modules, 0.0)
+        self._cuts: tuple[RankMask, dict[int, dict[str, slice]]] | None = None
 
-    def _apply(self, arrays: Arrays, cuts: dict[str, slice], count: int, probe: np.ndarray) -> np.ndarray:
-        inner = arrays["A"][cuts["A"]].reshape(count, -1) @ probe
+    def _apply(self, arrays: Arrays, mask: RankMask, m: int) -> np.ndarray:
+        """B·diag(E)·A·z of one module."""
+        if self._cuts is None or self._cuts[0] is not mask:
+            before = np.concatenate([[0], np.cumsum(mask.alive)])
+            ends = {p: np.concatenate([[0], np.cumsum(mask.alive * np.array(self._spec.widths(p)))]) for p in ("B", "A")}
+            ends["E"] = before
+            self._cuts = mask, {i: {p: slice(int(e[i]), int(e[i + 1])) for p, e in ends.items()} for i in self._modules}
+        cuts, count = self._cuts[1][m], int(self._mask.alive[m])
+        inner = arrays["A"][cuts["A"]].reshape(count, -1) @ self._probes[m]
         inner = inner * arrays["E"][cuts["E"]] if "E" in arrays else inner
         return inner @ arrays["B"][cuts["B"]].reshape(count, -1)
 
     def add(self, update: Update, weight: int) -> None:
-        """Add one client's product."""
-        self._whole &= update.mask == self._mask and {"B", "A"} <= update.arrays.keys()
-        if self._whole:
-            self._weight += weight
-            with np.errstate(over="ignore", invalid="ignore"):  # an absurd update must not do more than spoil this figure
-                for cuts, count, probe, total in self._modules:
-                    total += weight * self._apply(update.arrays, cuts, count, probe).astype(np.float64)
+        """Add one client's products, of the modules that it holds."""
+        if not {"B", "A"} <= update.arrays.keys():
+            self._modules = [] if update.mask.count else self._modules
+            return
+        same = update.mask == self._mask
+        for m in list(self._modules):
+            held = update.mask.module(m)
+            if same or np.array_equal(held, self._mask.module(m)):
+                with np.errstate(over="ignore", invalid="ignore"):  # an absurd update must not do more than spoil this figure
+                    self._sums[m] += weight * self._apply(update.arrays, update.mask, m).astype(np.float64)
+                self._weights[m] += weight
+            elif held.any():
+                self._modules.remove(m)
 
     def compare(self, merged: Arrays) -> None:
-        """Set `value`; it stays None where not every client sent B and A of all slots."""
-        if not self._whole or not self._weight or not self._modules:
-            return
+        """Set `value`; it stays None where not both of B and A are trained, or clients hold parts of the probed modules."""
         exact, off = 0.0, 0.0
-        with np.errstate(over="ignore", invalid="ignore"):
-            for cuts, count, probe, total in self._modules:
-                mean = total / self._weight
-                exact += float(mean @ mean)
-                off += float(np.square(self._apply(merged, cuts, count, probe) - mean).sum())
+        for m in self._modules:
+            if self._weights[m]:
+                mean = self._sums[m] / self._weights[m]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    exact += float(mean @ mean)
+                    off += float(np.square(self._apply(merged, self._mask, m) - mean).sum())
         if exact > 0 and np.isfinite(off / exact):
             self.value = (off / exact) ** 0.5
 
@@ -132,24 +137,23 @@ class PaddedMean(SlotMean):
 
     def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, client_weight: Callable[[Update], float]) -> None:
         super().__init__(spec, mask, arrays)
-        self._of, self._slots, self._all = client_weight, SlotMean(spec, mask, arrays), 0.0
+        self._of, self._all = client_weight, 0.0
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
         """Add one client's update; `weight` counts for the parts without slots."""
         norm = self._of(update)
-        rest = {part: values for part, values in update.arrays.items() if part not in SLOT_PARTS}
-        super().add(client_key, replace(update, arrays=rest), weight)
-        slots = {part: values for part, values in update.arrays.items() if part in SLOT_PARTS}
-        self._slots.add_weighted(replace(update, arrays=slots), norm)
+        for slots, share in ((True, norm), (False, float(weight))):
+            parts = {part: values for part, values in update.arrays.items() if (part in SLOT_PARTS) == slots}
+            self.add_weighted(replace(update, arrays=parts), share)
         self._all += norm
 
     def result(self) -> Arrays:
         """As SlotMean's."""
         merged = super().result()
-        for part, total in self._slots.sums().items():
+        for part in self._sums.keys() & set(SLOT_PARTS):
             if self._all > 0:
-                padded = total / self._all
-                merged[part] = np.where(self._slots.weight_of(part) > 0, padded, self.arrays[part]).astype(np.float32)
+                padded = self._sums[part] / self._all
+                merged[part] = np.where(self._weights[part] > 0, padded, self.arrays[part]).astype(np.float32)
         return merged
 
 
@@ -164,10 +168,11 @@ def delta_norm(spec: ModelSpec, update: Update) -> float:
 def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
     """(B·diag(E) of shape (d_out, k), A of shape (k, d_in)) of every module under `mask`, float64; without E it is 1."""
     found, starts = [], dict.fromkeys(SLOT_PARTS, 0)
+    widths = {part: spec.widths(part) for part in SLOT_PARTS}
     for m, count in enumerate(mask.alive.tolist()):
         rows = {}
         for part in SLOT_PARTS:
-            width = spec.widths(part)[m]
+            width = widths[part][m]
             if part in arrays or not count:  # parts without a slot do not travel
                 values = arrays[part][starts[part] : starts[part] + count * width] if count else np.zeros(0)
                 rows[part] = values.astype(np.float64).reshape(count, width)
@@ -175,14 +180,6 @@ def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tupl
         left = rows["B"].T * rows["E"][:, 0] if "E" in rows else rows["B"].T
         found.append((left, rows["A"]))
     return found
-
-
-def pack_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Arrays:
-    """B and A of all modules, packed, from (left, right) of each: the inverse of `module_factors` with E = 1."""
-    return {
-        "B": np.concatenate([left.T.reshape(-1) for left, _ in pairs]).astype(np.float32),
-        "A": np.concatenate([right.reshape(-1) for _, right in pairs]).astype(np.float32),
-    }
 
 
 class Stack:
@@ -196,28 +193,50 @@ class Stack:
 
     def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, scales: Sequence[float]) -> None:
         self.spec, self.mean, self.scales = spec, SlotMean(spec, mask, arrays), scales
-        self._factors: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]] = []
+        self._factors: list[tuple[int, RankMask, list[tuple[np.ndarray, np.ndarray]]]] = []
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
         """Add one client's update with its weight (> 0)."""
-        self.mean.add(client_key, update, weight)
-        self._factors.append((weight, module_factors(self.spec, update.mask, update.arrays)))
+        self.mean.add_weighted(update, float(weight))  # products are kept, so there is no error of factors to report
+        self._factors.append((weight, update.mask, module_factors(self.spec, update.mask, update.arrays)))
 
     def result(self) -> Arrays:
         """The means of all parts, as SlotMean's."""
         return self.mean.result()
 
     def report(self) -> dict[str, object]:
-        """`factor-error`, as SlotMean's: what averaging the factors would have cost here."""
-        return self.mean.report()
+        """Nothing."""
+        return {}
 
     def stacked(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per module [s·w_1·B_1, s·w_2·B_2, …] of shape (d_out, Σk) and [A_1; A_2; …] of shape (Σk, d_in), float64."""
-        total = sum(weight for weight, _ in self._factors)
+        total = sum(weight for weight, *_ in self._factors)
+        return self._join(lambda m, weight, mask: weight / total)
+
+    def residual(self, means: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Factors of s·(mean of products - product of means), slot by slot over the clients that hold it; float64.
+
+        Args:
+            means: what `result` gave.
+        """
+        whole = self.mean.mask
+        alive = [whole.module(m) for m in range(len(whole.ranks))]
+        held = [(weight, [mask.module(m)[bits] for m, bits in enumerate(alive)]) for weight, mask, _ in self._factors]
+        weights = [np.sum([weight * bits[m] for weight, bits in held], axis=0) for m in range(len(alive))]
+        pairs = self._join(lambda m, weight, mask: weight / weights[m][mask.module(m)[alive[m]]])
+        found = []
+        for m, (b, a) in enumerate(module_factors(self.spec, whole, means)):
+            sent = weights[m] > 0  # a slot that nobody sent kept its value, nothing of it is residual
+            (left, right), scale = pairs[m], self.scales[m]
+            found.append((np.concatenate([left, -scale * b[:, sent]], axis=1), np.concatenate([right, a[sent]])))
+        return found
+
+    def _join(self, share: Callable[[int, int, RankMask], Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All clients' factors side by side, s·share(module, weight, mask) on the left ones."""
         pairs = []
         for m, scale in enumerate(self.scales):
-            lefts = [scale * weight / total * factors[m][0] for weight, factors in self._factors]
-            pairs.append((np.concatenate(lefts, axis=1), np.concatenate([factors[m][1] for _, factors in self._factors])))
+            lefts = [scale * share(m, weight, mask) * pair[m][0] for weight, mask, pair in self._factors]
+            pairs.append((np.concatenate(lefts, axis=1), np.concatenate([pair[m][1] for *_, pair in self._factors])))
         return pairs
 
 

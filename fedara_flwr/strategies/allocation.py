@@ -1,7 +1,11 @@
-"""How the rank budget falls and who gets it: pure numpy functions from values to values (methods.md, FedARA 2)."""
+"""Who trains which slots: pure numpy functions from values to values.
+
+FedARA's falling budget and the arbitration of votes; LEGEND's ranks and depths; the first slots for clients of lower rank.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from fedara_flwr.ranks import Bools, RankMask
+from fedara_flwr.spec import ModelSpec
 from fedara_flwr.wire.plan import Vote
 
 RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5
@@ -79,3 +84,75 @@ def arbitrate_threshold(mask: RankMask, votes: Sequence[WeightedVote], threshold
             break
         keep[slot] = True
     return mask.keep(keep)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a device can do, by the moving averages of its reports.
+
+    Attributes:
+        forward: seconds per step of the forward pass.
+        backward: seconds per step and block of the backward pass.
+        upload: seconds per uploaded byte.
+        depth: blocks that its memory allows to train.
+    """
+
+    forward: float
+    backward: float
+    upload: float
+    depth: float
+
+    def seconds(self, depth: int, steps: int, sent: int) -> float:
+        """t(k) for `sent` bytes."""
+        return steps * (self.forward + depth * self.backward) + self.upload * sent
+
+
+def rank_distribution(blocks: int, mean: int, step: float) -> list[int]:
+    """Ranks r_1 ≤ … ≤ r_L by an arithmetic sequence with that mean, each at least 1, Σ r_l = L·mean.
+
+    6 blocks, mean 12, step 2: 7, 9, 11, 13, 15, 17. The step is cut to what keeps the lowest rank at 1; what rounding leaves
+    goes to the highest blocks.
+    """
+    step = min(step, 2 * (mean - 1) / (blocks - 1)) if blocks > 1 else 0.0
+    exact = [mean + step * (block - (blocks - 1) / 2) for block in range(blocks)]
+    ranks = [int(value + 1e-9) for value in exact]
+    for block in range(blocks - (blocks * mean - sum(ranks)), blocks):
+        ranks[block] += 1
+    return ranks
+
+
+def depths(
+    devices: Sequence[Capacity], blocks: int, steps: int, sent: Sequence[int], target: str = "fastest", slack: float = 0.0
+) -> list[int]:
+    """LEGEND's greedy depth of each device (this project's reading: strategies/legend.py).
+
+    Args:
+        blocks: L.
+        sent: bytes of an update at depth 0, 1, …, L.
+        target: "fastest" or "median" device's time at the depth that its memory allows.
+    """
+    most = [int(max(1, min(blocks, device.depth))) for device in devices]
+    times = [device.seconds(k, steps, sent[k]) for device, k in zip(devices, most, strict=True)]
+    # the fastest device is the one that does the same work in the least time
+    if target == "fastest":
+        same = [device.seconds(blocks, steps, sent[blocks]) for device in devices]
+        limit = times[same.index(min(same))]
+    else:
+        limit = statistics.median_high(times)
+    chosen = []
+    for device, top in zip(devices, most, strict=True):
+        fitting = [k for k in range(1, top + 1) if device.seconds(k, steps, sent[k]) <= (1 + slack) * limit]
+        chosen.append(max(fitting, default=1))
+    return chosen
+
+
+def last_blocks(spec: ModelSpec, mask: RankMask, depth: int) -> RankMask:
+    """The alive slots of `mask` in the last `depth` blocks."""
+    block = np.array([module.block for module in spec.modules], dtype=np.int64)
+    return RankMask(mask.ranks, mask.bits & (block >= spec.blocks - depth)[mask.modules])
+
+
+def first_slots(mask: RankMask, rank: int) -> RankMask:
+    """The alive slots of `mask` whose index in their module is below `rank`."""
+    index = np.concatenate([np.arange(r) for r in mask.ranks]) if mask.ranks else np.zeros(0, dtype=np.int64)
+    return RankMask(mask.ranks, mask.bits & (index < rank))

@@ -45,9 +45,9 @@ class NoOptions(Group):
 class BaseStrategy(RoundLoop):
     """What a method overrides, in the order in which it is called.
 
-    Once: `trainable`, `start_mask`, `start_arrays`, `start_offset`, `scales`, `terms`. Each round: `ready` for nodes that are
-    drawn for the first time, `prepare`, `client_mask` and `plan` for each node, `merger`, `take` for each good update,
-    `next_mask`, `finish_round`, `weights`. At the end: `exported`.
+    Once: `trainable`, `start_mask`, `start_arrays`, `start_offset`, `scales`, `terms`. Each round: `ready` for nodes that were
+    asked whether they can train (when first drawn, after an error or a return), `prepare`, `client_mask` and `plan` for each
+    node, `merger`, `take` for each good update, `next_mask`, `finish_round`, `weights`. At the end: `exported`.
     """
 
     name: ClassVar[str] = ""

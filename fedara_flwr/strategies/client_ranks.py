@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from fedara_flwr import seeds
-from fedara_flwr.config import Group
+from fedara_flwr.config import ConfigError, Group
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.strategies.allocation import first_slots
 from fedara_flwr.strategies.fedlora import FedLoRA
 
 
@@ -35,15 +35,22 @@ class ClientRanks(FedLoRA):
     """FedLoRA in which client k holds the first r_k slots of every module."""
 
     Options = RankOptions
+    options: RankOptions
+
+    def start_mask(self) -> RankMask:
+        """As the base; refused where a client's rank is above the global one."""
+        rank = self.settings.adapter.rank
+        if too_high := [r for r in self.options.ranks if r > rank]:
+            raise ConfigError(f"strategy.options.ranks = {too_high[0]}: allowed is up to adapter.rank = {rank}")
+        return super().start_mask()
 
     def client_rank(self, client_key: str) -> int:
         """r_k: the fleet's slowest device gets the lowest rank, the fastest the highest, those between in proportion.
 
         A real device, of unknown speed, is drawn by seed, and so is one of a fleet of equals.
         """
-        options, rank = self.options, self.settings.adapter.rank
-        assert isinstance(options, RankOptions)
-        ranks = sorted(min(r, rank) for r in options.ranks) or [rank]
+        options = self.options
+        ranks = sorted(options.ranks) or [self.settings.adapter.rank]
         node = self.roster.nodes.get(client_key)
         profile = self.profile(node) if node is not None and options.assign == "profile" else None
         speeds = sorted({p.flops for p in self.fleet})
@@ -55,9 +62,3 @@ class ClientRanks(FedLoRA):
     def client_mask(self, client_key: str) -> RankMask:
         """The first r_k slots of every module."""
         return first_slots(self.state.mask, self.client_rank(client_key))
-
-
-def first_slots(mask: RankMask, rank: int) -> RankMask:
-    """The alive slots of `mask` whose index in their module is below `rank`."""
-    index = np.concatenate([np.arange(r) for r in mask.ranks]) if mask.ranks else np.zeros(0, dtype=np.int64)
-    return RankMask(mask.ranks, mask.bits & (index < rank))

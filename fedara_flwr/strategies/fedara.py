@@ -10,10 +10,12 @@ FedAvg of each factor over the alive slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedara_flwr.config import ConfigError
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget
 from fedara_flwr.strategies.base import BaseStrategy
@@ -64,10 +66,13 @@ class FedARA(BaseStrategy):
             self.settings.final_rounds,
         )
 
+    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
+        """No vote yet."""
+        self._votes: list[WeightedVote] = []
+
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
         """Ask for votes in rounds after which the budget is smaller than what is alive."""
         plan, strategy = super().plan(server_round, client_key), self.settings.strategy
-        self._votes: list[WeightedVote] = []
         allowed = self.budget(server_round)
         if allowed >= self.state.mask.count:
             return plan

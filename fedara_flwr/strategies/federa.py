@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedara_flwr.offsets import Piece, Weights, from_factors
+from fedara_flwr.offsets import Piece, Weights, dense, factors, from_factors, pack_factors
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import Arrays
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import module_factors, pack_factors, split_svd
+from fedara_flwr.strategies.aggregation import module_factors, split_svd
 from fedara_flwr.strategies.fedlora import FedLoRA
 
 
@@ -35,20 +35,25 @@ class FeDeRA(FedLoRA):
             left, right = split_svd(self.model.weight(module.name), rank, scale)
             missing = rank - right.shape[0]  # a rank above the matrix's own
             pairs.append((np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, missing), (0, 0)))))
-        self._start = {"head": self.start_head(), **pack_factors(pairs)}
-        return dict(self._start)
+        return {"head": self.start_head(), **pack_factors(pairs)}
 
     def start_offset(self) -> Piece:
         """-s·B0·A0."""
-        factors = module_factors(self.spec, self.state.mask, self._start)
-        return from_factors([(-scale * left, right) for scale, (left, right) in zip(self.scales(), factors, strict=True)])
+        start = module_factors(self.spec, self.state.mask, self.state.arrays)
+        return from_factors([(-scale * left, right) for scale, (left, right) in zip(self.scales(), start, strict=True)])
 
     def exported(self) -> Weights:
         """ΔW = s·(B·A - B0·A0) as a LoRA of rank 2r on the unchanged backbone."""
-        now, start = (module_factors(self.spec, self.state.mask, arrays) for arrays in (self.state.arrays, self._start))
+        piece, ranks, scales = self.state.offset.composed(), self.state.mask.ranks, self.scales()
+        assert piece is not None, "the offset is there from the start"
+        if piece.ranks:
+            start = factors(piece, self.spec)
+        else:  # a rank so high that the log keeps the product
+            start = [split_svd(matrix, rank, 1.0) for matrix, rank in zip(dense([piece], self.spec), ranks, strict=True)]
+        now = module_factors(self.spec, self.state.mask, self.state.arrays)
         pairs = [
-            (np.concatenate([left, -left0], axis=1), np.concatenate([right, right0]))
-            for (left, right), (left0, right0) in zip(now, start, strict=True)
+            (np.concatenate([left, left0 / scale], axis=1), np.concatenate([right, right0]))
+            for scale, (left, right), (left0, right0) in zip(scales, now, start, strict=True)
         ]
-        mask = RankMask.full([2 * rank for rank in self.state.mask.ranks])
-        return Weights({"head": self.state.arrays["head"], **pack_factors(pairs)}, mask, self.scales())
+        mask = RankMask.full([len(right) for _, right in pairs])
+        return Weights({"head": self.state.arrays["head"], **pack_factors(pairs)}, mask, scales)

@@ -8,11 +8,9 @@ the residual makes that exact as well.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fedara_flwr.offsets import from_factors
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import Stack, module_factors
+from fedara_flwr.strategies.aggregation import Stack
 from fedara_flwr.strategies.client_ranks import ClientRanks
 
 
@@ -31,9 +29,4 @@ class FedExLoRA(ClientRanks):
 
     def finish_round(self, server_round: int) -> None:
         """The residual joins the offset."""
-        means = module_factors(self.spec, self.state.mask, self.state.arrays)
-        pairs = [
-            (np.concatenate([left, -scale * b], axis=1), np.concatenate([right, a]))
-            for (left, right), scale, (b, a) in zip(self._stack.stacked(), self.scales(), means, strict=True)
-        ]
-        self.state.offset.add(from_factors(pairs))
+        self.state.offset.add(from_factors(self._stack.residual(self.state.arrays)))

@@ -7,12 +7,16 @@ slots; a slot whose singular value is zero starts again from a random A and B = 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedara_flwr.draws import lora_a
-from fedara_flwr.spec import Arrays
+from fedara_flwr.offsets import pack_factors
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import Stack, module_factors, pack_factors, split_product
+from fedara_flwr.strategies.aggregation import Stack, module_factors, split_product
 from fedara_flwr.strategies.client_ranks import ClientRanks
 
 ZERO = 1e-12  # singular values below this share of the largest one
@@ -21,11 +25,15 @@ ZERO = 1e-12  # singular values below this share of the largest one
 class SplitStack(Stack):
     """Stacks the clients' factors and splits the sum of their products into rank-r factors again."""
 
+    def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, scales: Sequence[float], seed: int) -> None:
+        super().__init__(spec, mask, arrays, scales)
+        self.seed = seed
+
     def result(self) -> Arrays:
         """B and A by SVD, the rest averaged."""
         mask, spec = self.mean.mask, self.spec
         fresh = module_factors(
-            spec, mask, {"B": np.zeros(spec.length("B", mask), dtype=np.float32), "A": lora_a(spec, mask, 0)}
+            spec, mask, {"B": np.zeros(spec.length("B", mask), dtype=np.float32), "A": lora_a(spec, mask, self.seed)}
         )
         pairs = []
         for (left, right), rank, scale, (_, random) in zip(self.stacked(), mask.ranks, self.scales, fresh, strict=True):
@@ -48,4 +56,4 @@ class FlexLoRA(ClientRanks):
 
     def merger(self) -> SplitStack:
         """Products, not factors."""
-        return SplitStack(self.spec, self.state.mask, self.state.arrays, self.scales())
+        return SplitStack(self.spec, self.state.mask, self.state.arrays, self.scales(), self.settings.seed)

@@ -43,6 +43,6 @@ class FLoRA(ClientRanks):
     def finish_round(self, server_round: int) -> None:
         """The stack joins the offset; the adapters start afresh."""
         self.state.offset.add(from_factors(self._stack.stacked()))
-        seed = seeds.derive(self.settings.seed, "flora", server_round + 1)
-        self.state.arrays["A"] = lora_a(self.spec, self.state.mask, seed)
+        seed = seeds.derive(self.settings.seed, "flora", server_round)
+        self.state.arrays["A"] = lora_a(self.spec, self.state.mask, seed)  # with B = 0 any would do; this one clients can draw
         self.state.arrays["B"] = np.zeros_like(self.state.arrays["B"])

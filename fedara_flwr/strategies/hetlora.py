@@ -34,11 +34,11 @@ class HetLoRA(ClientRanks):
     title = "LoRA with a rank per client, self-pruning and norm-weighted, zero-padded averaging"
     paper = "arXiv 2401.06432"
     Options = HetLoRAOptions
+    options: HetLoRAOptions
 
     def terms(self) -> Mapping[str, Mapping[str, float]]:
         """The tail's penalty."""
         options = self.options
-        assert isinstance(options, HetLoRAOptions)
         if not options.penalty:
             return super().terms()
         return {**super().terms(), "tail-penalty": {"weight": options.penalty, "gamma": options.gamma}}

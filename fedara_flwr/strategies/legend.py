@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from fedara_flwr.config import Group
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.roster import Node
-from fedara_flwr.spec import ModelSpec
 from fedara_flwr.strategies import register
+from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution
 from fedara_flwr.strategies.fedlora import FedLoRA
 from fedara_flwr.wire.plan import Update
 
 UPLOADS = 5  # upload times of which the median counts
+FASTEST = 100.0  # times the median speed of a round's devices, what a report may claim
 POLLING = 3.0  # seconds; a stock SuperNode sleeps so long after an empty pull
 
 
@@ -43,66 +43,6 @@ class LegendOptions(Group):
     smoothing: float = Field(0.5, gt=0, le=1, description="weight of the newest report in the moving averages")
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """What a device can do, by the moving averages of its reports.
-
-    Attributes:
-        forward: seconds per step of the forward pass.
-        backward: seconds per step and block of the backward pass.
-        upload: seconds per uploaded byte.
-        depth: blocks that its memory allows to train.
-    """
-
-    forward: float
-    backward: float
-    upload: float
-    depth: float
-
-    def seconds(self, depth: int, steps: int, sent: int) -> float:
-        """t(k) for `sent` bytes."""
-        return steps * (self.forward + depth * self.backward) + self.upload * sent
-
-
-def rank_distribution(blocks: int, mean: int, step: float) -> list[int]:
-    """Ranks r_1 ≤ … ≤ r_L by an arithmetic sequence with that mean, each at least 1, Σ r_l = L·mean.
-
-    6 blocks, mean 12, step 2: 7, 9, 11, 13, 15, 17. The step is cut to what keeps the lowest rank at 1; what rounding leaves
-    goes to the highest blocks.
-    """
-    step = min(step, 2 * (mean - 1) / (blocks - 1)) if blocks > 1 else 0.0
-    exact = [mean + step * (block - (blocks - 1) / 2) for block in range(blocks)]
-    ranks = [int(value + 1e-9) for value in exact]
-    for block in range(blocks - (blocks * mean - sum(ranks)), blocks):
-        ranks[block] += 1
-    return ranks
-
-
-def depths(
-    devices: Sequence[Capacity], blocks: int, steps: int, sent: Sequence[int], target: str = "fastest", slack: float = 0.0
-) -> list[int]:
-    """Greedy depth of each device (LCD, this project's reading above); pure.
-
-    Args:
-        blocks: L.
-        sent: bytes of an update at depth 0, 1, …, L.
-        target: "fastest" or "median" device's time at the depth that its memory allows.
-    """
-    most = [int(max(1, min(blocks, device.depth))) for device in devices]
-    times = [device.seconds(k, steps, sent[k]) for device, k in zip(devices, most, strict=True)]
-    # the fastest device is the one that does the same work in the least time
-    if target == "fastest":
-        same = [device.seconds(blocks, steps, sent[blocks]) for device in devices]
-        limit = times[same.index(min(same))]
-    else:
-        limit = statistics.median_high(times)
-    chosen = []
-    for device, top in zip(devices, most, strict=True):
-        fitting = [k for k in range(1, top + 1) if device.seconds(k, steps, sent[k]) <= (1 + slack) * limit]
-        chosen.append(max(fitting, default=1))
-    return chosen
-
-
 @register
 class Legend(FedLoRA):
     """FedLoRA in which client i holds the last k_i blocks."""
@@ -111,6 +51,7 @@ class Legend(FedLoRA):
     title = "LoRA depth by each device's capacity, ranks that rise toward the output"
     paper = "arXiv 2412.20004"
     Options = LegendOptions
+    options: LegendOptions
 
     @property
     def calibration(self) -> Mapping[str, int]:  # type: ignore[override]
@@ -120,7 +61,6 @@ class Legend(FedLoRA):
     def start_mask(self) -> RankMask:
         """Rising ranks, the same for all modules of a block."""
         self.depth: dict[str, int] = {}
-        assert isinstance(self.options, LegendOptions)
         ranks = rank_distribution(self.spec.blocks, self.settings.adapter.rank, self.options.rank_step)
         return RankMask.full([ranks[module.block] for module in self.spec.modules])
 
@@ -129,13 +69,12 @@ class Legend(FedLoRA):
         return (self.settings.adapter.alpha / self.settings.adapter.rank,) * len(self.spec.modules)
 
     def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
-        """A first report, from the calibration batch, and the depth that the node's memory allows."""
-        profile = self.profile(node)
-        free = profile.memory if profile is not None else metrics.get("bytes-free", 0.0)
-        per_block = metrics.get("bytes-block", 0.0)
-        fits = free / per_block if per_block > 0 else 1.0
-        self.state.clients[node.key] = {"depth": max(1.0, min(fits, float(self.spec.blocks))), "uploads": []}
-        self._report(node.key, metrics, 1, self.spec.blocks)
+        """The calibration batch: memory of a block, and a first report where there is none yet (nodes are asked again)."""
+        profile, known = self.profile(node), self.state.clients.setdefault(node.key, {"uploads": []})
+        known["block"] = max(1.0, metrics.get("bytes-block", 0.0))
+        known["free"] = float(profile.memory) if profile is not None else metrics.get("bytes-free", 0.0)
+        if "forward" not in known:
+            self._report(node.key, metrics, 1, self.spec.blocks)
 
     def take(self, client_key: str, update: Update, weight: int) -> None:
         """What the round took the device joins its moving averages."""
@@ -146,6 +85,8 @@ class Legend(FedLoRA):
             uploads = self.state.clients[client_key]["uploads"]
             uploads.append(max(0.0, elapsed - busy - POLLING) / sent)
             del uploads[:-UPLOADS]
+            if (free := update.metrics.get("bytes-free", 0.0)) > 0:
+                self._smooth(client_key, "free", free)
         steps = self.settings.train.steps or update.metrics.get("steps", 0)
         self._report(client_key, update.metrics, steps, self.depth[client_key])
 
@@ -154,9 +95,7 @@ class Legend(FedLoRA):
 
         A report with anything but finite numbers above 0 does not count: as 0 it would make its device the fastest.
         """
-        profile, known = self.profile(self.roster.nodes[client_key]), self.state.clients[client_key]
-        assert isinstance(self.options, LegendOptions)
-        share = self.options.smoothing
+        profile = self.profile(self.roster.nodes[client_key])
         if not 1 <= steps < inf:
             return
         unit, speed = ("seconds", 1.0) if profile is None else ("flops", profile.flops)
@@ -165,22 +104,35 @@ class Legend(FedLoRA):
         if not all(0 < value < inf for value in values.values()):
             return
         for way, value in values.items():
-            known[way] = (1 - share) * known[way] + share * value if way in known else value
+            self._smooth(client_key, way, value)
+
+    def _smooth(self, client_key: str, name: str, value: float) -> None:
+        """One more value of a moving average."""
+        known, share = self.state.clients[client_key], self.options.smoothing
+        known[name] = (1 - share) * known[name] + share * value if name in known else value
 
     def capacity(self, node: Node) -> Capacity | None:
         """The moving averages of one node; None before its first report."""
         known, profile = self.state.clients.get(node.key, {}), self.profile(node)
         if "forward" not in known:
             return None
-        uploads = [1.0 / profile.up] if profile is not None else known["uploads"]
-        return Capacity(known["forward"], known["backward"], statistics.median(uploads or [0.0]), known["depth"])
+        upload = 1.0 / profile.up if profile is not None else statistics.median(known["uploads"] or self._usual_uploads())
+        depth = max(1.0, min(known["free"] / known["block"], float(self.spec.blocks)))
+        return Capacity(known["forward"], known["backward"], upload, depth)
+
+    def _usual_uploads(self) -> list[float]:
+        """Upload times of real devices, one each: what a device that has sent nothing yet is taken for; 0 while two know."""
+        medians = [statistics.median(known["uploads"]) for known in self.state.clients.values() if known["uploads"]]
+        return medians if len(medians) > 2 else [0.0]
 
     def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
         """Depths of this round's nodes; one without a report trains one block."""
-        assert isinstance(self.options, LegendOptions)
         blocks, train = self.spec.blocks, self.settings.train
         sent = [self._bytes(depth) for depth in range(blocks + 1)]
         found = {node.key: capacity for node in nodes if (capacity := self.capacity(node)) is not None}
+        for way in ("forward", "backward"):  # a device that claims to be absurdly fast must not set the others' target
+            least = statistics.median([getattr(c, way) for c in found.values()] or [0.0]) / FASTEST
+            found = {key: replace(c, **{way: max(getattr(c, way), least)}) for key, c in found.items()}
         if not train.steps:  # by epochs each device has steps of its own, here they are one
             for key, capacity in found.items():
                 steps = train.epochs * -(-self.roster.examples.get(key, 1) // train.batch_size)
@@ -198,9 +150,3 @@ class Legend(FedLoRA):
     def client_mask(self, client_key: str) -> RankMask:
         """The last k_i blocks, whole."""
         return last_blocks(self.spec, self.state.mask, self.depth.get(client_key, 1))
-
-
-def last_blocks(spec: ModelSpec, mask: RankMask, depth: int) -> RankMask:
-    """The alive slots of `mask` in the last `depth` blocks."""
-    block = np.array([module.block for module in spec.modules], dtype=np.int64)
-    return RankMask(mask.ranks, mask.bits & (block >= spec.blocks - depth)[mask.modules])

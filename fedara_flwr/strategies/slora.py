@@ -15,11 +15,11 @@ from pydantic import Field
 
 from fedara_flwr.config import ConfigError, Group
 from fedara_flwr.draws import sparse_positions
-from fedara_flwr.offsets import Weights
+from fedara_flwr.offsets import Weights, dense_size, pack_factors
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import Arrays
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import pack_factors, split_svd
+from fedara_flwr.strategies.aggregation import split_svd
 from fedara_flwr.strategies.fedlora import FedLoRA
 from fedara_flwr.wire.plan import TrainPlan
 
@@ -39,12 +39,12 @@ class SLoRA(FedLoRA):
     title = "sparse full fine-tuning first, then LoRA started from the SVD of its update"
     paper = "arXiv 2308.06522"
     Options = SLoRAOptions
+    options: SLoRAOptions
 
     @property
     def sparse_rounds(self) -> int:
         """Rounds of the sparse phase, at least one and not all."""
         options, rounds = self.options, self.settings.num_server_rounds
-        assert isinstance(options, SLoRAOptions)
         return min(max(1, round(options.sparse_rounds * rounds)), rounds - 1)
 
     def start_arrays(self, mask: RankMask) -> Arrays:
@@ -52,6 +52,10 @@ class SLoRA(FedLoRA):
         if self.settings.num_server_rounds < 2:
             raise ConfigError("num-server-rounds = 1: slora needs at least 2, one in each of its phases")
         self._entries = self.spec.length("B", mask) + self.spec.length("A", mask)
+        if self._entries > dense_size(self.spec):
+            rank = self.settings.adapter.rank
+            most = rank * dense_size(self.spec) // self._entries
+            raise ConfigError(f"adapter.rank = {rank}: LoRA has more numbers than the weights, allowed is up to {most}")
         self._positions = sparse_positions(self.spec, self._entries, self.settings.seed)
         return {"head": self.start_head(), "backbone": np.zeros(self._entries, dtype=np.float32)}
 
@@ -71,7 +75,6 @@ class SLoRA(FedLoRA):
         plan = super().plan(server_round, client_key)
         if not self._sparse:
             return plan
-        assert isinstance(self.options, SLoRAOptions)
         return replace(
             plan,
             trainable=frozenset({"backbone", "head"}),
@@ -85,13 +88,15 @@ class SLoRA(FedLoRA):
         """After the sparse phase: the update's leading part becomes the adapters, the backbone is as it was."""
         if not self._sparse or server_round < self.sparse_rounds:
             return
-        update = np.zeros(sum(m.d_out * m.d_in for m in self.spec.modules))
-        update[self._positions] = self.state.arrays.pop("backbone")
+        values = self.state.arrays.pop("backbone").astype(np.float64)
         pairs, start = [], 0
         for module, rank, scale in zip(self.spec.modules, self.state.mask.ranks, self.scales(), strict=True):
-            matrix = update[start : start + module.d_out * module.d_in].reshape(module.d_out, module.d_in)
-            pairs.append(split_svd(matrix, rank, scale))
-            start += matrix.size
+            size = module.d_out * module.d_in
+            first, last = np.searchsorted(self._positions, (start, start + size))
+            matrix = np.zeros(size)
+            matrix[self._positions[first:last] - start] = values[first:last]
+            pairs.append(split_svd(matrix.reshape(module.d_out, module.d_in), rank, scale))
+            start += size
         self.state.arrays |= pack_factors(pairs)
 
     def weights(self) -> Weights:
