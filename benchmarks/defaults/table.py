@@ -11,16 +11,18 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from trials import read  # noqa: E402
+
 Curve = list[dict]
 
 
-def read(files: list[str]) -> dict[tuple[str, str, str, str], dict[int, Curve]]:
+def curves_of(files: list[str]) -> dict[tuple[str, str, str, str], dict[int, Curve]]:
     """Evaluations of every (stage, data, method, setting), by seed, in the order of rounds."""
     curves: dict = defaultdict(lambda: defaultdict(list))
-    for file in files:
-        for line in map(json.loads, Path(file).read_text().splitlines()):
-            key = (line["stage"], line["data"], line["method"], json.dumps(line["setting"], sort_keys=True))
-            curves[key][line["seed"]].append(line)
+    for line in (line for file in files for line in read(Path(file))):
+        key = (line["stage"], line["data"], line["method"], json.dumps(line["setting"], sort_keys=True))
+        curves[key][line["seed"]].append(line)
     return {
         key: {seed: sorted(c, key=lambda line: line["round"]) for seed, c in seeds.items()} for key, seeds in curves.items()
     }
@@ -61,7 +63,7 @@ def short(setting: str) -> str:
 
 def main(files: list[str]) -> None:
     """Print the halving table and the comparison at the best settings, as Markdown."""
-    curves = read(files)
+    curves = curves_of(files)
     print("| data | stage | method | setting | seeds | round | validation accuracy (mean of 3 evaluations) | MB |")
     print("|---|---|---|---|---|---|---|---|")
     for (stage, data, method, setting), seeds in sorted(curves.items()):
