@@ -117,5 +117,5 @@ class RunDirectory:
             total = f"{modelled['seconds']:.0f}" if modelled else "-"
             table.add_row("all", "", "", "", "", f"{down:.1f}", f"{up:.1f}", f"{seconds:.0f}", total, "")
         text = io.StringIO()
-        Console(file=text, width=100, color_system=None).print(table)
+        Console(file=text, width=112, color_system=None).print(table)
         return text.getvalue().rstrip()
