@@ -472,9 +472,9 @@ def test_factor_error_by_hand():
 
 @pytest.mark.parametrize("parts", [("B", "A"), ("B", "E", "A")])
 def test_factor_error_is_near_the_exact_one(parts):
-    """Over 40 models of ten modules: the estimates' mean square is within 10% of the exact errors', and none is off by 2.
+    """Over 40 models of ten modules: the estimates' mean square is within 15% of the exact errors', and none is off by 2.
 
-    A module's estimate has one probe of 30 numbers, so it scatters; four modules are probed of each model.
+    A module's estimate has one probe of 30 numbers, so it scatters; two modules are probed of each model.
     """
     spec = ModelSpec("f" * 64, tuple(ModuleSpec(f"m{i}", 20, 30, i) for i in range(10)), SPEC.head)
     mask, pairs = RankMask.full([4] * 10), []
@@ -487,7 +487,7 @@ def test_factor_error_is_near_the_exact_one(parts):
         merged, report = factor_error(items, spec, mask, parts)
         pairs.append((report["factor-error"], exact_error(items, merged, spec, mask)))
     estimated, exact = np.array(pairs).T
-    assert np.mean(estimated**2) == pytest.approx(np.mean(exact**2), rel=0.1)
+    assert np.mean(estimated**2) == pytest.approx(np.mean(exact**2), rel=0.15)
     assert (estimated < 2 * exact).all() and (estimated > exact / 2).all()
 
 

@@ -73,12 +73,13 @@ class FactorError:
     (benchmarks/methods), where the products themselves would cost many times as much.
     """
 
-    PROBED = 3
+    PROBED = 2
 
     def __init__(self, spec: ModelSpec, mask: RankMask) -> None:
         self.value: float | None = None
         self._spec, self._mask = spec, mask
-        alive = np.flatnonzero(mask.alive)
+        self._counts = mask.alive.tolist()
+        alive = np.flatnonzero(self._counts)
         places: Any = np.unique(np.linspace(0, len(alive) - 1, self.PROBED).round().astype(int)) if len(alive) else []
         self._modules = [int(m) for m in alive[places]] if len(alive) else []
         self._probes = {
@@ -91,11 +92,12 @@ class FactorError:
     def _apply(self, arrays: Arrays, mask: RankMask, m: int) -> np.ndarray:
         """B·diag(E)·A·z of one module."""
         if self._cuts is None or self._cuts[0] is not mask:
-            before = np.concatenate([[0], np.cumsum(mask.alive)])
-            ends = {p: np.concatenate([[0], np.cumsum(mask.alive * np.array(self._spec.widths(p)))]) for p in ("B", "A")}
+            alive = mask.alive
+            before = np.concatenate([[0], np.cumsum(alive)])
+            ends = {p: np.concatenate([[0], np.cumsum(alive * np.array(self._spec.widths(p)))]) for p in ("B", "A")}
             ends["E"] = before
             self._cuts = mask, {i: {p: slice(int(e[i]), int(e[i + 1])) for p, e in ends.items()} for i in self._modules}
-        cuts, count = self._cuts[1][m], int(self._mask.alive[m])
+        cuts, count = self._cuts[1][m], self._counts[m]
         inner = arrays["A"][cuts["A"]].reshape(count, -1) @ self._probes[m]
         inner = inner * arrays["E"][cuts["E"]] if "E" in arrays else inner
         return inner @ arrays["B"][cuts["B"]].reshape(count, -1)
@@ -105,14 +107,13 @@ class FactorError:
         if not {"B", "A"} <= update.arrays.keys():
             self._modules = [] if update.mask.count else self._modules
             return
-        same = update.mask == self._mask
+        mask = self._mask if update.mask == self._mask else update.mask  # the very one, whose cuts are known
         for m in list(self._modules):
-            held = update.mask.module(m)
-            if same or np.array_equal(held, self._mask.module(m)):
+            if mask is self._mask or np.array_equal(mask.module(m), self._mask.module(m)):
                 with np.errstate(over="ignore", invalid="ignore"):  # an absurd update must not do more than spoil this figure
-                    self._sums[m] += weight * self._apply(update.arrays, update.mask, m).astype(np.float64)
+                    self._sums[m] += weight * self._apply(update.arrays, mask, m).astype(np.float64)
                 self._weights[m] += weight
-            elif held.any():
+            elif mask.module(m).any():
                 self._modules.remove(m)
 
     def compare(self, merged: Arrays) -> None:
