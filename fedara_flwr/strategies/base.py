@@ -57,7 +57,7 @@ class BaseStrategy(RoundLoop):
     keys: ClassVar[tuple[str, ...]] = ()
     """Configuration keys that only this method reads."""
     learning_rate: ClassVar[float] = 1e-2
-    """Of A and B where `train.learning-rate` is 0: the best of one grid for all methods (benchmarks/defaults)."""
+    """Of A and B where `train.learning-rate` is 0: measured for fedara, fedara-static and fedlora (benchmarks/defaults)."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"B", "E", "A", "head"})
 
