@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from curves import read
 from flwr.app import MetricRecord
 
 from fedara_flwr import strategies
@@ -108,12 +109,3 @@ class Trial:
             file.write(json.dumps(line) + "\n")
         shown = ("stage", "method", "setting", "seed", "round", "accuracy", "mb")
         print(time.strftime("%H:%M:%S"), json.dumps({name: line[name] for name in shown}), flush=True)
-
-
-def read(path: Path) -> list[dict]:
-    """Lines written so far; of a round that a cut-off trial ran twice, the last one."""
-    lines = {}
-    for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
-        key = [line[name] for name in ("stage", "data", "method", "setting", "seed", "round")]
-        lines[json.dumps(key, sort_keys=True)] = line
-    return list(lines.values())

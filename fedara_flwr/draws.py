@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedara_flwr.offsets import dense_size
 from fedara_flwr.ranks import Ints, RankMask
 from fedara_flwr.seeds import generator
 from fedara_flwr.spec import Arrays, ModelSpec, Vector
@@ -23,7 +24,7 @@ def lora_a(spec: ModelSpec, mask: RankMask, seed: int) -> Vector:
 
 def sparse_positions(spec: ModelSpec, count: int, seed: int) -> Ints:
     """`count` positions, ascending, among the weights of all adapted modules laid one after another, row by row."""
-    total = sum(m.d_out * m.d_in for m in spec.modules)
+    total = dense_size(spec)
     if not 0 < count <= total:
         raise ValueError(f"{count} positions among {total} weights")
     return np.sort(generator(seed, "sparse").choice(total, count, replace=False, shuffle=False))

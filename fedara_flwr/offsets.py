@@ -22,8 +22,9 @@ class Piece:
     """ΔW of every module.
 
     Attributes:
-        ranks: rank of each module's factors; () = dense. arrays: B and A packed under `RankMask.full(ranks)`, ΔW = B·A; or
-        `dense`, all modules' ΔW one after another, row by row.
+        ranks: rank of each module's factors; () = dense.
+        arrays: B and A packed under `RankMask.full(ranks)`, ΔW = B·A; or `dense`, all modules' ΔW one after another, row by
+            row.
     """
 
     ranks: tuple[int, ...]

@@ -12,9 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from trials import read  # noqa: E402
-
-Curve = list[dict]
+from curves import Curve, first, read, smooth, spread  # noqa: E402
 
 
 def curves_of(files: list[str]) -> dict[tuple[str, str, str, str], dict[int, Curve]]:
@@ -28,26 +26,10 @@ def curves_of(files: list[str]) -> dict[tuple[str, str, str, str], dict[int, Cur
     }
 
 
-def smooth(curve: Curve, index: int) -> float:
-    """Mean of the three evaluations up to `index` (fewer at the start)."""
-    return statistics.mean(line["accuracy"] for line in curve[max(0, index - 2) : index + 1])
-
-
-def reached(curve: Curve, target: float) -> float | None:
-    """MB at the first 3-evaluation mean of at least `target`."""
-    return next((line["mb"] for i, line in enumerate(curve) if i >= 2 and smooth(curve, i) >= target), None)
-
-
 def at_bytes(curve: Curve, megabytes: float) -> float:
     """3-evaluation mean at the last evaluation within so many megabytes."""
     inside = [i for i, line in enumerate(curve) if line["mb"] <= megabytes]
     return smooth(curve, inside[-1]) if inside else float("nan")
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and sample standard deviation where there are several."""
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def whole(seeds: dict[int, Curve]) -> dict[int, Curve]:
@@ -97,7 +79,7 @@ def compare(data: str, curves: dict) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for method, (_, setting, done) in sorted(best.items(), key=lambda item: -item[1][0][1]):
         cs = list(done.values())
-        hits = [megabytes for c in cs if (megabytes := reached(c, target)) is not None]
+        hits = [megabytes for c in cs if (megabytes := first(c, target, "mb")) is not None]
         to_target = f"{statistics.mean(hits):.0f} ({len(hits)} of {len(cs)} seeds)" if hits else "not reached"
         cells = [
             method,

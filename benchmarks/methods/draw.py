@@ -13,9 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from trials import read  # noqa: E402
+from curves import Curve, first, read, smooth, spread  # noqa: E402
 
-Curve = list[dict]
 COLUMNS = (
     "method",
     "rate",
@@ -50,22 +49,6 @@ def curves(files: list[Path]) -> dict[str, dict[str, dict[int, Curve]]]:
             last = max(c[-1]["round"] for c in best.values())
             chosen.setdefault(data, {})[method] = {seed: c for seed, c in sorted(best.items()) if c[-1]["round"] == last}
     return chosen
-
-
-def smooth(curve: Curve, index: int) -> float:
-    """Mean of the three evaluations up to `index`."""
-    return statistics.mean(line["accuracy"] for line in curve[max(0, index - 2) : index + 1])
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean, and sample standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def first(curve: Curve, target: float, name: str) -> float | None:
-    """`name` at the first mean of three evaluations that reaches the target."""
-    return next((line[name] for i, line in enumerate(curve) if i >= 2 and smooth(curve, i) >= target), None)
 
 
 def table(data: str, methods: dict[str, dict[int, Curve]]) -> str:

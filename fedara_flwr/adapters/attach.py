@@ -135,10 +135,6 @@ class AdaptedModel:
         for parameter in self._frozen if positions is None else weights:
             parameter.requires_grad_(trainable)
 
-    def trained_backbone(self) -> list[nn.Parameter]:
-        """Parameters of the backbone that get gradients now."""
-        return [p for p in self._frozen if p.requires_grad]
-
     def gradient_masks(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """(weight, which of its numbers may change) where only drawn positions of the backbone are trained."""
         if self._positions is None:
@@ -218,7 +214,7 @@ class AdaptedModel:
             case "head":
                 return list(self.head)
             case "backbone":
-                return self.trained_backbone()
+                return [p for p in self._frozen if p.requires_grad]
         return [values[part] for _, values in self.alive()]
 
     def collect(self, parts: frozenset[str]) -> Arrays:
