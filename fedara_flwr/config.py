@@ -142,6 +142,9 @@ class FleetSettings(Group):
 class OutputSettings(Group):
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time")
     dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs")
+    resume: str = Field("", description="run to go on with at its next round: a name under run.dir, or an absolute path")
+    checkpoint_every: int = Field(1, ge=0, description="rounds between checkpoints; the last round has one; 0 = none at all")
+    track: str = Field("", description="where metrics go besides: tensorboard, wandb, mlflow, trackio, comma-separated")
     threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
 
 
