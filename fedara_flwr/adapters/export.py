@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
-from fedara_flwr.adapters.backbone import Backbone
+from fedara_flwr.adapters.backbone import Backbone, locate
 from fedara_flwr.offsets import Weights
 from fedara_flwr.spec import SLOT_PARTS, Vector
 
@@ -67,6 +69,24 @@ def save_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str
     _save(folder, backbone, config, tensors, weights.arrays["head"])
 
 
+def save_plain_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
+    """A LoRA directory for tools that know one rank only, with the same logits.
+
+    Every living module has the rank r of the largest, filled up with zeros; lora_alpha = r, that is, scale 1: E and s are
+    folded into B. Dead slots and modules are not in it, and no pattern.
+    """
+    spec, alive = backbone.spec, _alive(weights)
+    rank = max(int(weights.mask.alive[m]) for m in alive)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[spec.modules[m].name for m in alive], task_type=task_type)
+    tensors = {}
+    for m, rows in _rows(backbone, weights):
+        name, missing = spec.modules[m].name, rank - len(rows["E"])
+        folded = rows["B"] * rows["E"] * weights.scales[m]
+        tensors[f"{name}.lora_A.weight"] = pad(rows["A"], (0, 0, 0, missing))
+        tensors[f"{name}.lora_B.weight"] = pad(folded, (0, 0, 0, missing)).T.contiguous()
+    _save(folder, backbone, config, tensors, weights.arrays["head"])
+
+
 def _exactly(name: str) -> str:
     """PEFT reads a pattern's key as the end of a name, or as a regular expression."""
     return "^" + name.replace(".", r"\.")
@@ -96,6 +116,7 @@ def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str,
 def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector) -> None:
     """Configuration and tensors, with head and an identity pooler among them."""
     config.base_model_name_or_path = backbone.name
+    config.revision = revision(backbone)
     config.inference_mode = True
     config.modules_to_save = list(backbone.head_modules) + ([backbone.identity_pooler] if backbone.identity_pooler else [])  # type: ignore[attr-defined]
     start = 0
@@ -109,6 +130,14 @@ def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[st
     config.save_pretrained(str(folder))
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(prefixed, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def revision(backbone: Backbone) -> str | None:
+    """The Hub's commit that the backbone was loaded from; None for a local folder."""
+    if locate(backbone.name) != backbone.name:
+        return None
+    cached = try_to_load_from_cache(backbone.name, "config.json")  # its folder has the commit's name
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def save_model(folder: Path, adapted: AdaptedModel) -> None:

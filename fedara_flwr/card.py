@@ -1,0 +1,225 @@
+"""The model card beside every export, and how to find one again. No torch, no network.
+
+What a card says comes from the run's federated.json, where labels and names may be anybody's: in the text they stand in code
+spans, on one line, so that no Markdown, HTML or YAML of theirs has a meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+OURS = "fedara-flwr"
+PIPELINES = {"classification": "text-classification", "token-classification": "token-classification"}
+CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+FORMATS = {
+    "ADALORA": "PEFT adapters in AdaLoRA's format, `rank_pattern` says which rank slots live",
+    "LORA": "PEFT adapters, LoRA with a rank for each layer",
+    "lora": "PEFT adapters, plain LoRA of one rank (`lora_alpha` = rank), for tools that know nothing else",
+    "merged": "the whole model, all that was trained merged into its weights",
+}
+
+
+def write_card(folder: Path, facts: dict[str, Any], kind: str) -> None:
+    """Make `folder/README.md`, a model card as the Hugging Face Hub reads it.
+
+    Args:
+        facts: what federated.json says; `revision` (of the base model) and `clients` (how many there were) may be added.
+        kind: format of the weights in `folder`: "peft", "lora" or "merged".
+    """
+    content = f"---\n{_metadata(facts, kind).to_yaml()}\n---\n\n{_body(folder, facts, kind)}"
+    ModelCard(content).save(folder / "README.md")
+
+
+def has_card(folder: Path) -> bool:
+    """Whether `folder` holds a card that `write_card` made."""
+    try:
+        return OURS in (ModelCard.load(folder / "README.md").data.tags or [])
+    except Exception:  # no file, no YAML, other types: whatever it is, it is not ours
+        return False
+
+
+def base_name(facts: dict[str, Any]) -> str:
+    """The base model as others may know it: its Hub id, or the name of its folder without the way there."""
+    return _public(facts["model"])
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository of the Hub and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _public(name: str) -> str:
+    return name if is_hub_id(name) else Path(name).name
+
+
+def _data_name(facts: dict[str, Any]) -> str:
+    config = facts["config"]
+    return Path(config["data.path"]).name if config["data.path"] else _public(config["data.name"])
+
+
+def _metadata(facts: dict[str, Any], kind: str) -> ModelCardData:
+    config, task = facts["config"], PIPELINES[facts["task"]]
+    data = _line(_data_name(facts))
+    on_hub = not config["data.path"] and config["data.name"] != "docstrings" and is_hub_id(config["data.name"])
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split="test",
+            metric_type="f1" if name.endswith("f1") else name,
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in _metrics(facts).items()
+    ]
+    adapters = kind != "merged"
+    return ModelCardData(
+        base_model=facts["model"] if is_hub_id(facts["model"]) else None,
+        datasets=[config["data.name"]] if on_hub else None,
+        eval_results=results or None,
+        library_name="peft" if adapters else "transformers",
+        model_name=_line(facts["name"]) if results else None,
+        pipeline_tag=task,
+        tags=["federated-learning", "flower", OURS, _line(facts["method"]), *(["lora"] if adapters else [])],
+    )
+
+
+def _metrics(facts: dict[str, Any]) -> dict[str, float]:
+    """The test metrics that are numbers."""
+    return {_line(name): round(value, 4) for name, value in facts.get("test", {}).items() if math.isfinite(value)}
+
+
+def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
+    revision = f" at revision {_code(facts['revision'])}" if facts.get("revision") else ""
+    versions = ", ".join(f"{_code(name)} {_code(version)}" for name, version in facts["versions"].items())
+    lines = [
+        f"# {_code(facts['name'])}",
+        "",
+        f"{_code(base_name(facts))}, fine-tuned by federated learning with [Flower](https://flower.ai).",
+        "",
+        f"- Base model: {_code(base_name(facts))}{revision}",
+        f"- Method: {_code(facts['method'])}, {_code(facts['title'])}{_paper(facts['paper'])}",
+        f"- Format: {FORMATS[_format(folder, kind)]}",
+        f"- Data: {_data(facts)}",
+        f"- Rounds: {facts['rounds']}{_outcome(facts)}",
+        f"- Clients: {_clients(facts)}",
+        f"- Traffic of all rounds and clients: {_megabytes(facts, 'down')} to the clients, {_megabytes(facts, 'up')} from them",
+        f"- Made with: {versions}",
+        "",
+        "## Metrics",
+        "",
+        "On the test data, once, after the last round:" if _metrics(facts) else "The model was not tested.",
+        "",
+        *(f"- {_code(name)}: {value:.4f}" for name, value in _metrics(facts).items()),
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        *_loading(facts, kind),
+        "```",
+        "",
+        "## Labels",
+        "",
+        *(f"- {i}: {_code(label)}" for i, label in enumerate(facts["labels"])),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _format(folder: Path, kind: str) -> str:
+    """Key of FORMATS; "peft" is what the adapters' own configuration says."""
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"] if kind == "peft" else kind
+
+
+def _paper(paper: str) -> str:
+    found = re.fullmatch(r"arXiv (\d{4}\.\d{4,5})", paper)
+    if found:
+        return f" ([{paper}](https://arxiv.org/abs/{found[1]}))"
+    return f" ({_code(paper)})" if paper else ""
+
+
+def _data(facts: dict[str, Any]) -> str:
+    config, name = facts["config"], _code(_data_name(facts))
+    cut = f"; texts cut at {config['data.max-length']} tokens"
+    if "partition" not in facts:  # every device has its own
+        return f"the clients' own; tested on {name}{cut}"
+    how = _code(config["data.partition"])
+    alpha = f" (α = {config['data.dirichlet-alpha']})" if config["data.partition"] == "dirichlet" else ""
+    return f"{name}, dealt out to simulated clients by {how}{alpha}{cut}"
+
+
+def _clients(facts: dict[str, Any]) -> str:
+    count = facts.get("clients") or len(facts.get("partition", {}))
+    share = f"{facts['config']['strategy.fraction-train']:.0%} of them in each round"
+    return f"{count}, {share}" if count else share
+
+
+def _outcome(facts: dict[str, Any]) -> str:
+    if facts["outcome"] == "completed":
+        return ""
+    reason = f", {_code(facts['reason'])}" if facts.get("reason") else ""
+    return f" of {facts['config']['num-server-rounds']} ({_code(facts['outcome'])}{reason})"
+
+
+def _megabytes(facts: dict[str, Any], way: str) -> str:
+    return f"{sum(size for part, size in facts['bytes'].items() if part.startswith(way + '.')) / 1e6:.2f} MB"
+
+
+def _loading(facts: dict[str, Any], kind: str) -> list[str]:
+    """Python lines that load the folder and label a text with stock libraries."""
+    cls, base = CLASSES[facts["task"]], base_name(facts)
+    tokens = facts["task"] == "token-classification"
+    if kind == "merged":
+        return [
+            f"from transformers import {cls}, AutoTokenizer",
+            "",
+            'folder = "path/to/this/folder"  # or its id on the Hub',
+            f"tokenizer, model = AutoTokenizer.from_pretrained(folder), {cls}.from_pretrained(folder)",
+            'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
+            "print([model.config.id2label[int(i)] for i in logits[0].argmax(-1)])"
+            if tokens
+            else "print(model.config.id2label[int(logits.argmax())])",
+        ]
+    revision = f", revision={facts['revision']!r}" if facts.get("revision") else ""
+    comment = "" if is_hub_id(facts["model"]) else "  # a local folder"
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {cls}, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"  # or its id on the Hub',
+        f"labels = {facts['labels']!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "options = {'id2label': dict(enumerate(labels)), 'pad_token_id': tokenizer.pad_token_id}",
+        f"base = {cls}.from_pretrained({base!r}{revision}, **options){comment}",
+        "model = PeftModel.from_pretrained(base, folder)",
+        'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
+        "print([labels[i] for i in logits[0].argmax(-1)])" if tokens else "print(labels[logits.argmax()])",
+    ]
+
+
+def _line(text: object) -> str:
+    """A text on one line: what cannot be printed, line ends and marks of direction among it, becomes a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def _code(text: object) -> str:
+    """A text as a Markdown code span, whatever is in it."""
+    line = _line(text) or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
