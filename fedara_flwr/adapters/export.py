@@ -134,7 +134,7 @@ def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[st
 
 def revision(backbone: Backbone) -> str | None:
     """The Hub's commit that the backbone was loaded from; None for a local folder."""
-    if locate(backbone.name) != backbone.name:
+    if Path(locate(backbone.name)).is_dir():
         return None
     cached = try_to_load_from_cache(backbone.name, "config.json")  # its folder has the commit's name
     return Path(cached).parent.name if isinstance(cached, str) else None
