@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Scalar = str | int | float | bool
 OptionsModel = type[BaseModel]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class ConfigError(ValueError):
@@ -199,6 +200,7 @@ class Settings(Group):
             raise ConfigError(
                 f"run.dir = {self.run.dir!r}: allowed is an absolute path (Flower runs apps from a folder of its own)"
             )
+        tracker_names(self.run.track)
         if self.data.partition == "natural" and not self.data.id_column:
             raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
 
@@ -247,6 +249,20 @@ def check_options(model: OptionsModel, options: dict[str, Any], method: str) -> 
         known = {f"strategy.options.{name}": field for name, field in fields.items()}
         line = one_line(error, known, prefix="strategy.options.")
         raise ConfigError(f"{line} (method {method!r})") from None
+
+
+def tracker_names(names: str) -> tuple[str, ...]:
+    """The trackers that `run.track` names, each once.
+
+    Raises:
+        ConfigError: there is no such tracker.
+    """
+    found = tuple(dict.fromkeys(name.strip() for name in names.split(","))) if names.strip() else ()
+    for name in found:
+        if name not in TRACKERS:
+            hint = f"{', '.join(TRACKERS)}, comma-separated{nearest(name, TRACKERS)}"
+            raise ConfigError(f"run.track = {names!r}: allowed are {hint}")
+    return found
 
 
 def nearest(word: str, words: Any) -> str:
