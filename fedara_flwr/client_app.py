@@ -85,6 +85,8 @@ def ready(message: Message, context: Context) -> Message:
         from fedara_flwr.data.federation import federation
 
         resident, data = _open(context, tuple(question["labels"]))
+        if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
+            context.state["offset"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)
         if "calibrate-rank" in question and len(data.train):
             from fedara_flwr.client.capacity import measure

@@ -7,9 +7,10 @@ it lacks: low-rank factors, or one dense piece in place of all where that is few
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -173,6 +174,25 @@ class OffsetLog:
         self._sum: list[np.ndarray] | None = None
         self._dense: Piece | None = None
         self._sizes: dict[str, int] = {}
+
+    def dump(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """All of it as arrays by name and what JSON holds, for a checkpoint."""
+        arrays = {f"{version}.{name}": array for version, piece in self._newest.items() for name, array in piece.arrays.items()}
+        arrays |= {f"sum.{m}": matrix for m, matrix in enumerate(self._sum or [])}
+        ranks = {str(version): list(piece.ranks) for version, piece in self._newest.items()}
+        return arrays, {"version": self.version, "ranks": ranks, "sizes": self._sizes}
+
+    @classmethod
+    def restored(cls, spec: ModelSpec, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> OffsetLog:
+        """The inverse of `dump`."""
+        log = cls(spec)
+        log.version, log._sizes = facts["version"], dict(facts["sizes"])
+        for version, ranks in facts["ranks"].items():
+            names = piece_lengths(spec, tuple(ranks))
+            log._newest[int(version)] = Piece(tuple(ranks), {name: arrays[f"{version}.{name}"] for name in names})
+        if "sum.0" in arrays:
+            log._sum = [arrays[f"sum.{m}"] for m in range(len(spec.modules))]
+        return log
 
     def nbytes(self, digests: Sequence[str]) -> int:
         """Bytes of pieces that were sent once."""

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
-from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedara_flwr import strategies
+from fedara_flwr import log, strategies
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.runs import RunDirectory
 
-if TYPE_CHECKING:
-    from fedara_flwr.server.evaluate import ServerModel
-    from fedara_flwr.strategies.base import BaseStrategy
-
-logger = logging.getLogger("flwr")
+logger = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -32,66 +26,36 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, settings: Settings) -> RunDirectory:
-    """The whole run on a grid, Flower's or the in-process one.
+    """The whole run on a grid, Flower's or the in-process one; a new one, or one that goes on (`run.resume`).
 
     Raises:
-        ConfigError: before round 1, for a setting that cannot work.
+        ConfigError: before the first round, for a setting that cannot work.
         RunFailed: too many rounds in a row without enough good replies; all that was reached is saved.
         TimeoutError: too few nodes came.
     """
-    began = time.time()
+    log.show()
     method = strategies.find(settings.method)
+    resumed = RunDirectory.resume(settings) if settings.run.resume else None
+    from fedara_flwr.saved import Keeper
     from fedara_flwr.server.evaluate import ServerModel
+    from fedara_flwr.track import check
 
+    check(settings.run.track)
     model = ServerModel(settings)
     strategy = method(settings, model)
-    directory = RunDirectory.create(settings)
-    strategy.write = directory.write
-    logger.info("run directory: %s", directory.path)
-    outcome = "failed"
+    directory = resumed or RunDirectory.create(settings)
+    keeper = Keeper(directory, strategy, model)
     try:
-        strategy.start(grid, strategy.initial_arrays(), settings.num_server_rounds)
-        outcome = "completed"
+        if resumed:
+            keeper.restore()
+        logger.info("run directory: %s", directory.path)
+        try:
+            keeper.begin()
+            strategy.start(grid, strategy.initial_arrays(), settings.num_server_rounds)
+        except Exception as error:
+            keeper.fail(str(error))
+            raise
+        keeper.conclude("completed")
     finally:
-        if strategy.state.server_round:
-            _finish(directory, strategy, model, outcome, time.time() - began)
-        else:
-            directory.discard()
+        directory.close()
     return directory
-
-
-def _finish(directory: RunDirectory, strategy: BaseStrategy, model: ServerModel, outcome: str, seconds: float) -> None:
-    """Test once, export what was reached, write and show the summary."""
-    settings, state = strategy.settings, strategy.state
-    end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": seconds}
-    test: dict[str, float] = {}
-    if outcome == "completed":
-        test = model.evaluate(strategy.weights(), "test")
-        end |= {f"test-{name}": value for name, value in test.items()}
-    directory.write(end)
-    exported = model.export(directory.path, strategy.exported())
-    directory.finish(
-        {
-            **end,
-            "method": settings.method,
-            "seed": settings.seed,
-            "model": settings.model.name,
-            "fingerprint": model.spec.fingerprint,
-            "labels": list(model.data.labels),
-            "ranks": list(state.mask.ranks),
-            "modules": [module.name for module in model.spec.modules],
-            "alive-per-module": state.mask.alive.tolist(),
-            "mask": state.mask.to_bytes().hex(),
-            "bytes": state.bytes_total,
-            "modelled": directory.modelled(),
-            "left-out": strategy.roster.unfit,
-        }
-    )
-    logger.info("\n%s", directory.table())
-    if outcome == "completed":
-        logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
-    if modelled := directory.modelled():
-        figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
-        logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", settings.fleet.profiles, *figures)
-    logger.info("%s: %s", exported.name, exported)
-    logger.info("run directory: %s", directory.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,9 @@ from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.evaluate import ServerModel
 
-logging.getLogger("flwr").setLevel(logging.ERROR)
+PHASES = ("all", "backward", "elapsed", "evaluate", "forward", "train")
+WALL_CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" for phase in PHASES)}
+"""What differs between two equal runs in metrics.jsonl."""
 CLIENTS = 6
 SMALL = {
     "num-server-rounds": 4,

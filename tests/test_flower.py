@@ -12,21 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs_helper import SMALL
+from runs_helper import SMALL, WALL_CLOCK
 
 ROOT = Path(__file__).parent.parent
 FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]
-WALL_CLOCK = {
-    "seconds",
-    "seconds-all",
-    "seconds-backward",
-    "seconds-elapsed",
-    "seconds-evaluate",
-    "seconds-forward",
-    "seconds-train",
-    "bytes-free",
-    "peak-memory-mb",
-}
 
 
 def clone(target: Path) -> Path:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import Strategy
-from runs_helper import CLIENTS, ShuffledGrid, config, prepare, start
+from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start
 
 from fedara_flwr.config import ConfigError
 from fedara_flwr.spec import SLOT_PARTS
-
-PHASES = ("all", "backward", "elapsed", "evaluate", "forward", "train")
-CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" for phase in PHASES)}
 
 
 def same(first, second) -> bool:
@@ -26,7 +23,7 @@ def test_order_of_replies_does_not_matter(tiny_bert):
     assert same(plain.state.arrays, shuffled.state.arrays)
     assert plain.state.mask == shuffled.state.mask
     assert plain.meter.total == shuffled.meter.total
-    lines = [[{k: v for k, v in line.items() if k not in CLOCK} for line in s.lines] for s in (plain, shuffled)]
+    lines = [[{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in s.lines] for s in (plain, shuffled)]
     assert lines[0] == lines[1]
     asked = [node for line in shuffled.lines if line["type"] == "round" for node in line["sampled"]]
     trained = [str(node - 1000) for node in grid.order]

@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the backbone; bfloat16 is faster where the processor has it")
     parser.add_argument("--setting", default="[]", help="JSON list of settings; stage grid has one of its own")
     args = parser.parse_args()
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     seeds = [int(seed) for seed in args.seeds.split(",")]
 
     def maker(method: str):

@@ -73,7 +73,6 @@ def main() -> None:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     part, parts = (int(number) for number in args.part.split("/"))
     seeds = [int(seed) for seed in args.seeds.split(",")]
     factors = [float(factor) for factor in args.factors.split(",")]

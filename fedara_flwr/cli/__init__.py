@@ -27,12 +27,16 @@ def run(
         Path | None, typer.Option("--federation-config", help="TOML file; default: federation.toml of the app")
     ] = None,
     engine: Annotated[str, typer.Option(help="'flower' (flwr run, Ray) or 'inprocess' (one process)")] = "flower",
+    resume: Annotated[str, typer.Option(metavar="RUN", help="go on with this run at its next round, by its settings")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show Flower's and Ray's own lines, too")] = False,
 ) -> None:
-    """Run the app in simulation; the exit code is the run's."""
+    """Run the app in simulation; the exit code is the run's. Ctrl-C stops it and keeps what the last checkpoint has."""
     from fedara_flwr.cli.launch import RunError, launch
+    from fedara_flwr.runs import find_run
 
     try:
-        launch(application.resolve(), run_config or [], federation_config, engine)
+        run_folder = find_run(resume) if resume else None
+        launch(application.resolve(), run_config or [], federation_config, engine, run_folder, verbose)
     except (ConfigError, RunError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
@@ -57,3 +61,61 @@ def methods() -> None:
     from fedara_flwr.cli.listing import print_methods
 
     print_methods(Console(highlight=False))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under ./runs or FLWR_HOME/runs")],
+    kind: Annotated[
+        str, typer.Option("--format", help="'peft' (a rank per layer), 'lora' (one rank for all) or 'merged' (the whole model)")
+    ] = "peft",
+    out: Annotated[Path | None, typer.Option(help="folder; default: RUN/exports/FORMAT")] = None,
+    force: Annotated[bool, typer.Option("--force", help="write into a folder that holds something else")] = False,
+    push: Annotated[str, typer.Option(metavar="REPO", help="upload to this repository of the Hugging Face Hub")] = "",
+    private: Annotated[bool, typer.Option("--private/--public", help="who may see REPO")] = True,
+) -> None:
+    """Write a run's model for stock PEFT or transformers, with a model card."""
+    from fedara_flwr.cli.exporting import PushError
+    from fedara_flwr.cli.exporting import export as write
+    from fedara_flwr.runs import find_run
+
+    try:
+        write(find_run(run), kind, out, force=force, push=push, private=private, say=typer.echo)
+    except (ConfigError, PushError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under ./runs or FLWR_HOME/runs")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the run's folder")] = None,
+) -> None:
+    """Write the page of a run, finished or not: one file that needs no network."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.reporting import report
+
+    try:
+        report(run, out, Console(highlight=False))
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders or names, as for `fedara report`")],
+    target: Annotated[float | None, typer.Option(help="rounds, MB and seconds to the first 3-evaluation mean so high")] = None,
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("comparison.html"),
+) -> None:
+    """Compare runs: a table here, and a page with their curves over each other."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.reporting import compare
+
+    try:
+        compare(runs, out, target, Console(highlight=False))
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None

@@ -19,7 +19,8 @@ import time
 import tomllib
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,65 +30,98 @@ from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
 from fedara_flwr.config import ConfigError, Scalar, Settings, check_options
+from fedara_flwr.runs import new_name
+from fedara_flwr.runs import read_config as run_config
 from fedara_flwr.strategies import find
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
+HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
+# Flower's INFO and DEBUG lines, what Ray's processes print, and blank lines; warnings and errors are shown
+NOISE = re.compile(r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+\)|$)")
 
 
 class RunError(RuntimeError):
     """The run did not complete; the line says why."""
 
 
-def launch(app: Path, overrides: list[str], federation: Path | None, engine: str) -> None:
-    """Check the settings, run the app in simulation, stream its log.
+def launch(
+    app: Path, overrides: list[str], federation: Path | None, engine: str, resume: Path | None = None, verbose: bool = False
+) -> None:
+    """Check the settings, run the app in simulation, show its lines. Ctrl-C leaves what the last checkpoint has.
 
     Args:
         app: folder with pyproject.toml.
         overrides: `--run-config` strings as `flwr run` takes them, or one TOML file.
         federation: TOML file of Flower's simulation settings; None = federation.toml of the app.
         engine: "flower" or "inprocess".
+        resume: folder of a run to go on with; its settings take the place of the app's.
+        verbose: show Flower's and Ray's own lines, too.
 
     Raises:
         ConfigError: before anything is started.
         RunError: the run failed or was stopped.
     """
-    config = read_config(app, overrides)
+    config = read_config(app, overrides, resume)
     federation = federation or app / "federation.toml"
     try:
         simulation = tomllib.loads(federation.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--federation-config {federation}: cannot be read ({error})") from None
-    if engine == "inprocess":
-        from fedara_flwr import engine as in_process
-        from fedara_flwr.server.loop import RunFailed
+    try:
+        with _on_stop(_interrupt):
+            if engine == "inprocess":
+                _run_in_process(config, int(simulation.get("num-supernodes", 2)))
+            elif engine == "flower":
+                with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
+                    _run_flower(app, config, federation.resolve(), Path(neutral), verbose)
+            else:
+                raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
+    except KeyboardInterrupt:
+        with _on_stop(signal.SIG_IGN):
+            _keep(resume or Path(str(config["run.dir"])) / str(config["run.name"]))
+        raise
 
-        try:
-            in_process.run(config, int(simulation.get("num-supernodes", 2)))
-        except (RunFailed, TimeoutError) as error:
-            raise RunError(str(error)) from None
-    elif engine == "flower":
-        with _on_stop(_interrupt), tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
-            _run_flower(app, config, federation.resolve(), Path(neutral))
-    else:
-        raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
+
+def _run_in_process(config: dict[str, Scalar], nodes: int) -> None:
+    from fedara_flwr import engine
+    from fedara_flwr.server.loop import RunFailed
+
+    try:
+        engine.run(config, nodes)
+    except (RunFailed, TimeoutError) as error:
+        raise RunError(str(error)) from None
 
 
-def read_config(app: Path, overrides: list[str]) -> dict[str, Scalar]:
-    """The app's run configuration with the overrides, names, types and values checked.
+def _keep(run: Path) -> None:
+    """Finish the folder of a run that was stopped, if it has come so far as to have one."""
+    if (run / "federated.json").exists():
+        from fedara_flwr import log
+        from fedara_flwr.saved import conclude_stopped
+
+        log.show()
+        conclude_stopped(run)
+
+
+def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> dict[str, Scalar]:
+    """The app's run configuration, or that of the run to go on with, and the overrides: names, types and values checked.
 
     Raises:
         ConfigError: as `Settings.from_flat`, or for an unknown method or option.
     """
-    try:
-        table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{app}: no Flower app ({error!r})") from None
-    config: dict[str, Scalar] = flatten_dict(table)
+    if resume is not None:
+        config: dict[str, Scalar] = {**run_config(resume), "run.resume": str(resume)}
+    else:
+        try:
+            table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+        except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{app}: no Flower app ({error!r})") from None
+        config = flatten_dict(table)
     for text in overrides:
         config |= _parse_override(text)
     config["run.dir"] = config.get("run.dir") or str(app / "runs")
     settings = Settings.from_flat(config)
+    config["run.name"] = settings.run.name or new_name(settings.method)
     check_options(find(settings.method).Options, settings.options, settings.method)
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
@@ -112,7 +146,7 @@ def _parse_override(text: str) -> dict[str, Scalar]:
     return parsed
 
 
-def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path) -> None:
+def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path, verbose: bool) -> None:
     lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
     (neutral / "run.toml").write_text("".join(lines), encoding="utf-8")
     env = os.environ | {
@@ -129,10 +163,25 @@ def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral:
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]
         run_id = str(_flwr(arguments, env, neutral)["run-id"])
-        subprocess.run(["flwr", "log", run_id, "--stream"], env=env, cwd=neutral, check=False)
+        hidden = _show_log(run_id, env, neutral, verbose)
         status, details = _wait(run_id, env, neutral, superlink)
         if status != "finished:completed":
+            sys.stdout.writelines(hidden)
             raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
+
+
+def _show_log(run_id: str, env: dict[str, str], cwd: Path, verbose: bool) -> Iterable[str]:
+    """Show the run's lines until it ends; of Flower's and Ray's own, the last that were not shown come back."""
+    hidden: deque[str] = deque(maxlen=HIDDEN_KEPT)
+    command = ["flwr", "log", run_id, "--stream"]
+    with subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as log:
+        for line in log.stdout or ():
+            if verbose or not NOISE.match(line):
+                sys.stdout.write(line)
+                sys.stdout.flush()
+            else:
+                hidden.append(line)
+    return hidden
 
 
 def _toml(value: Scalar) -> str:

@@ -12,25 +12,34 @@ from numpy.typing import NDArray
 
 from fedara_flwr.adapters.attach import open_model
 from fedara_flwr.adapters.backbone import tokenizer_digest
-from fedara_flwr.adapters.export import save_lora, save_model, save_peft
+from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
 from fedara_flwr.adapters.predict import predict
-from fedara_flwr.config import Settings
-from fedara_flwr.data.federation import federation
+from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.data.federation import Federation, federation
 from fedara_flwr.offsets import Weights
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.tasks import TASKS, Encoded
+
+Kind = Literal["peft", "lora", "merged"]
 
 
 class ServerModel:
     """What strategies see of the model: `spec`, `weight` and `evaluate` (contracts.md §3)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, labels: tuple[str, ...] | None = None) -> None:
+        """`labels` stand for the data's own, which is then loaded only when it is needed."""
         self.settings, self.task = settings, TASKS[settings.data.task]
-        self.data = federation(settings.data, settings.seed)
-        self.adapted, self.tokenizer = open_model(settings, self.data.labels)
+        self._with_data = labels is None
+        self.labels = self.federation.labels if labels is None else labels
+        self.adapted, self.tokenizer = open_model(settings, self.labels)
         self.backbone = self.adapted.backbone
         self.spec = self.backbone.spec
         self._encoded: dict[str, Encoded] = {}
+
+    @property
+    def federation(self) -> Federation:
+        """The run's data."""
+        return federation(self.settings.data, self.settings.seed)
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """The frozen weight of a module, float32, shape (d_out, d_in)."""
@@ -39,7 +48,9 @@ class ServerModel:
     def evaluate(self, weights: Weights, split: Literal["validation", "test"] = "validation") -> dict[str, float]:
         """The task's metrics of a global model on one of the server's splits."""
         if split not in self._encoded:
-            self._encoded[split] = self.task.encode(self.tokenizer, getattr(self.data, split), self.settings.data.max_length)
+            self._encoded[split] = self.task.encode(
+                self.tokenizer, getattr(self.federation, split), self.settings.data.max_length
+            )
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
         self._load(weights)
         return predict(self.adapted, self.task, self.tokenizer, self._encoded[split])
@@ -49,8 +60,8 @@ class ServerModel:
         return Expected(
             self.spec.fingerprint,
             tokenizer_digest(self.tokenizer),
-            self.data.digest,
-            self.data.labels,
+            self.federation.digest if self._with_data else "",
+            self.labels,
             terms,
         )
 
@@ -60,13 +71,38 @@ class ServerModel:
 
     def export(self, folder: Path, weights: Weights) -> Path:
         """`adapter/` for stock PEFT in `folder`, or a merged `model/` where the backbone changed or no slot lives."""
-        if weights.mask.count and weights.offset is None and "backbone" not in weights.arrays:
-            target = folder / "adapter"
-            save = save_peft if "E" in weights.arrays else save_lora
-            save(target, self.backbone, weights, self.task.peft_task_type)
-        else:
-            target = folder / "model"
-            self._load(weights)
-            save_model(target, self.adapted)
-        self.tokenizer.save_pretrained(str(target))
+        kind: Kind = "merged" if _unfit(weights) else "peft"
+        target = folder / ("adapter" if kind == "peft" else "model")
+        self.save(target, weights, kind)
         return target
+
+    def save(self, folder: Path, weights: Weights, kind: Kind) -> None:
+        """Weights and tokenizer in one of the formats that stock libraries load.
+
+        Args:
+            kind: "peft", with a rank per module; "lora", one rank for all; "merged", the whole model.
+
+        Raises:
+            ConfigError: the weights are not those of adapters on the unchanged backbone, as `kind` needs.
+        """
+        if kind == "merged":
+            self._load(weights)
+            save_model(folder, self.adapted)
+        elif why := _unfit(weights):
+            raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
+        else:
+            save = save_plain_lora if kind == "lora" else save_peft if "E" in weights.arrays else save_lora
+            save(folder, self.backbone, weights, self.task.peft_task_type)
+        self.tokenizer.save_pretrained(str(folder))
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub's commit that the backbone was loaded from; None for a local folder."""
+        return revision(self.backbone)
+
+
+def _unfit(weights: Weights) -> str:
+    """Why a model is not its backbone and adapters; '' where it is."""
+    if weights.offset is not None or "backbone" in weights.arrays:
+        return "changes the backbone"
+    return "" if weights.mask.count else "has no adapter"

@@ -26,6 +26,7 @@ from fedara_flwr.fleet import Profile, assign, device_cost, read_profiles, round
 from fedara_flwr.offsets import Holding
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.messages import replies as exchange
+from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import Merger, Record, Round
 from fedara_flwr.server.state import ServerState
@@ -42,7 +43,7 @@ from fedara_flwr.wire.records import (
     to_record,
 )
 
-logger = logging.getLogger("flwr")
+logger = logging.getLogger(__name__)
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -64,6 +65,7 @@ class RoundLoop(Strategy):
 
     def __init__(self, settings: Settings, spec: ModelSpec, expected: Expected, write: Callable[[Record], None]) -> None:
         self.settings, self.spec, self.write = settings, spec, write
+        self.save: Callable[[ServerState], None] = lambda state: None
         self.meter = ByteMeter()
         self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, self.calibration)
         self.fleet = read_profiles(settings.fleet.profiles)
@@ -241,6 +243,19 @@ class RoundLoop(Strategy):
         summary: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
         return MetricRecord({**summary, "clients": len(good)})
 
+    def restore(self, state: ServerState) -> None:
+        """Go on from this state: `start` then begins with the round after it."""
+        self.state = state
+        self.meter.total = Counter(state.bytes_total)
+
+    def _rejoin(self, grid: Grid) -> None:
+        """Find the nodes again; what that costs is in the totals, and apart from every round."""
+        state = self.state
+        self.roster.wait(grid)
+        self.roster.rejoin(grid, state.examples, state.unfit, state.holdings)
+        state.bytes_total = dict(self.meter.total)
+        self.write({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
+
     def summary(self) -> None:
         """Log what will happen."""
         mask = self.state.mask
@@ -258,6 +273,8 @@ class RoundLoop(Strategy):
     ) -> Result:
         """Run all rounds; Flower's signature. Without `evaluate_fn` the server's validation data is used.
 
+        `write` gets a record of each round and client, `save` the state after each round.
+
         Raises:
             RunFailed: `max-failed-rounds` rounds in a row had too few good replies.
             TimeoutError: too few nodes came.
@@ -265,7 +282,11 @@ class RoundLoop(Strategy):
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         evaluate = evaluate_fn or (lambda server_round, arrays: MetricRecord(dict(self.evaluate())))
-        self.write({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
+        if self.state.server_round:
+            self._rejoin(grid)
+        else:
+            self.write({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
+        progress = Progress(self.settings.num_server_rounds)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)
@@ -275,7 +296,8 @@ class RoundLoop(Strategy):
                 result.train_metrics_clientapp[server_round] = metrics
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
-            self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
+            logger.info("%s", progress.line(self._record(server_round, evaluated, trained - began, time.monotonic() - trained)))
+            self.save(self.state)
             if not self._asked_any() and self.roster.unfit:
                 client, reason = next(iter(self.roster.unfit.items()))
                 raise RunFailed(f"no node can train; client {client}: {reason}")
@@ -371,12 +393,13 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self.write({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
-    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> None:
-        """Write the round's line and its clients' lines, and log it."""
+    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Record:
+        """Write the round's line and its clients' lines."""
         work, state = self._round, self.state
         assert work is not None
         sent = self.meter.take_round()
         state.bytes_total = dict(self.meter.total)
+        state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
         record: Record = {
             "type": "round",
             "round": server_round,
@@ -401,16 +424,4 @@ class RoundLoop(Strategy):
         self.write(record)
         for line in work.records:
             self.write(line)
-        logger.info(
-            "round %d/%d: accuracy %s, alive %d of %d slots, %d of %d modules dead, %.2f MB down, %.2f MB up, %.1f s",
-            server_round,
-            self.settings.num_server_rounds,
-            f"{float(evaluated['accuracy']):.3f}" if evaluated and "accuracy" in evaluated else "-",  # type: ignore[arg-type]
-            state.mask.count,
-            sum(state.mask.ranks),
-            state.mask.dead_modules,
-            len(state.mask.ranks),
-            sent["down"] / 1e6,
-            sent["up"] / 1e6,
-            seconds + evaluation,
-        )
+        return record

@@ -19,12 +19,13 @@ from flwr.serverapp import Grid
 
 from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, StrategySettings
+from fedara_flwr.offsets import Holding
 from fedara_flwr.server.messages import replies
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
-logger = logging.getLogger("flwr")
+logger = logging.getLogger(__name__)
 TRIES = 3  # questions that a node may leave unanswered before it is asked no more
 
 
@@ -109,7 +110,7 @@ class Roster:
         if not new:
             return
         self._asked |= set(new)
-        for node_id, content in self._ask(grid, new, "query.whoami", RecordDict()):
+        for node_id, content in self._ask(grid, "query.whoami", {node_id: RecordDict() for node_id in new}):
             if isinstance(content, str):
                 logger.warning("node %d does not say who it is: %s", node_id, content)
                 self._silent[node_id] += 1
@@ -169,13 +170,38 @@ class Roster:
         wanted = max(int(usable * self.settings.fraction_train), self.settings.min_train_nodes)
         return min(usable, wanted)
 
-    def _check_ready(self, grid: Grid, nodes: list[Node]) -> None:
+    def rejoin(self, grid: Grid, asked: Mapping[str, int], unfit: Iterable[str], holdings: Mapping[str, Holding]) -> None:
+        """Ask the clients of a run that goes on what they were asked when they were first drawn.
+
+        Args:
+            asked: examples by client that each could train on before.
+            unfit: clients that could not.
+            holdings: pieces of the offset that each had. A simulated node, which ended with the run, is told; a device knows.
+
+        Raises:
+            ConfigError: a simulated client has other data than before, so this is another federation.
+        """
+        keys = sorted({*asked, *unfit} & set(self.nodes), key=lambda key: (len(key), key))
+        self._check_ready(grid, [self.nodes[key] for key in keys], holdings)
+        for key in keys:
+            before, now = asked.get(key), self.examples.get(key)
+            if self.nodes[key].simulated and None not in (before, now) and before != now:
+                raise ConfigError(
+                    f"run.resume: client {key} has {now} examples, it had {before}; allowed is the federation of before "
+                    "(num-supernodes)"
+                )
+
+    def _check_ready(self, grid: Grid, nodes: list[Node], holdings: Mapping[str, Holding] | None = None) -> None:
         if not nodes:
             return
         by_id = {node.node_id: node.key for node in nodes}
         asked: dict[str, Any] = {"protocol": PROTOCOL, "labels": list(self.expected.labels), **self._calibration}
-        question = RecordDict({"ready": ConfigRecord(asked)})
-        for node_id, content in self._ask(grid, list(by_id), "query.ready", question):
+        questions = {}
+        for node in nodes:
+            had = (holdings or {}).get(node.key)
+            more = {"holds": list(had.digests)} if had is not None and had.digests and node.simulated else {}
+            questions[node.node_id] = RecordDict({"ready": ConfigRecord({**asked, **more})})
+        for node_id, content in self._ask(grid, "query.ready", questions):
             key = by_id[node_id]
             if isinstance(content, str):
                 self._silent[node_id] += 1
@@ -207,11 +233,11 @@ class Roster:
         numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
         self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})
 
-    def _ask(self, grid: Grid, node_ids: list[int], kind: str, content: RecordDict) -> Iterable[tuple[int, RecordDict | str]]:
-        """(node id, answer or what went wrong) for each node, in the order of `node_ids`."""
+    def _ask(self, grid: Grid, kind: str, questions: Mapping[int, RecordDict]) -> Iterable[tuple[int, RecordDict | str]]:
+        """(node id, answer or what went wrong) for each node, in the order of `questions`."""
         timeout = self.settings.node_timeout
-        messages = [Message(content, node_id, kind, ttl=timeout) for node_id in node_ids]
-        for _ in messages:
+        messages = [Message(content, node_id, kind, ttl=timeout) for node_id, content in questions.items()]
+        for content in questions.values():
             self.meter.count("down", content)
         answers: dict[int, RecordDict | str] = {}
         for index, reply in replies(grid, messages, timeout):
@@ -222,7 +248,7 @@ class Roster:
             else:
                 self.meter.count("up", reply.content)
                 answers[index] = reply.content
-        return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(node_ids)]
+        return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(questions)]
 
 
 def last_line(reason: str | None) -> str:

@@ -16,7 +16,7 @@ from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import Rejected, lacks_offset, update_from_content
 
-logger = logging.getLogger("flwr")
+logger = logging.getLogger(__name__)
 Record = dict[str, object]
 
 

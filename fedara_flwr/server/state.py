@@ -20,6 +20,8 @@ class ServerState:
         offset: what has been added to the backbone.
         holdings: which of the offset's pieces each client has.
         clients: what the method remembers of each client, numbers and lists of numbers by name.
+        examples: how many examples each client that can train declared.
+        unfit: clients that cannot, and why.
         bytes_total: bytes by "direction.part" since round 1.
         failed_rounds: rounds in a row that had too few good replies.
     """
@@ -29,6 +31,8 @@ class ServerState:
     offset: OffsetLog
     holdings: dict[str, Holding] = field(default_factory=dict)
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     server_round: int = 0
     bytes_total: dict[str, int] = field(default_factory=dict)
     failed_rounds: int = 0

@@ -1,0 +1,156 @@
+"""Checkpoints: the server's whole state, one safetensors file per checkpoint with the rest as JSON in its header.
+
+A file is written under another name, forced to the disk and renamed, and the last two are kept; so there is always one to go
+on from, whenever the server dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedara_flwr.files import write_whole
+from fedara_flwr.offsets import Holding, OffsetLog
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.server.state import ServerState
+from fedara_flwr.spec import SLOT_PARTS, ModelSpec
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+KEPT = 2
+Tensors = dict[str, np.ndarray]
+
+
+class BadCheckpoint(ValueError):
+    """A file that cannot be gone on from; the line says why."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they are.
+        identity: what a checkpoint must agree on to be this run's: the run's id, the backbone's fingerprint, the data's hash.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder, self.identity = folder, dict(identity)
+
+    def save(self, state: ServerState, lines: int) -> Path:
+        """Write the state after `state.server_round` rounds; `lines` are the bytes that metrics.jsonl has by then."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors, facts = encode(state)
+        facts = {**facts, "identity": self.identity, "metrics-bytes": lines}
+        text = json.dumps(facts)
+        path = self.folder / f"round-{state.server_round:06d}.safetensors"
+        write_whole(path, save(tensors, metadata={"state": text, "sha256": _digest(tensors, text)}))
+        for old in self._files()[KEPT:]:
+            old.unlink()
+        return path
+
+    def newest(self, spec: ModelSpec) -> tuple[ServerState, int] | None:
+        """(state, bytes of metrics.jsonl) of the newest checkpoint that is whole and this run's; None where there is none.
+
+        One that is not gets a warning with the reason, and the one before it is taken.
+        """
+        for path in self._files():
+            try:
+                return self.read(path, spec)
+            except BadCheckpoint as error:
+                logger.warning("checkpoint %s is not used: %s", path.name, error)
+        return None
+
+    def read(self, path: Path, spec: ModelSpec) -> tuple[ServerState, int]:
+        """One checkpoint.
+
+        Raises:
+            BadCheckpoint: cut off, changed, of another format, of another run, or not of this model.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+                found = file.metadata() or {}
+            text = found["state"]
+            facts = json.loads(text)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BadCheckpoint(f"it is cut off or no checkpoint ({type(error).__name__}: {str(error)[:120]})") from None
+        if facts.get("format") != FORMAT:
+            raise BadCheckpoint(f"it has format {facts.get('format')!r}, this version reads {FORMAT}")
+        if found.get("sha256") != _digest(tensors, text):
+            raise BadCheckpoint("its content is not what was written (sha256 differs)")
+        for name, mine in self.identity.items():
+            if facts["identity"].get(name) != mine:
+                theirs = str(facts["identity"].get(name))
+                raise BadCheckpoint(f"it is another run's: its {name} is {theirs[:16]!r}, this run's is {mine[:16]!r}")
+        return decode(spec, tensors, facts), int(facts["metrics-bytes"])
+
+    def _files(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _digest(tensors: Tensors, text: str) -> str:
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return total.hexdigest()
+
+
+def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
+    """The state as tensors and JSON."""
+    pieces, offset = state.offset.dump()
+    tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
+    tensors |= {f"offset.{name}": array for name, array in pieces.items()}
+    tensors["mask"] = np.packbits(state.mask.bits)
+    facts = {
+        "format": FORMAT,
+        "round": state.server_round,
+        "ranks": list(state.mask.ranks),
+        "offset": offset,
+        "holdings": {key: [holding.version, list(holding.digests)] for key, holding in state.holdings.items()},
+        "clients": state.clients,
+        "examples": state.examples,
+        "unfit": state.unfit,
+        "bytes-total": state.bytes_total,
+        "failed-rounds": state.failed_rounds,
+    }
+    return tensors, facts
+
+
+def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> ServerState:
+    """The inverse of `encode`.
+
+    Raises:
+        BadCheckpoint: lengths are not those of this model.
+    """
+    ranks = tuple(facts["ranks"])
+    if len(ranks) != len(spec.modules):
+        raise BadCheckpoint(f"it has {len(ranks)} modules, the model has {len(spec.modules)}")
+    mask = RankMask(ranks, np.unpackbits(tensors["mask"], count=sum(ranks)).astype(bool))
+    arrays = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("arrays.")}
+    for part, vector in arrays.items():
+        expected = spec.length(part, mask) if part in (*SLOT_PARTS, "head") else len(vector)
+        if vector.shape != (expected,):
+            raise BadCheckpoint(f"{part} has shape {vector.shape}, this model needs ({expected},)")
+    pieces = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("offset.")}
+    return ServerState(
+        arrays=arrays,
+        mask=mask,
+        offset=OffsetLog.restored(spec, pieces, facts["offset"]),
+        holdings={key: Holding(version, tuple(digests)) for key, (version, digests) in facts["holdings"].items()},
+        clients=facts["clients"],
+        examples=facts["examples"],
+        unfit=facts["unfit"],
+        server_round=facts["round"],
+        bytes_total=facts["bytes-total"],
+        failed_rounds=facts["failed-rounds"],
+    )
