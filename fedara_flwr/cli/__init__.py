@@ -63,6 +63,22 @@ def methods() -> None:
     print_methods(Console(highlight=False))
 
 
+@app.command("doctor")  # not by the function's name, which would hide the module of that name
+def check_up(
+    application: Annotated[Path, typer.Argument(metavar="APP", help="folder of the Flower app")] = Path("."),
+    run_config: Annotated[list[str] | None, typer.Option("--run-config", "-c", help="overrides as for `fedara run`")] = None,
+) -> None:
+    """Check what a run needs: versions, Flower's settings, device, model, data, ports. Exits with 1 if a run would fail."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.doctor import examine, print_findings
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # no narrower than need be: paths stay whole
+    raise typer.Exit(int(print_findings(examine(application.resolve(), run_config or []), console) > 0))
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under ./runs or FLWR_HOME/runs")],
