@@ -140,7 +140,7 @@ class Process:
         return "other"
 
     def cmdline(self) -> list[str]:
-        return ["python", self.command, "--simulation"]
+        return ["python", *self.command.split()]
 
     def cwd(self) -> str:
         return str(self.folder)
@@ -165,6 +165,8 @@ def test_local_superlink(monkeypatch, tmp_path):
     assert found(Process(tmp_path, good)) == Finding("ok", expected)
     assert found(Process(tmp_path, None)) == Finding("ok", expected)
     warns(found(Process(tmp_path, {})), expected, doctor.NO_INSTALLATION)
+    told = "/x/bin/flower-superlink --simulation --disable-runtime-dependency-installation"
+    assert found(Process(tmp_path, {}, told)).level == "ok"
     (tmp_path / "fedara_flwr").mkdir()
     warns(found(Process(tmp_path, good)), "import fedara_flwr from there")
     assert "kill 4711" in found(Process(tmp_path, good)).advice

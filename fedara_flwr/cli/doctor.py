@@ -230,7 +230,8 @@ def local_superlink() -> Finding:
         if (folder / "fedara_flwr").is_dir():
             bites.append("clients import fedara_flwr from there, whatever app is run")
     with contextlib.suppress(psutil.Error):
-        if process.environ().get(NO_INSTALLATION) != "1":
+        told = "--disable-runtime-dependency-installation" in process.cmdline()
+        if process.environ().get(NO_INSTALLATION) != "1" and not told:
             bites.append(f"it was started without {NO_INSTALLATION}=1 and installs dependencies for every run")
     if bites:
         return Finding("warning", f"{found}: {'; '.join(bites)}", f"kill {process.pid}; the next `flwr run` starts a new one")
