@@ -65,14 +65,7 @@ def dense_size(spec: ModelSpec) -> int:
 
 def factors(piece: Piece, spec: ModelSpec) -> list[tuple[Vector, Vector]]:
     """(left of shape (d_out, r), right of shape (r, d_in)) of every module; views."""
-    found, starts = [], {"B": 0, "A": 0}
-    for module, rank in zip(spec.modules, piece.ranks, strict=True):
-        pair = {}
-        for part, width in (("B", module.d_out), ("A", module.d_in)):
-            pair[part] = piece.arrays[part][starts[part] : starts[part] + rank * width].reshape(rank, width)
-            starts[part] += rank * width
-        found.append((pair["B"].T, pair["A"]))
-    return found
+    return [(rows["B"].T, rows["A"]) for rows in spec.rows(piece.arrays, RankMask.full(piece.ranks))]
 
 
 def pack_factors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Arrays:

@@ -91,6 +91,19 @@ class ModelSpec:
                 return entries or self.backbone_size
         return mask.length(self.widths(part))
 
+    def rows(self, arrays: Arrays, mask: RankMask) -> list[Arrays]:
+        """Of each module the slot parts that `arrays` has, as views of shape (alive slots, width); all of them if none lives."""
+        found: list[Arrays] = [{} for _ in self.modules]
+        for part in SLOT_PARTS:
+            values = arrays.get(part, None if mask.count else np.empty(0, dtype=np.float32))
+            if values is None:
+                continue
+            start = 0
+            for module, count, width in zip(found, mask.alive.tolist(), self.widths(part), strict=True):
+                module[part] = values[start : start + count * width].reshape(count, width)
+                start += count * width
+        return found
+
     def slice(self, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
         """Arrays packed under `mask`, cut down to `sub`; head and backbone as they are."""
         if mask == sub:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
 from runs_helper import SMALL, WALL_CLOCK
+
+from fedara_flwr.runs import read_facts
 
 ROOT = Path(__file__).parent.parent
 FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]
@@ -67,9 +71,8 @@ def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method):
     inprocess = fedara(app, *overrides(tiny_bert, **{"run.name": "inprocess", "method": method}), "--engine", "inprocess")
     assert inprocess.returncode == 0, inprocess.stderr[-2000:]
     first, second = app / "runs" / "flower", app / "runs" / "inprocess"
-    for weights in first.glob("*/*.safetensors"):
-        assert weights.read_bytes() == (second / weights.relative_to(first)).read_bytes()
-    assert len(list(first.glob("*/*.safetensors"))) == 1
+    (weights,) = [*first.glob("adapter/*.safetensors"), *first.glob("model/*.safetensors")]
+    assert weights.read_bytes() == (second / weights.relative_to(first)).read_bytes()
     assert any(line["type"] == "round" and line["modelled-seconds"] > 0 for line in metrics(first))
     assert metrics(first) == metrics(second)
     masks = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
@@ -115,25 +118,64 @@ def test_two_clones_run_at_once_each_its_own_code(tiny_bert, tmp_path):
     assert leftovers() == []
 
 
-@pytest.mark.slow
-def test_interrupt_ends_everything(tiny_bert, tmp_path):
-    import signal
-    import time
-
-    app = clone(tmp_path / "app")
-    process = subprocess.Popen(
-        [*FEDARA, "run", str(app), *overrides(tiny_bert, **{"num-server-rounds": 500})],
+def begin(app: Path, *arguments: str) -> subprocess.Popen:
+    """`fedara run` in a session of its own, its lines readable."""
+    return subprocess.Popen(
+        [*FEDARA, "run", str(app), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env={key: value for key, value in os.environ.items() if not key.startswith("FLWR_")},
     )
-    for line in process.stdout:
-        if "round 2/" in line:
-            break
+
+
+def wait_for_round(process: subprocess.Popen, number: int) -> None:
+    assert any(line.lstrip().startswith(f"{number}/") for line in process.stdout), "the run ended before that round"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["flower", "inprocess"])
+def test_interrupt_ends_everything_and_leaves_an_adapter(tiny_bert, tmp_path, engine):
+    app = clone(tmp_path / "app")
+    options = overrides(tiny_bert, **{"num-server-rounds": 2000, "run.name": "run"})
+    process = begin(app, *options, "--engine", engine)
+    wait_for_round(process, 2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=90) == 130, process.stdout.read()[-2000:]
     time.sleep(1)
+    assert leftovers() == []
+    run = app / "runs" / "run"
+    facts = read_facts(run)
+    assert facts["outcome"] == "stopped" and facts["rounds"] >= 2
+    assert (run / "adapter" / "adapter_model.safetensors").exists() and (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on_to_the_same_end(tiny_bert, tmp_path):
+    """kill -9 of the process that holds the ServerApp. Going on under Flower ends where an undisturbed run in-process does."""
+    app = clone(tmp_path / "app")
+    options = overrides(tiny_bert, **{"num-server-rounds": 40})
+    process = begin(app, *options, "-c", "run.name='killed'")
+    wait_for_round(process, 3)
+    servers = [p for p in psutil.process_iter(["cmdline"]) if "flwr-simulation" in " ".join(p.info["cmdline"] or [])]
+    mine = [p for p in servers if any(str(app) in value for value in p.environ().values())]
+    assert mine
+    for server in mine:
+        server.kill()
+    assert process.wait(timeout=200) == 1 and "ended as failed" in process.stdout.read()
+    run = app / "runs" / "killed"
+    assert read_facts(run)["outcome"] == "running" and 3 <= read_facts(run)["rounds"] < 40
+    resumed = fedara(app, "--resume", str(run))
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-2000:]
+    assert fedara(app, *options, "-c", "run.name='whole'", "--engine", "inprocess").returncode == 0
+    whole = app / "runs" / "whole"
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+    ours, theirs = ([line for line in metrics(folder) if line["type"] == "round"] for folder in (run, whole))
+    extra = sum(line["bytes"]["down"] + line["bytes"]["up"] for line in metrics(run) if line["type"] == "resume")
+    assert ours[-1].pop("bytes-total") == theirs[-1].pop("bytes-total") + extra and ours[-1] == theirs[-1]
+    assert [line["round"] for line in ours] == list(range(1, 41))
     assert leftovers() == []
 
 

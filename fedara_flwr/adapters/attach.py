@@ -163,23 +163,13 @@ class AdaptedModel:
         """
         self.mask = mask
         self._change_backbone(arrays.get("backbone"), positions, "backbone" in trainable)
-        offsets = dict.fromkeys(SLOT_PARTS, 0)
-        parts = {part: torch.from_numpy(np.array(arrays[part])) for part in SLOT_PARTS if part in arrays}
-        parts.setdefault("E", torch.ones(mask.count))
-        for module, layer, place, count, scale in zip(
-            self.spec.modules, self.layers, self._places, mask.alive.tolist(), scales, strict=True
-        ):
+        factors = self.spec.rows({"E": np.ones(mask.count, dtype=np.float32), **arrays}, mask)
+        for rows, layer, place, scale in zip(factors, self.layers, self._places, scales, strict=True):
+            count = len(rows["E"])
             active = [name for name, there in ((ADAPTER, count), (OFFSET, OFFSET in layer.lora_A)) if there]
             setattr(*place, layer if active else layer.base_layer)
             layer.set_adapter(active, inference_mode=True)
-            if not count:
-                self._fill(layer, {}, frozenset(), scale)
-                continue
-            values = {}
-            for part, width in (("B", module.d_out), ("E", 1), ("A", module.d_in)):
-                size = count * width
-                values[part] = parts[part][offsets[part] : offsets[part] + size].view(count, width)
-                offsets[part] += size
+            values = {part: torch.from_numpy(np.array(row)) for part, row in rows.items()} if count else {}
             self._fill(layer, values, trainable, scale)
         start = 0
         head = torch.from_numpy(np.array(arrays["head"]))

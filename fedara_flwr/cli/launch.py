@@ -37,8 +37,12 @@ from fedara_flwr.strategies import find
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
 HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
-# Flower's INFO and DEBUG lines, what Ray's processes print, and blank lines; warnings and errors are shown
-NOISE = re.compile(r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+\)|$)")
+# Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, and what is said of every run; other warnings and
+# errors are shown
+NOISE = re.compile(
+    r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+\)|Using SuperLink: |Successfully installed |warnings\.warn\($|$"
+    r"|WARNING.*Since flwr 1\.32, default|.*FutureWarning: Tip: In future versions of Ray)"
+)
 
 
 class RunError(RuntimeError):

@@ -296,8 +296,9 @@ class RoundLoop(Strategy):
                 result.train_metrics_clientapp[server_round] = metrics
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
-            logger.info("%s", progress.line(self._record(server_round, evaluated, trained - began, time.monotonic() - trained)))
+            record = self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
             self.save(self.state)
+            logger.info("%s", progress.line(record))  # a round that is shown is kept
             if not self._asked_any() and self.roster.unfit:
                 client, reason = next(iter(self.roster.unfit.items()))
                 raise RunFailed(f"no node can train; client {client}: {reason}")

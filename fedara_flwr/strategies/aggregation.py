@@ -168,18 +168,10 @@ def delta_norm(spec: ModelSpec, update: Update) -> float:
 
 def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
     """(B·diag(E) of shape (d_out, k), A of shape (k, d_in)) of every module under `mask`, float64; without E it is 1."""
-    found, starts = [], dict.fromkeys(SLOT_PARTS, 0)
-    widths = {part: spec.widths(part) for part in SLOT_PARTS}
-    for m, count in enumerate(mask.alive.tolist()):
-        rows = {}
-        for part in SLOT_PARTS:
-            width = widths[part][m]
-            if part in arrays or not count:  # parts without a slot do not travel
-                values = arrays[part][starts[part] : starts[part] + count * width] if count else np.zeros(0)
-                rows[part] = values.astype(np.float64).reshape(count, width)
-            starts[part] += count * width
-        left = rows["B"].T * rows["E"][:, 0] if "E" in rows else rows["B"].T
-        found.append((left, rows["A"]))
+    found = []
+    for rows in spec.rows(arrays, mask):
+        left = rows["B"].T.astype(np.float64)
+        found.append((left * rows["E"][:, 0] if "E" in rows else left, rows["A"].astype(np.float64)))
     return found
 
 
