@@ -1,0 +1,272 @@
+"""The report page of one run and the page that compares several: one file each, no script, no request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from fedara_flwr.files import write_whole
+from fedara_flwr.report import plots, templates
+from fedara_flwr.report.compare import (
+    check_target,
+    differences,
+    duration,
+    figure,
+    group,
+    metric_name,
+    tables,
+)
+from fedara_flwr.report.read import (
+    Client,
+    Run,
+    cumulative_modelled,
+    drops,
+    drops_by_reason,
+    final,
+    number,
+    per_client,
+    read_run,
+    sent,
+    series,
+    total_megabytes,
+    total_modelled,
+    total_seconds,
+)
+
+MOST_DROPS = 200  # shown in full; the rest is counted
+OUTCOMES = ("completed", "running", "stopped", "failed")
+Picture = tuple[Markup | None, str, str, str]  # SVG, heading, what it shows, what is missing
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write a run's page, by default report.html in its folder; running and failed runs have one too.
+
+    Raises:
+        ConfigError: the folder is no run's.
+        OSError: the page cannot be written.
+    """
+    out = out or run_dir / "report.html"
+    _write(out, render_report(read_run(run_dir)))
+    return out
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path, target: float | None = None) -> Path:
+    """Write a page with the curves of several runs over each other and their table.
+
+    Args:
+        target: level of the main metric; the table then says what it took to reach it.
+
+    Raises:
+        ConfigError: a folder is no run's, or the target no share.
+        OSError: the page cannot be written.
+    """
+    _write(out, render_comparison([read_run(path) for path in run_dirs], target))
+    return out
+
+
+def render_report(run: Run) -> str:
+    """The page of one run as HTML."""
+    clients, lost = per_client(run), drops(run)
+    loading, snippet = _loading(run)
+    return _render(
+        "report",
+        title=f"{run.name} – {run.outcome}",
+        run=run,
+        facts={"title": "", "paper": "", "config": {}, **run.facts},
+        described=_described(run),
+        outcome=_outcome(run),
+        outcome_class=run.outcome if run.outcome in OUTCOMES else "running",
+        figures=_figures(run),
+        pictures=_pictures(run),
+        loading=loading,
+        snippet=snippet,
+        asked=_asked(clients),
+        clients=clients,
+        devices=any(client.device for client in clients),
+        drops=lost[:MOST_DROPS],
+        more_drops=max(0, len(lost) - MOST_DROPS),
+        reasons=", ".join(f"{reason}: {count}" for reason, count in drops_by_reason(run).most_common()),
+        provenance=_provenance(run),
+    )
+
+
+def render_comparison(runs: Sequence[Run], target: float | None) -> str:
+    """The page of several runs as HTML."""
+    check_target(target)
+    groups = group(runs)
+    ordered = [run for members in groups for run in members.runs]
+    metric, unseen = metric_name(runs), "No run has an evaluation."
+    shown = [
+        ("megabytes", "MB", "All bytes of all clients, both directions; on validation data."),
+        ("rounds", "rounds", "On validation data."),
+        ("hours", "modelled time", "Rounds on the modelled clock of simulated devices, not measured ones."),
+    ]
+    if all(np.isnan(cumulative_modelled(run)).all() for run in runs):
+        shown.pop()
+    return _render(
+        "comparison",
+        title="Comparison of runs",
+        described=f"{len(runs)} runs; one colour for the seeds of one setting.",
+        pictures=[
+            _picture(plots.compared(groups, axis, target), f"{metric} against {name}", note, unseen)
+            for axis, name, note in shown
+        ],
+        tables=tables(groups, target),
+        differences=differences(ordered),
+        names=[run.name for run in ordered],
+    )
+
+
+# -- parts of the report ------------------------------------------------------------------------------------------------
+def _described(run: Run) -> str:
+    facts = run.facts
+    asked = (facts.get("config") or {}).get("num-server-rounds")
+    resumed = facts.get("resumed") or []
+    words = [
+        str(facts.get("model", "")),
+        str(facts.get("task", "")),
+        f"seed {facts['seed']}" if "seed" in facts else "",
+        f"{len(run.rounds)} of {asked} rounds" if asked else f"{len(run.rounds)} rounds",
+        f"resumed after round {', '.join(map(str, resumed))}" if resumed else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+def _outcome(run: Run) -> str:
+    reason = str(run.facts.get("reason") or run.end.get("reason") or "")
+    more = {"running": "no end was written yet: still running, or cut off"}.get(run.outcome, "")
+    return ": ".join(word for word in (run.outcome, reason or more) if word)
+
+
+def _figures(run: Run) -> list[tuple[str, str, str]]:
+    """Name, value and unit of what stands at the top."""
+    metrics = dict.fromkeys([run.metric, "macro-f1"])
+    start = number(run.start.get(run.metric))
+    found = []
+    for metric in metrics:
+        value, test = final(run, metric), number(run.test.get(metric))
+        before = f"from {start:.3f} before round 1" if metric == run.metric and not np.isnan(start) else ""
+        if metric == run.metric or not np.isnan(value):
+            found.append((f"{metric}, validation", figure(value), before))
+        if metric == run.metric or not np.isnan(test):
+            found.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else ""))
+    last = run.rounds[-1] if run.rounds else {}
+    alive, slots = number(last.get("alive")), number(last.get("slots"))
+    if slots > 0:
+        modules = len(last.get("alive-per-module") or [])
+        dead = f", {last.get('dead-modules')} of {modules} modules dead" if modules else ""
+        found.append(("alive slots", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
+    found.append(("MB in all", figure(total_megabytes(run), 1), "both directions, all clients"))
+    if run.rounds:
+        first, now = (sent(line, "up") / 1e6 for line in (run.rounds[0], last))
+        found.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
+        asked, good = sum(len(line.get("sampled") or []) for line in run.rounds), np.nansum(series(run.rounds, "good"))
+        found.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
+    found.append(("wall time", duration(total_seconds(run)), ""))
+    modelled = total_modelled(run)
+    if not np.isnan(modelled):
+        joules = number((run.facts.get("modelled") or {}).get("joules"))
+        energy = "" if np.isnan(joules) else f", {joules / 1e3:,.1f} kJ"
+        found.append(("modelled time", duration(modelled), f"simulated devices{energy}"))
+    return found
+
+
+def _picture(svg: str | None, heading: str, note: str, missing: str) -> Picture:
+    return (Markup(svg) if svg else None, heading, note, missing)  # noqa: S704 - plots escapes what it writes
+
+
+def _pictures(run: Run) -> list[Picture]:
+    unseen = "No evaluation was written."
+    return [
+        _picture(plots.score_by_round(run), f"{run.metric} against rounds", "On the server's validation data.", unseen),
+        _picture(plots.score_by_megabytes(run), f"{run.metric} against MB", "The same, by what had been sent.", unseen),
+        _picture(plots.bytes_sent(run), "Bytes by part and direction", "MB in each round.", "No round was written."),
+        _picture(
+            plots.client_load(run),
+            "Clients' step time and memory",
+            "Median and range over the clients of a round, as they measured it.",
+            "No client reported its time or memory.",
+        ),
+        _picture(
+            plots.alive_ranks(run),
+            "Alive ranks",
+            "Slots of each module (block and layer) after each round.",
+            "No round says which slots live.",
+        ),
+        _picture(
+            plots.data_partition(run),
+            "Partition",
+            "Training examples by client and label.",
+            "The run did not write which client has which labels: it was none in simulation, or has not begun.",
+        ),
+    ]
+
+
+def _asked(clients: Sequence[Client]) -> str:
+    never = sum(not client.asked for client in clients)
+    more = f"; {never} never asked" if never else ""
+    return f"{len(clients)} clients{more}." if clients else "No client was asked yet."
+
+
+def _loading(run: Run) -> tuple[str, str]:
+    """How to load what was exported: a sentence and code; both empty where nothing was."""
+    exported, model = run.facts.get("exported"), str(run.facts.get("model", ""))
+    if exported not in ("adapter", "model"):
+        return "", ""
+    tags = run.facts.get("task") == "token-classification"
+    auto = "AutoModelForTokenClassification" if tags else "AutoModelForSequenceClassification"
+    if exported == "adapter":
+        text, peft = "The adapter loads in stock PEFT, on the unchanged backbone:", ["from peft import PeftModel"]
+        load = [
+            f"base = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)}, num_labels=len(labels))",
+            'model = PeftModel.from_pretrained(base, run / "adapter").eval()',
+        ]
+    else:
+        text, peft = "What was trained is merged into the model, which loads in stock transformers:", []
+        load = [f'model = {auto}.from_pretrained(run / "model").eval()']
+    code = [
+        "import json",
+        "from pathlib import Path",
+        *peft,
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"run = Path({json.dumps(run.name, ensure_ascii=False)})  # the run's folder",
+        'labels = json.loads((run / "federated.json").read_text())["labels"]',
+        *load,
+        f'tokenizer = AutoTokenizer.from_pretrained(run / "{exported}")',
+        'logits = model(**tokenizer("some text", return_tensors="pt")).logits[0]',
+        "print([labels[i] for i in logits.argmax(-1)])" if tags else "print(labels[logits.argmax(-1)])",
+    ]
+    return text, "\n".join(code)
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    facts = run.facts
+    machine = {f"machine: {key}": value for key, value in (facts.get("machine") or {}).items()}
+    return {**(facts.get("versions") or {}), **machine, "backbone's fingerprint": facts.get("fingerprint", "unknown")}
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+def _render(name: str, **values: Any) -> str:
+    sources = {
+        "page": templates.PAGE,
+        "macros": templates.MACROS,
+        "report": templates.REPORT,
+        "comparison": templates.COMPARISON,
+    }
+    environment = Environment(
+        loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = figure
+    return environment.get_template(name).render(style=Markup(templates.STYLE), **values)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
