@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import backbone, random_arrays, random_batch
+from export_helper import stock_logits
+from safetensors.numpy import load_file
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.export import save_lora, save_model, save_peft
+from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
 from fedara_flwr.offsets import Weights, from_factors
 from fedara_flwr.ranks import RankMask
-
-STOCK = """
-import json, sys, torch
-from transformers import AutoModelForSequenceClassification
-kind, base, folder, labels, ids = sys.argv[1:6]
-if kind == "peft":
-    from peft import PeftModel
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=int(labels), pad_token_id=0)
-    model = PeftModel.from_pretrained(model, folder)
-else:
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-assert not any(name.startswith("fedara") for name in sys.modules)
-ids = torch.tensor(json.loads(ids))
-with torch.no_grad():
-    print(json.dumps(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.tolist()))
-"""
-
-
-def stock_logits(kind, base, folder, batch, labels=3):
-    ids = json.dumps(batch["input_ids"].tolist())
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, kind, str(base), str(folder), str(labels), ids], capture_output=True, text=True, cwd="/"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("name, lora", [("bert", False), ("bert", True), ("distilbert", False), ("llama", False)])
@@ -59,6 +34,37 @@ def test_adapter_directory_has_the_same_logits_in_stock_peft(tiny_models, tmp_pa
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert sum(map(sum, config["rank_pattern"].values())) == mask.count
     assert all(type(bit) is bool for row in config["rank_pattern"].values() for bit in row)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_plain_lora_of_one_rank(tiny_models, tmp_path, name):
+    """Dead slots, dead modules, unequal mask lengths and scales: folded and filled up, without a pattern."""
+    adapted = AdaptedModel(backbone(tiny_models[name], pooling="identity"))
+    modules = adapted.spec.modules
+    ranks = tuple(1 + m % 4 for m in range(len(modules)))
+    bits = np.random.default_rng(5).random(sum(ranks)) < 0.4
+    mask = RankMask(ranks, bits)
+    assert 0 in mask.alive and 0 < mask.count < len(bits)
+    weights = Weights(random_arrays(adapted.spec, mask), mask, tuple((m + 1) / 10 for m in range(len(modules))))
+    batch, expected = random_batch(), logits(adapted, weights, random_batch())
+    save_plain_lora(tmp_path, adapted.backbone, weights, "SEQ_CLS")
+    np.testing.assert_allclose(stock_logits("lora", tiny_models[name], tmp_path, batch), expected, atol=5e-6)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert config["r"] == config["lora_alpha"] == max(mask.alive)
+    living = {module.name for module, count in zip(modules, mask.alive, strict=True) if count}
+    assert set(config["target_modules"]) == living
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(value) for key, value in tensors.items() if key.endswith("lora_A.weight")} == {config["r"]}
+
+
+def test_plain_lora_without_e(tiny_models, tmp_path):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    weights = unequal(adapted.spec)
+    del weights.arrays["E"]
+    batch, expected = random_batch(), logits(adapted, weights, random_batch())
+    save_plain_lora(tmp_path, adapted.backbone, weights, "SEQ_CLS")
+    np.testing.assert_allclose(stock_logits("lora", tiny_models["bert"], tmp_path, batch), expected, atol=5e-6)
 
 
 def logits(adapted, weights, batch):
@@ -101,7 +107,7 @@ def test_a_model_without_adapters_is_saved_whole(tiny_models, tmp_path):
     weights = Weights({"head": head}, mask, (1.0,) * len(mask.ranks))
     batch, expected = random_batch(), logits(adapted, weights, random_batch())
     save_model(tmp_path, adapted)
-    np.testing.assert_allclose(stock_logits("whole", "", tmp_path, batch), expected, atol=1e-6)
+    np.testing.assert_allclose(stock_logits("merged", "", tmp_path, batch), expected, atol=1e-6)
     with pytest.raises(ValueError, match="export the model instead"):
         save_peft(tmp_path, adapted.backbone, weights, "SEQ_CLS")
 
@@ -117,5 +123,15 @@ def test_merged_adapters_have_the_same_logits_in_stock_transformers(tiny_models,
     )
     batch, expected = random_batch(), logits(adapted, weights, random_batch())
     save_model(tmp_path, adapted)
-    np.testing.assert_allclose(stock_logits("whole", "", tmp_path, batch), expected, atol=5e-6)
+    np.testing.assert_allclose(stock_logits("merged", "", tmp_path, batch), expected, atol=5e-6)
     np.testing.assert_array_equal(logits(adapted, weights, batch), expected)
+
+
+def test_the_revision_is_the_commit_in_the_cache(tiny_models, tmp_path, monkeypatch):
+    """A folder has none; what came from the Hub lies in a folder that has the commit's name."""
+    local = backbone(tiny_models["bert"])
+    assert revision(local) is None
+    cached = str(tmp_path / "snapshots" / "0123abcd" / "config.json")
+    monkeypatch.setattr("fedara_flwr.adapters.export.try_to_load_from_cache", lambda name, file: cached)
+    local.name = "somebody/a-model"
+    assert revision(local) == "0123abcd"
