@@ -301,7 +301,8 @@ def _scale(axes: Axes, most: float, name: str, logarithmic: bool = False) -> Non
     axes.set_yticks([])
     axes.grid(visible=False)
     if logarithmic:
-        powers = [10**i for i in range(16) if 10**i < most / 2]
+        powers = [10**i for i in range(16) if 10**i < most / 3]
+        powers = powers[:: 2 if len(powers) > 4 else 1]
         axes.set_xticks(np.log1p([*powers, most]), [_plain(value) for value in (*powers, most)])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
