@@ -110,6 +110,8 @@ class Keeper:
             "paper": strategy.paper,
             "seed": settings.seed,
             "model": settings.model.name,
+            "revision": self.model.revision,
+            "clients": len(strategy.roster.nodes) or self.directory.facts.get("clients", 0),
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,
             "labels": list(self.model.labels),

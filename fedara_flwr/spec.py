@@ -92,7 +92,7 @@ class ModelSpec:
         return mask.length(self.widths(part))
 
     def rows(self, arrays: Arrays, mask: RankMask) -> list[Arrays]:
-        """Of each module the slot parts that `arrays` has, as views of shape (alive slots, width); all of them if none lives."""
+        """Of each module the slot parts that `arrays` has, as views of shape (alive slots, width); all where none lives."""
         found: list[Arrays] = [{} for _ in self.modules]
         for part in SLOT_PARTS:
             values = arrays.get(part, None if mask.count else np.empty(0, dtype=np.float32))

@@ -11,11 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
 LAYERS = [
-    {"config", "spec", "ranks", "seeds", "fleet", "draws", "offsets"},
+    {"config", "spec", "ranks", "seeds", "fleet", "draws", "offsets", "files", "log"},
     {"wire", "tasks", "data", "adapters"},
     {"client", "server"},
     {"strategies"},
-    {"runs"},
+    {"runs", "card"},
+    {"track", "report"},
+    {"saved"},
     {"client_app", "server_app"},
     {"engine"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""Nothing is lost when a run dies: checkpoints are whole or not there, and a run that goes on ends as if it had never stopped."""
+"""Nothing is lost when a run dies: checkpoints are whole or not there, a run that goes on ends as one that never stopped."""
 
 from __future__ import annotations
 

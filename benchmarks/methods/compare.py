@@ -11,7 +11,6 @@ every n-th method: start one process for each core, with a FILE of its own. draw
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path

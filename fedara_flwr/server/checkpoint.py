@@ -108,7 +108,7 @@ def _digest(tensors: Tensors, text: str) -> str:
 def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
     """The state as tensors and JSON."""
     pieces, offset = state.offset.dump()
-    tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
+    tensors: Tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
     tensors |= {f"offset.{name}": array for name, array in pieces.items()}
     tensors["mask"] = np.packbits(state.mask.bits)
     facts = {
