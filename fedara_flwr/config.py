@@ -87,6 +87,18 @@ class StrategySettings(Group):
         "global", description="fedara: slots a client sends back: all it got, or those it voted for"
     )
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in every average")
+    weight_cap: float = Field(
+        10.0, ge=0, description="a client weighs at most this many times the median of the round's clients; 0 = no cap"
+    )
+    norm_bound: float = Field(
+        20.0, ge=0, description="an update counts if no part moved further than this many times the usual median; 0 = all count"
+    )
+    robust: Literal["mean", "median", "trimmed-mean", "norm-clip", "multi-krum"] = Field(
+        "mean", description="rule that merges updates; all but mean withstand bad ones (docs/robustness.md)"
+    )
+    attackers: float = Field(
+        0.2, ge=0, lt=0.5, description="share of bad clients that trimmed-mean and multi-krum reckon with in a round"
+    )
     options: str = Field("", description="keys of the method alone (`fedara methods`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
 
 

@@ -120,6 +120,7 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
         "clients": state.clients,
         "examples": state.examples,
         "unfit": state.unfit,
+        "norms": state.norms,
         "bytes-total": state.bytes_total,
         "failed-rounds": state.failed_rounds,
     }
@@ -150,6 +151,7 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         clients=facts["clients"],
         examples=facts["examples"],
         unfit=facts["unfit"],
+        norms=facts["norms"],
         server_round=facts["round"],
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],

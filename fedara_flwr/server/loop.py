@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -26,11 +27,12 @@ from fedara_flwr.fleet import Profile, assign, device_cost, read_profiles, round
 from fedara_flwr.offsets import Holding
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.messages import replies as exchange
+from fedara_flwr.server.norms import Norms
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import Merger, Record, Round
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import SLOT_PARTS, ModelSpec
+from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import (
@@ -137,6 +139,9 @@ class RoundLoop(Strategy):
             self.roster.examples,
             self.meter,
             self.settings.strategy.weighting,
+            Norms(self.settings.strategy.norm_bound, state.norms),
+            self._sent(),
+            self._weight_cap(asked),
         )
         for index, node in enumerate(asked):
             plans[index], content = self._pack(node, plans[index], self._held_by(node))
@@ -144,6 +149,18 @@ class RoundLoop(Strategy):
             work.messages.append(self._message(content, node, MessageType.TRAIN))
         self._round = work
         return work.messages
+
+    def _sent(self) -> Callable[[RankMask], Arrays]:
+        """The values that this round's updates start from, under any mask that the global one covers."""
+        arrays, mask = self.state.arrays, self.state.mask
+        return lambda sub: self.spec.slice(arrays, mask, sub)
+
+    def _weight_cap(self, asked: Sequence[Node]) -> float:
+        """The most examples that one client may weigh: a multiple of the median that the round's clients declared."""
+        cap = self.settings.strategy.weight_cap
+        if not cap or not asked:
+            return math.inf
+        return max(1.0, cap * statistics.median_low([self.roster.examples[node.key] for node in asked]))
 
     def _held_by(self, node: Node) -> Holding:
         return self.state.holdings.get(node.key, Holding())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import Message
 
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.server.norms import Norms, Sizes, sizes
 from fedara_flwr.server.roster import Node, last_line
 from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
@@ -53,6 +56,8 @@ class Round:
     Attributes:
         asked: nodes in sampling order; `plans` and `messages` go with them.
         limits: examples that each node declared first.
+        norms: judges how far an update may move; `sent` gives the values that it started from, under its mask.
+        cap: the largest weight that one client may have.
         down: bytes sent to each client, by part.
         answered: clients whose updates counted.
         merging: what the merger reports of itself.
@@ -67,14 +72,19 @@ class Round:
     limits: dict[str, int]
     meter: ByteMeter
     weighting: str
+    norms: Norms
+    sent: Callable[[RankMask], Arrays]
+    cap: float = math.inf
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    sizes: list[Sizes] = field(default_factory=list)
     merging: Record = field(default_factory=dict)
     answered: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    _results: dict[int, Update | None] = field(default_factory=dict)
+    _results: dict[int, tuple[Update, Record] | None] = field(default_factory=dict)
     _next: int = 0
+    _held: list[tuple[Node, Update, Record, Sizes]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
@@ -82,7 +92,10 @@ class Round:
         return len(self.answered)
 
     def collect(self, replies: Iterable[Message], merger: Merger, take: Callable[[str, Update, int], None]) -> None:
-        """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in."""
+        """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in.
+
+        While there is no history to judge lengths by, updates are held until the last one is there.
+        """
         by_message: dict[str, int] = {}
         for reply in replies:
             if reply.metadata.reply_to_message_id not in by_message:
@@ -105,6 +118,11 @@ class Round:
                 self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
                 self._results[index] = None
         self._feed(merger, take)
+        beside = [found for *_, found in self._held]
+        for node, update, record, found in self._held:
+            self._judge(node, update, record, found, beside, merger, take)
+        self._held.clear()
+        self.norms.learn(self.sizes)
         place = {node.key: i for i, node in enumerate(self.asked)}
         self.records.sort(key=lambda record: place[str(record["client"])])
         self.drops.sort(key=lambda drop: (place.get(drop.client, len(place)), drop.client, drop.reason))
@@ -116,15 +134,39 @@ class Round:
 
     def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:
         while self._next in self._results:
-            update, node = self._results.pop(self._next), self.asked[self._next]
+            found, node = self._results.pop(self._next), self.asked[self._next]
             self._next += 1
-            if update is not None:
-                self.answered.append(node.key)
-                weight = update.num_examples if self.weighting == "examples" else 1
-                merger.add(node.key, update, weight)
-                take(node.key, update, weight)
+            if found is None:
+                continue
+            update, record = found
+            moved = sizes(update.arrays, self.sent(update.mask)) if self.norms.bound else {}
+            if self.norms.known(moved):
+                self._judge(node, update, record, moved, (), merger, take)
+            else:
+                self._held.append((node, update, record, moved))
 
-    def _check(self, index: int, reply: Message) -> Update | None:
+    def _judge(
+        self,
+        node: Node,
+        update: Update,
+        record: Record,
+        moved: Sizes,
+        beside: Sequence[Sizes],
+        merger: Merger,
+        take: Callable[[str, Update, int], None],
+    ) -> None:
+        """Let an update count unless it moved too far."""
+        if excess := self.norms.excess(moved, beside):
+            self._drop(node.key, "norm", excess)
+            return
+        weight = int(min(update.num_examples, self.cap)) if self.weighting == "examples" else 1
+        self.answered.append(node.key)
+        self.records.append(record)
+        self.sizes.append(moved)
+        merger.add(node.key, update, weight)
+        take(node.key, update, weight)
+
+    def _check(self, index: int, reply: Message) -> tuple[Update, Record] | None:
         node, plan = self.asked[index], self.plans[index]
         if reply.has_error():
             self._drop(node.key, f"error-{reply.error.code}", last_line(reply.error.reason))
@@ -143,18 +185,15 @@ class Round:
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))
             return None
-        self.records.append(
-            {
-                **update.metrics,  # first: a client's names cannot replace ours
-                "type": "client",
-                "round": self.number,
-                "client": node.key,
-                "num-examples": update.num_examples,
-                "bytes-down": self.down[index],
-                "bytes-up": up,
-            }
-        )
-        return update
+        return update, {
+            **update.metrics,  # first: a client's names cannot replace ours
+            "type": "client",
+            "round": self.number,
+            "client": node.key,
+            "num-examples": update.num_examples,
+            "bytes-down": self.down[index],
+            "bytes-up": up,
+        }
 
     def _drop(self, client: str, reason: str, detail: str) -> None:
         logger.warning("round %d: reply of client %s dropped: %s (%s)", self.number, client, reason, detail)

@@ -22,6 +22,7 @@ class ServerState:
         clients: what the method remembers of each client, numbers and lists of numbers by name.
         examples: how many examples each client that can train declared.
         unfit: clients that cannot, and why.
+        norms: how far updates that counted moved, by part (server/norms).
         bytes_total: bytes by "direction.part" since round 1.
         failed_rounds: rounds in a row that had too few good replies.
     """
@@ -33,6 +34,7 @@ class ServerState:
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=dict)
     server_round: int = 0
     bytes_total: dict[str, int] = field(default_factory=dict)
     failed_rounds: int = 0

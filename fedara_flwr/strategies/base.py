@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedara_flwr import seeds
-from fedara_flwr.config import Group, Settings, check_options
+from fedara_flwr.config import ConfigError, Group, Settings, check_options
 from fedara_flwr.offsets import OffsetLog, Piece, Weights
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.loop import RoundLoop
@@ -22,7 +22,7 @@ from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Merger, Record
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import Arrays, ModelSpec
-from fedara_flwr.strategies.aggregation import SlotMean
+from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire.plan import TrainPlan, Update
 
 
@@ -64,6 +64,10 @@ class BaseStrategy(RoundLoop):
     def __init__(self, settings: Settings, model: ModelPort, write: Callable[[Record], None] = lambda record: None) -> None:
         self.settings, self.model = settings, model  # terms() reads them
         self.options = check_options(self.Options, settings.options, self.name)
+        if settings.strategy.robust != "mean" and type(self).merger is not BaseStrategy.merger:
+            raise ConfigError(
+                f"strategy.robust = {settings.strategy.robust!r}: method {self.name!r} merges in its own way, allowed is 'mean'"
+            )
         super().__init__(settings, model.spec, model.expected(frozenset(self.terms())), write)
         mask = self.start_mask()
         self.state = ServerState(self.start_arrays(mask), mask, OffsetLog(self.spec))
@@ -159,8 +163,12 @@ class BaseStrategy(RoundLoop):
         )
 
     def merger(self) -> Merger:
-        """What merges this round's updates into `state.arrays`."""
-        return SlotMean(self.spec, self.state.mask, self.state.arrays)
+        """What merges this round's updates into `state.arrays`: `strategy.robust`.
+
+        A method that overrides this merges in its own way, and obeys no other rule than "mean".
+        """
+        strategy = self.settings.strategy
+        return RULES[strategy.robust](self.spec, self.state.mask, self.state.arrays, strategy.attackers)
 
     def take(self, client_key: str, update: Update, weight: int) -> None:
         """See one good update, in sampling order, beside the merger (votes, capacities)."""

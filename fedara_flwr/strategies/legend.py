@@ -29,6 +29,7 @@ from fedara_flwr.wire.plan import Update
 
 UPLOADS = 5  # upload times of which the median counts
 FASTEST = 100.0  # times the median speed of a round's devices, what a report may claim
+LEAP = 2.0  # times the average that one report may differ from it: a device that lies needs many rounds to be believed
 POLLING = 3.0  # seconds; a stock SuperNode sleeps so long after an empty pull
 
 
@@ -107,8 +108,10 @@ class Legend(FedLoRA):
             self._smooth(client_key, way, value)
 
     def _smooth(self, client_key: str, name: str, value: float) -> None:
-        """One more value of a moving average."""
+        """One more value of a moving average; none moves it by more than its own past makes likely."""
         known, share = self.state.clients[client_key], self.options.smoothing
+        if name in known:
+            value = min(max(value, known[name] / LEAP), known[name] * LEAP)
         known[name] = (1 - share) * known[name] + share * value if name in known else value
 
     def capacity(self, node: Node) -> Capacity | None:

@@ -1,0 +1,69 @@
+"""How long updates usually are: one that is many times longer than the median does not count (this project's reading).
+
+Each part is looked at by itself, as the root mean square of its differences from what was sent, so that a small part cannot
+hide behind a large one and updates with fewer slots compare with whole ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedara_flwr.spec import Arrays
+
+KEPT = 64  # lengths remembered of each part
+ENOUGH = 3  # lengths that make a median
+
+Sizes = dict[str, float]
+
+
+def sizes(arrays: Arrays, sent: Arrays) -> Sizes:
+    """Root mean square of the differences from `sent`, part by part."""
+    found = {}
+    for part, values in arrays.items():
+        if len(values):
+            change = values.astype(np.float64) - sent[part]
+            found[part] = float(np.sqrt(change @ change / len(change)))
+    return found
+
+
+class Norms:
+    """The lengths of the updates that counted, and the bound that follows from them.
+
+    Args:
+        bound: times the median that a part's length may be; 0 = any.
+        history: lengths by part, oldest first; changed in place, so that it can be part of the server's state.
+    """
+
+    def __init__(self, bound: float, history: dict[str, list[float]]) -> None:
+        self.bound, self.history = bound, history
+
+    def known(self, found: Sizes) -> bool:
+        """Whether a median of earlier rounds can judge all parts."""
+        return not self.bound or all(len(self.history.get(part, ())) >= ENOUGH for part in found)
+
+    def excess(self, found: Sizes, beside: Sequence[Sizes] = ()) -> str:
+        """What is too long about an update; "" where nothing is.
+
+        Args:
+            beside: updates of the same round, this one among them: they stand in for a history that is still too short. Fewer
+                than three say nothing, a liar among two cannot be told.
+        """
+        for part, size in found.items():
+            usual = self.history.get(part, [])
+            if len(usual) < ENOUGH:
+                usual = [other[part] for other in beside if other.get(part, 0.0) > 0]
+            if self.bound and len(usual) >= ENOUGH and size > self.bound * (median := statistics.median(usual)):
+                return f"{part} moved {size:.3g} (root mean square), allowed is {self.bound:g} times the median {median:.3g}"
+        return ""
+
+    def learn(self, counted: Sequence[Mapping[str, float]]) -> None:
+        """A round's updates that counted. Those that changed nothing are left out: free riders must not lower the bound."""
+        for found in counted:
+            for part, size in found.items():
+                if size > 0:
+                    self.history.setdefault(part, []).append(size)
+        for part in self.history:
+            del self.history[part][:-KEPT]
