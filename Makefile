@@ -1,6 +1,6 @@
 # make run       FedARA on real text, simulated, with this folder's own environment (ENGINE=inprocess: one process, no Ray)
 # make test      everything but the slow tests      make test-all   everything
-# make lint      ruff and mypy
+# make lint      ruff, mypy and bandit
 PYTHON ?= python3
 ENGINE ?= flower
 CONFIG ?=
@@ -32,6 +32,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/bandit --quiet --recursive fedara_flwr --configfile pyproject.toml -ll
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .ruff_cache .mypy_cache .hypothesis
