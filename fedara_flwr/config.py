@@ -102,6 +102,16 @@ class StrategySettings(Group):
     options: str = Field("", description="keys of the method alone (`fedara methods`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
 
 
+class PrivacySettings(Group):
+    clip: float = Field(
+        0.0, ge=0, description="central differential privacy: length to which each update is cut; 0 = off (docs/privacy.md)"
+    )
+    noise_multiplier: float = Field(
+        0.0, ge=0, description="standard deviation of the noise on a round's sum of updates, over privacy.clip"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ at which the run states its ε; well below 1 / number of clients")
+
+
 class TrainSettings(Group):
     steps: int = Field(6, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
@@ -170,6 +180,7 @@ class Settings(Group):
     model: ModelSettings = Field(default_factory=ModelSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     strategy: StrategySettings = Field(default_factory=StrategySettings)
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     fleet: FleetSettings = Field(default_factory=FleetSettings)
@@ -215,6 +226,32 @@ class Settings(Group):
         tracker_names(self.run.track)
         if self.data.partition == "natural" and not self.data.id_column:
             raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        """With central differential privacy nothing may depend on clients' data but the noised sum (contracts.md §9)."""
+        clip, noise = self.privacy.clip, self.privacy.noise_multiplier
+        if not clip and noise:
+            raise ConfigError(f"privacy.clip = 0.0: privacy.noise-multiplier = {noise!r} needs a length above 0")
+        if not clip:
+            return
+        if not noise:
+            raise ConfigError(f"privacy.noise-multiplier = 0.0: privacy.clip = {clip!r} needs a number above 0, such as 1.0")
+        strategy = self.strategy
+        bound: list[tuple[str, object, bool, str]] = [
+            ("strategy.weighting", strategy.weighting, strategy.weighting == "uniform", "'uniform'"),
+            ("strategy.robust", strategy.robust, strategy.robust == "mean", "'mean'"),
+            ("strategy.upload-mask", strategy.upload_mask, strategy.upload_mask == "global", "'global'"),
+            ("strategy.arbitration", strategy.arbitration, strategy.arbitration == "budget", "'budget'"),
+            ("data.client-validation", self.data.client_validation, not self.data.client_validation, "0.0"),
+            # a round that is done again would be seen twice
+            ("run.checkpoint-every", self.run.checkpoint_every, self.run.checkpoint_every <= 1, "1 or 0"),
+        ]
+        wrong = [
+            f"{key} = {value!r}: with privacy.clip allowed is {allowed}" for key, value, good, allowed in bound if not good
+        ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
     @property
     def warmup_rounds(self) -> int:

@@ -1,0 +1,150 @@
+"""Central differential privacy: updates clipped, their sum noised, divided by the number of clients that was planned.
+
+What the server gives out after a round tells little about any one client's update: the sum of the differences from the sent
+model, each cut to length `clip` over all its parts together, gets Gaussian noise of standard deviation noise-multiplier·clip
+on every number (McMahan et al., arXiv 1710.06963). Who takes part is no secret. docs/privacy.md has the whole of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from math import sqrt
+
+import numpy as np
+
+from fedara_flwr.config import ConfigError, PrivacySettings
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.wire.plan import Update
+
+MECHANISM = "Gaussian noise on the sum of clipped updates, once a round"
+ADJACENCY = "zero-out: all updates of one client, or zeros in their place; who takes part is not hidden"
+Normal = Callable[[int], np.ndarray]
+"""Draws so many independent numbers of N(0, 1), float64."""
+
+
+def secure_normal(count: int) -> np.ndarray:
+    """N(0, 1) from the operating system's random bytes, so that who knows the run's seed knows nothing of them.
+
+    Box and Muller's method; each number is the sum of four draws, halved, which keeps the float's last bits from telling
+    what was drawn (Holohan and Braghin, arXiv 2107.10138).
+    """
+    total = np.zeros(count)
+    for _ in range(4):
+        uniform = np.frombuffer(os.urandom(16 * count), dtype=np.uint64).reshape(2, count)
+        radius = np.sqrt(-2.0 * np.log((uniform[0] + 0.5) * 2.0**-64))
+        total += radius * np.cos(2.0 * np.pi * 2.0**-64 * uniform[1])
+    return total / 2.0
+
+
+class PrivateMean:
+    """Mean of clipped differences with Gaussian noise. Every client weighs the same, whatever weight `add` is told.
+
+    Slots that a client did not send count as unchanged. All numbers of `parts` get noise, sent or not. Needs the memory of
+    one model.
+    """
+
+    memory = "one"
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mask: RankMask,
+        arrays: Arrays,
+        parts: frozenset[str],
+        clip: float,
+        noise_multiplier: float,
+        planned: int,
+        normal: Normal = secure_normal,
+    ) -> None:
+        """`arrays` is the global model as it was sent, packed under `mask`.
+
+        Args:
+            parts: what this round trains, whoever replies.
+            clip: length to which the difference of one update is cut, over all parts together.
+            noise_multiplier: standard deviation of the noise on the sum, over `clip`.
+            planned: clients that the round meant to ask; the divisor, however many answer.
+        """
+        self.spec, self.mask, self.arrays = spec, mask, arrays
+        self.clip, self.noise_multiplier, self.planned, self._normal = clip, noise_multiplier, max(planned, 1), normal
+        self.sums = {part: np.zeros(len(values)) for part, values in arrays.items() if part in parts}
+
+    def add(self, client_key: str, update: Update, weight: int) -> None:
+        """Add one client's difference, cut to `clip`; one that is not finite adds nothing."""
+        sent = self.spec.slice(self.arrays, self.mask, update.mask)
+        moved = {part: update.arrays[part].astype(np.float64) - sent[part] for part in self.sums if part in update.arrays}
+        length = sqrt(sum(float(change @ change) for change in moved.values()))
+        if not np.isfinite(length):
+            return
+        share = min(1.0, self.clip / length) if length else 1.0
+        for part, change in moved.items():
+            if part in SLOT_PARTS and update.mask != self.mask:
+                self.sums[part][self.mask.elements(self.spec.widths(part), update.mask)] += share * change
+            else:
+                self.sums[part] += share * change
+
+    def result(self) -> Arrays:
+        """The merged model, float32, packed under the same mask. To be called once: each call draws noise of its own."""
+        spread = self.noise_multiplier * self.clip
+        merged = dict(self.arrays)
+        for part, total in self.sums.items():
+            noised = total + spread * self._normal(len(total))
+            merged[part] = (self.arrays[part] + noised / self.planned).astype(np.float32)
+        return merged
+
+    def report(self) -> dict[str, object]:
+        """`planned`, and `noise`, the standard deviation of each number of the mean. How many were clipped is not told."""
+        return {"planned": self.planned, "noise": self.noise_multiplier * self.clip / self.planned}
+
+
+def epsilon(noise_multiplier: float, rounds: int, delta: float, sampled: tuple[int, int] | None = None) -> float:
+    """ε of `rounds` rounds at `delta`.
+
+    Without `sampled` no use is made of chance: the client may be in every round. All rounds together are then one Gaussian
+    mechanism of noise-multiplier/√rounds, whose ε is known exactly (arXiv 1805.06530); adjacency is `ADJACENCY`.
+
+    Args:
+        sampled: (k, n): each round draws k of n clients, and nobody who sees the models knows which. The bound is that of
+            arXiv 1808.00087 (Rényi); adjacency is another, "one client's updates replaced by any others", under which the
+            sum moves by up to 2·clip. A run cannot claim it: its sample follows from the seed, which clients know.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+    """
+    accounting = _accounting()
+    if not rounds:
+        return 0.0
+    if sampled is None:
+        return float(accounting.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta))
+    accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
+    event = accounting.GaussianDpEvent(noise_multiplier / 2.0)
+    accountant.compose(accounting.SampledWithoutReplacementDpEvent(sampled[1], sampled[0], event), rounds)
+    return float(accountant.get_epsilon(delta))
+
+
+def ledger(settings: PrivacySettings, rounds: int, planned: int) -> dict[str, object]:
+    """What a run says of its privacy after `rounds` rounds that may have been seen (federated.json)."""
+    return {
+        "mechanism": MECHANISM,
+        "clip": settings.clip,
+        "noise-multiplier": settings.noise_multiplier,
+        "planned": planned,
+        "rounds": rounds,
+        "delta": settings.delta,
+        "epsilon": epsilon(settings.noise_multiplier, rounds, settings.delta),
+        "adjacency": ADJACENCY,
+        "accounting": f"exact for composed Gaussians, dp-accounting {version('dp-accounting')}; no amplification by sampling",
+    }
+
+
+def _accounting():  # type: ignore[no-untyped-def]
+    try:
+        import dp_accounting
+        import dp_accounting.rdp
+    except ImportError:
+        raise ConfigError(
+            "privacy.clip: dp-accounting, which counts ε, is missing; pip install 'fedara-flwr[privacy]'"
+        ) from None
+    return dp_accounting

@@ -1,0 +1,266 @@
+"""Central differential privacy: clip, noise, divisor, sensitivity, ε; what a private run asks, keeps and refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as numpy_arrays
+
+from fedara_flwr.config import ConfigError, PrivacySettings, Settings
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.strategies import private
+from fedara_flwr.strategies.private import PrivateMean, epsilon, ledger, secure_normal
+from fedara_flwr.wire.plan import Update
+
+SPEC = ModelSpec("f" * 64, (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)), (ParameterSpec("weight", (1, 2)),))
+FULL = RankMask.full([2, 1])  # slots (0,0), (0,1), (1,0): 5 numbers in B, 3 in E, 5 in A
+PARTS = frozenset({"B", "E", "A", "head"})
+LENGTHS = {part: SPEC.length(part, FULL) for part in PARTS}
+
+
+def f32(*values):
+    return np.array(values, dtype=np.float32)
+
+
+def zeros(mask=FULL):
+    return {part: np.zeros(SPEC.length(part, mask), dtype=np.float32) for part in PARTS}
+
+
+def merger(arrays=None, clip=1.0, noise=0.0, planned=1, parts=PARTS, normal=np.zeros):
+    return PrivateMean(SPEC, FULL, zeros() if arrays is None else arrays, parts, clip, noise, planned, normal)
+
+
+def update(mask=FULL, **parts):
+    return Update({**zeros(mask), **parts}, mask, 1, {})
+
+
+def moved(by):
+    return math.sqrt(sum(float(values @ values) for values in by.values()))
+
+
+# -- the mean -----------------------------------------------------------------------------------------------------------
+def test_a_difference_is_cut_over_all_parts_together():
+    # (3, 4) in the head and 12 in E: length 13, cut to 6.5, so every number is halved
+    merging = merger(clip=6.5, planned=2)
+    merging.add("a", update(head=f32(3, 4), E=f32(0, 12, 0)), 1)
+    merged = merging.result()
+    assert merged["head"].tolist() == [0.75, 1.0] and merged["E"].tolist() == [0, 3, 0]
+    assert merged["head"].dtype == np.float32
+
+
+def test_a_short_difference_is_not_lengthened_and_what_counts_is_the_difference():
+    sent = {**zeros(), "head": f32(100, 200)}
+    merging = merger(sent, clip=6.5, planned=1)
+    merging.add("a", update(head=f32(101, 202)), 1)
+    assert merging.result()["head"].tolist() == [101, 202]
+
+
+def test_the_divisor_is_the_planned_number_and_weights_do_not_count():
+    merging = merger(clip=10.0, planned=4)
+    merging.add("a", update(head=f32(4, 0)), 1)
+    merging.add("b", update(head=f32(0, 8)), 10**6)
+    assert merging.result()["head"].tolist() == [1, 2]  # of 4, though 2 came
+
+
+def test_slots_that_were_not_sent_count_as_unchanged():
+    sent = {**zeros(), "E": f32(1, 2, 3)}
+    first = RankMask(FULL.ranks, np.array([True, False, False]))
+    merging = merger(sent, clip=10.0, planned=2)
+    merging.add("a", update(first, E=f32(5)), 1)
+    assert merging.result()["E"].tolist() == [3, 2, 3]
+
+
+def test_noise_has_the_clip_times_the_multiplier_on_every_number_of_the_sum():
+    merging = merger(clip=3.0, noise=2.0, planned=4, normal=np.ones)
+    merging.add("a", update(E=f32(0, 1, 0)), 1)
+    merged = merging.result()
+    assert merged["E"].tolist() == [1.5, 1.75, 1.5]  # (sum + 6) / 4
+    assert merged["B"].tolist() == [1.5] * 5 and merged["head"].tolist() == [1.5] * 2
+    assert merging.report() == {"planned": 4, "noise": 1.5}
+
+
+def test_an_empty_round_is_noise_alone():
+    merged = merger(clip=3.0, noise=2.0, planned=4, normal=np.ones).result()
+    assert all((values == 1.5).all() for values in merged.values())
+
+
+def test_parts_that_are_not_trained_get_no_noise():
+    merged = merger(clip=3.0, noise=2.0, parts=frozenset({"head"}), normal=np.ones).result()
+    assert merged["head"].any() and not merged["A"].any()
+
+
+def test_a_difference_that_is_not_finite_adds_nothing():
+    merging = merger()
+    merging.add("a", update(head=f32(np.nan, 1)), 1)
+    merging.add("b", update(head=f32(np.inf, 1)), 1)
+    assert not merging.result()["head"].any()
+
+
+def test_the_noise_is_normal_and_never_the_same():
+    draws = secure_normal(200_001)
+    assert abs(draws.mean()) < 0.015 and abs(draws.std() - 1) < 0.01  # six standard errors
+    assert abs((draws**4).mean() - 3) < 0.15  # kurtosis
+    inside = {1: 0.6827, 2: 0.9545, 3: 0.9973}
+    assert all(abs((np.abs(draws) < bound).mean() - share) < 0.007 for bound, share in inside.items())
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.015
+    assert not np.array_equal(secure_normal(10), secure_normal(10))
+
+
+# -- sensitivity --------------------------------------------------------------------------------------------------------
+values = st.one_of(st.floats(-2, 2, width=32), st.floats(-(2.0**40), 2.0**40, width=32), st.floats(-1e-30, 1e-30))
+
+
+@st.composite
+def updates(draw, most=5):
+    found = []
+    for _ in range(draw(st.integers(1, most))):
+        mask = RankMask(FULL.ranks, draw(numpy_arrays(np.bool_, 3)))
+        parts = {p: draw(numpy_arrays(np.float32, SPEC.length(p, mask), elements=values)) for p in sorted(PARTS)}
+        found.append(Update(parts, mask, draw(st.integers(1, 10**6)), {}))
+    return found
+
+
+@st.composite
+def sent_values(draw):
+    return {p: draw(numpy_arrays(np.float32, LENGTHS[p], elements=values)) for p in sorted(PARTS)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(updates(), sent_values(), st.floats(1e-3, 1e6), st.data())
+def test_one_client_moves_the_sum_by_no_more_than_the_clip(found, sent, clip, data):
+    """The noise is scaled by this bound: with or without one client, anywhere among the others."""
+    out = data.draw(st.integers(0, len(found) - 1))
+    sums = []
+    for leave_out in (None, out):
+        merging = merger(sent, clip=clip)
+        for number, item in enumerate(found):
+            if number != leave_out:
+                merging.add(str(number), item, item.num_examples)
+        sums.append(merging.sums)
+    difference = moved({part: sums[0][part] - sums[1][part] for part in PARTS})
+    assert difference <= clip * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(updates(most=1), sent_values(), st.floats(1e-3, 1e6))
+def test_the_bound_is_reached_by_a_long_update(found, sent, clip):
+    far = {part: vector + np.float32(2.0**40) for part, vector in found[0].arrays.items()}
+    merging = merger(sent, clip=clip)
+    merging.add("a", Update(far, found[0].mask, 1, {}), 1)
+    assert moved(merging.sums) == pytest.approx(clip, rel=1e-9)
+
+
+# -- the account --------------------------------------------------------------------------------------------------------
+def counted():
+    return pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedara-flwr[privacy]')")
+
+
+def exact_delta(sigma, eps):
+    """δ of the Gaussian mechanism of sensitivity 1, Balle and Wang, arXiv 1805.06530, theorem 8."""
+    phi = lambda x: math.erfc(-x / math.sqrt(2)) / 2  # noqa: E731
+    return phi(1 / (2 * sigma) - eps * sigma) - math.exp(eps) * phi(-1 / (2 * sigma) - eps * sigma)
+
+
+def test_epsilon_agrees_with_the_formula_and_a_published_value():
+    counted()
+    assert epsilon(3.730631634815942, 1, 1e-5) == pytest.approx(1.0, rel=1e-9)  # the analytic mechanism's σ for (1, 1e-5)
+    for noise, rounds, delta in [(1.0, 20, 1e-5), (5.0, 100, 1e-6), (0.8, 1, 1e-3)]:
+        assert exact_delta(noise / math.sqrt(rounds), epsilon(noise, rounds, delta)) == pytest.approx(delta, rel=1e-6)
+
+
+def test_epsilon_lies_below_renyi_by_hand_and_agrees_with_the_privacy_loss_accountant():
+    accounting = counted()
+    from dp_accounting.pld import PLDAccountant
+
+    noise, rounds, delta = 4.0, 20, 1e-5
+    # T rounds have Rényi divergence α·T/(2z²) = 0.625·α; conversion of arXiv 2004.00010, proposition 12, at α = 5:
+    # 3.125 + ln(4/5) + (ln(1e5) - ln 5)/4 = 3.125 - 0.22314 + (11.51293 - 1.60944)/4 = 5.37773
+    renyi = accounting.rdp.RdpAccountant(orders=[5], neighboring_relation=accounting.NeighboringRelation.REPLACE_SPECIAL)
+    renyi.compose(accounting.GaussianDpEvent(noise), rounds)
+    assert renyi.get_epsilon(delta) == pytest.approx(5.37773, abs=1e-5)
+    loss = PLDAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_SPECIAL)
+    loss.compose(accounting.GaussianDpEvent(noise), rounds)
+    found = epsilon(noise, rounds, delta)
+    assert found < 5.37773 and found == pytest.approx(loss.get_epsilon(delta), rel=1e-3)
+
+
+def test_sampling_in_secret_by_hand():
+    """Order 2 of arXiv 1808.00087, theorem 27: ln(1 + q²·min(4(e^ε - 1), 2e^ε)), where ε is the mechanism's own at order 2."""
+    accounting = counted()
+    # 100 of 1,000, noise 8·clip; replacing a client moves the sum by 2·clip, so z = 4, ε(2) = 2/(2·16) = 1/16
+    # 0.01·4·(e^(1/16) - 1) = 0.04·0.064494 = 0.00257977; ln(1.00257977) = 0.00257645 a round; conversion at α = 2 adds
+    # ln(1/2) + ln(1e5) - ln 2 = 10.12663
+    order = accounting.rdp.RdpAccountant(orders=[2], neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
+    event = accounting.GaussianDpEvent(4.0)
+    order.compose(accounting.SampledWithoutReplacementDpEvent(1000, 100, event), 100)
+    assert order.get_epsilon(1e-5) == pytest.approx(100 * 0.00257645 + 10.12663, abs=1e-4)
+    assert epsilon(8.0, 100, 1e-5, sampled=(100, 1000)) <= order.get_epsilon(1e-5)
+    # all of them sampled is no sampling: twice the sensitivity, so half the noise
+    assert epsilon(8.0, 100, 1e-5, sampled=(10, 10)) == pytest.approx(epsilon(4.0, 100, 1e-5), rel=0.1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.01, 1e3), st.integers(1, 10_000), st.floats(1e-12, 0.1))
+def test_epsilon_rises_with_rounds_and_falls_with_noise_and_delta(noise, rounds, delta):
+    counted()
+    here = epsilon(noise, rounds, delta)
+    assert math.isfinite(here) and here >= 0 and epsilon(noise, 0, delta) == 0
+    near = 1 + 1e-9
+    assert epsilon(noise, rounds + 1, delta) * near >= here
+    assert epsilon(noise * 1.1, rounds, delta) <= here * near
+    assert epsilon(noise, rounds, delta * 1.1) <= here * near
+
+
+def test_the_ledger():
+    counted()
+    settings = PrivacySettings(clip=0.5, noise_multiplier=4.0, delta=1e-5)
+    facts = ledger(settings, 20, 100)
+    assert facts["epsilon"] == epsilon(4.0, 20, 1e-5)
+    assert {name: facts[name] for name in ("clip", "noise-multiplier", "planned", "rounds", "delta")} == {
+        "clip": 0.5,
+        "noise-multiplier": 4.0,
+        "planned": 100,
+        "rounds": 20,
+        "delta": 1e-5,
+    }
+    assert "zero-out" in facts["adjacency"] and "no amplification" in facts["accounting"]
+
+
+def test_without_the_library_a_run_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedara-flwr\[privacy\]'"):
+        private.epsilon(1.0, 1, 1e-5)
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"privacy.noise-multiplier": 0.0}, "privacy.noise-multiplier = 0.0: privacy.clip = 0.5 needs a number above 0"),
+        ({"privacy.clip": 0.0}, "privacy.clip = 0.0: privacy.noise-multiplier = 1.0 needs"),
+        ({"strategy.weighting": "examples"}, "strategy.weighting = 'examples': with privacy.clip allowed is 'uniform'"),
+        ({"strategy.robust": "median"}, "strategy.robust = 'median': with privacy.clip allowed is 'mean'"),
+        ({"strategy.upload-mask": "local"}, "strategy.upload-mask = 'local'"),
+        ({"strategy.arbitration": "threshold"}, "strategy.arbitration = 'threshold'"),
+        ({"data.client-validation": 0.1}, "data.client-validation = 0.1: with privacy.clip allowed is 0.0"),
+        ({"run.checkpoint-every": 5}, "run.checkpoint-every = 5: with privacy.clip allowed is 1 or 0"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(changes, words):
+    Settings.from_flat(ON)
+    with pytest.raises(ConfigError) as error:
+        Settings.from_flat(ON | changes)
+    assert words in str(error.value)
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(ConfigError, match="weighting.*robust"):
+        Settings.from_flat({"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.robust": "median"})
