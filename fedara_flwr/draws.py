@@ -9,6 +9,8 @@ from fedara_flwr.ranks import Ints, RankMask
 from fedara_flwr.seeds import generator
 from fedara_flwr.spec import Arrays, ModelSpec, Vector
 
+MOST_DRAWN = 16  # times the numbers of the whole model
+
 
 def lora_a(spec: ModelSpec, mask: RankMask, seed: int) -> Vector:
     """LoRA's A, packed under `mask`: U(-1/√d_in, 1/√d_in), which is Kaiming's with a = √5, as PEFT has it.
@@ -31,7 +33,15 @@ def sparse_positions(spec: ModelSpec, count: int, seed: int) -> Ints:
 
 
 def draw(spec: ModelSpec, mask: RankMask, parts: frozenset[str], seed: int, entries: int) -> Arrays:
-    """The parts that a TRAIN message leaves out on purpose: A as `lora_a`, every other one zero."""
+    """The parts that a TRAIN message leaves out on purpose: A as `lora_a`, every other one zero.
+
+    Raises:
+        ValueError: they would be many times larger than the model.
+    """
+    full, most = RankMask.full(mask.ranks), MOST_DRAWN * (dense_size(spec) + spec.head_size + spec.backbone_size)
+    for part in parts:  # sizes come from the server
+        if (size := spec.length(part, full, entries)) > most:
+            raise ValueError(f"{part} would be {size} numbers, allowed are {most} with this model")
     return {
         part: lora_a(spec, mask, seed) if part == "A" else np.zeros(spec.length(part, mask, entries), dtype=np.float32)
         for part in parts

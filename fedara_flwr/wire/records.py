@@ -8,18 +8,20 @@ ConfigRecord: Flower cannot count their bytes.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedara_flwr.config import StrategySettings
 from fedara_flwr.offsets import Piece, piece_lengths
 from fedara_flwr.ranks import Bools, RankMask, pack_bits, unpack_bits
 from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
 from fedara_flwr.wire import PROTOCOL
-from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
 
 _SCALARS = {
     "round": "server_round",
@@ -41,20 +43,26 @@ _SCALARS = {
     "draw-seed": "draw_seed",
     "entries": "entries",
 }
-_SETS = ("trainable", "carries", "drawn", "report")
+_SETS = {"trainable": PARTS, "carries": PARTS, "drawn": PARTS, "report": REPORTS}
+_KINDS = {key: TrainPlan.__annotations__[name] for key, name in _SCALARS.items()}
+_CHOICES = {
+    key: get_args(StrategySettings.model_fields[_SCALARS[key]].annotation)
+    for key in ("importance", "importance-time", "upload-mask")
+}
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 PIECE, PIECE_RANKS = "offset.", "offset-ranks."  # names of a piece's records, its digest behind
 LARGEST = 1e12  # of an update's numbers: their products must stay finite in float32
 MAX_METRICS = 64
 MAX_VALUE = 1e100  # of a metric; sums over clients, weighted by examples, stay finite
 MAX_NAME = 64
+MAX_DETAIL = 300  # characters of what is said about a message; its own words are among them
 
 
 class Rejected(Exception):
     """A message that fails a check: `reason` is a short fixed word for counting, the text has the figures."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {detail[:MAX_DETAIL]}")
         self.reason = reason
 
 
@@ -73,7 +81,8 @@ def read_vector(array: Array, length: int, name: str) -> Vector:
     if array.stype != "numpy.ndarray":
         raise Rejected("format", f"{name} is serialised as {array.stype[:MAX_NAME]!r}, allowed is 'numpy.ndarray'")
     if array.dtype != "float32" or tuple(array.shape) != (length,):
-        raise Rejected("shape", f"{name} is {array.dtype[:MAX_NAME]!r} {tuple(array.shape)[:4]}, expected float32 ({length},)")
+        claimed = [n if abs(n) < 2**63 else "huge" for n in array.shape[:4]]  # Python refuses to print very long integers
+        raise Rejected("shape", f"{name} is {array.dtype[:MAX_NAME]!r} {claimed}, expected float32 ({length},)")
     stream = io.BytesIO(array.data[:256])
     try:
         version = np.lib.format.read_magic(stream)
@@ -148,17 +157,16 @@ def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
         digest = name.removeprefix(PIECE)
         config: Any = content.config_records.get(PIECE_RANKS + digest, {})
         try:
-            ranks = tuple(_lengthen([int(r) for r in config["ranks"]], len(spec.modules))) if "ranks" in config else ()
+            given = [_read_scalar("ranks", rank, "int") for rank in config["ranks"]] if "ranks" in config else []
+            ranks = tuple(_lengthen(given, len(spec.modules))) if "ranks" in config else ()
         except (ValueError, TypeError) as error:
             raise Rejected("offset", f"a piece does not fit this model ({str(error)[:80]})") from None
-        if any(rank < 0 for rank in ranks):
-            raise Rejected("offset", "a piece has a negative rank")
         lengths = piece_lengths(spec, ranks)
         if set(record) != set(lengths):
             raise Rejected("parts", f"an offset has {_names(record)}, expected {sorted(lengths)}")
         piece = Piece(ranks, {part: read_vector(record[part], length, part) for part, length in lengths.items()})
         if piece.digest != digest:
-            raise Rejected("offset", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]}")
+            raise Rejected("offset", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]!r}")
         found.append(piece)
     return found
 
@@ -183,22 +191,36 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
                 parameters = terms.setdefault(term, {})
                 if name:
                     parameters[name] = float(config[key])
-        ranks = _lengthen([int(r) for r in config["ranks"]], modules)
-        known: dict[str, Any] = {name: config[key] for key, name in _SCALARS.items()}
-        known |= {key: _read_set(config, key) for key in _SETS}
+        ranks = _lengthen([_read_scalar("ranks", r, "int") for r in config["ranks"]], modules)
+        known: dict[str, Any] = {name: _read_scalar(key, config[key], _KINDS[key]) for key, name in _SCALARS.items()}
+        known |= {key: _read_set(config, key, allowed) for key, allowed in _SETS.items()}
         return TrainPlan(
             **known,
             mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
-            scales=tuple(_lengthen([float(s) for s in config["scales"]], modules)),
+            scales=tuple(_lengthen([_read_scalar("scales", s, "float") for s in config["scales"]], modules)),
             offset=tuple(str(digest) for digest in config.get("offset", ())),
             terms=terms,
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise Rejected("plan", f"the plan does not fit this model ({error!r})") from None
 
 
-def _read_set(config: ConfigRecord, key: str) -> frozenset[str]:
-    return frozenset(str(config[key]).split(",")) if key in config else frozenset()
+def _read_scalar(key: str, value: Any, kind: str) -> Any:
+    """A setting of the plan's own type, numbers finite and not negative; ValueError for any other."""
+    if kind == "float" and type(value) in (int, float) and 0 <= value < math.inf:
+        return float(value)
+    if kind == "int" and type(value) is int and 0 <= value < 2**64:
+        return value
+    if (kind == "bool" and type(value) is bool) or (kind == "str" and value in _CHOICES[key]):
+        return value
+    raise ValueError(f"{key} is {str(value)[:MAX_NAME]!r}, allowed is {_CHOICES.get(key, kind)}")
+
+
+def _read_set(config: ConfigRecord, key: str, allowed: Sequence[str]) -> frozenset[str]:
+    names = frozenset(str(config[key]).split(",")) if key in config else frozenset()
+    if not names <= set(allowed):
+        raise ValueError(f"{key} is {_names(names)}, allowed are {list(allowed)}")
+    return names
 
 
 def sent_parts(plan: TrainPlan) -> frozenset[str]:
