@@ -119,6 +119,7 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         f"- Data: {_data(facts)}",
         f"- Rounds: {facts['rounds']}{_outcome(facts)}",
         f"- Clients: {_clients(facts)}",
+        *_privacy(facts),
         f"- Traffic of all rounds and clients: {_megabytes(facts, 'down')} to the clients, {_megabytes(facts, 'up')} from them",
         f"- Made with: {versions}",
         "",
@@ -156,7 +157,7 @@ def _paper(paper: str) -> str:
 def _data(facts: dict[str, Any]) -> str:
     config, name = facts["config"], _code(_data_name(facts))
     cut = f"; texts cut at {config['data.max-length']} tokens"
-    if "partition" not in facts:  # every device has its own
+    if not facts.get("simulated", "partition" in facts):  # every device has its own
         return f"the clients' own; tested on {name}{cut}"
     how = _code(config["data.partition"])
     alpha = f" (α = {config['data.dirichlet-alpha']})" if config["data.partition"] == "dirichlet" else ""
@@ -167,6 +168,13 @@ def _clients(facts: dict[str, Any]) -> str:
     count = facts.get("clients") or len(facts.get("partition", {}))
     share = f"{facts['config']['strategy.fraction-train']:.0%} of them in each round"
     return f"{count}, {share}" if count else share
+
+
+def _privacy(facts: dict[str, Any]) -> list[str]:
+    if not (found := facts.get("privacy")):
+        return []
+    budget = f"ε = {found['epsilon']:.3g} at δ = {found['delta']:g}, noise multiplier {found['noise-multiplier']:g}"
+    return [f"- Differential privacy of each client: {budget}; {_code(found['mechanism'])}; {_code(found['adjacency'])}"]
 
 
 def _outcome(facts: dict[str, Any]) -> str:

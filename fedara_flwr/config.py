@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Scalar = str | int | float | bool
 OptionsModel = type[BaseModel]
+LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -110,6 +111,11 @@ class PrivacySettings(Group):
         0.0, ge=0, description="standard deviation of the noise on a round's sum of updates, over privacy.clip"
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ at which the run states its ε; well below 1 / number of clients")
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.clip > 0
 
 
 class TrainSettings(Group):
@@ -235,8 +241,9 @@ class Settings(Group):
             raise ConfigError(f"privacy.clip = 0.0: privacy.noise-multiplier = {noise!r} needs a length above 0")
         if not clip:
             return
-        if not noise:
-            raise ConfigError(f"privacy.noise-multiplier = 0.0: privacy.clip = {clip!r} needs a number above 0, such as 1.0")
+        if noise < LEAST_NOISE:
+            hint = f"allowed is {LEAST_NOISE} or more, 1.0 is usual"
+            raise ConfigError(f"privacy.noise-multiplier = {noise!r}: with privacy.clip = {clip!r} {hint}")
         strategy = self.strategy
         bound: list[tuple[str, object, bool, str]] = [
             ("strategy.weighting", strategy.weighting, strategy.weighting == "uniform", "'uniform'"),

@@ -19,6 +19,7 @@ from fedara_flwr.server.checkpoint import Checkpoints
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.private import in_words, ledger
 from fedara_flwr.track import Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Keeper:
 
     def _facts(self) -> dict[str, Any]:
         strategy, state, spec = self.strategy, self.strategy.state, self.model.spec
-        settings = strategy.settings
+        settings, nodes = strategy.settings, strategy.roster.nodes.values()
         return {
             "rounds": state.server_round,
             "seconds": self._seconds(),
@@ -111,7 +112,7 @@ class Keeper:
             "seed": settings.seed,
             "model": settings.model.name,
             "revision": self.model.revision,
-            "clients": len(strategy.roster.nodes) or self.directory.facts.get("clients", 0),
+            "clients": len(nodes) or self.directory.facts.get("clients", 0),
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,
             "labels": list(self.model.labels),
@@ -122,11 +123,19 @@ class Keeper:
             "alive-per-module": state.mask.alive.tolist(),
             "mask": state.mask.to_bytes().hex(),
             "bytes": state.bytes_total,
-            "left-out": state.unfit,
+            "left-out": dict.fromkeys(state.unfit, "cannot train") if settings.privacy.on else state.unfit,
+            "simulated": all(n.simulated for n in nodes) if nodes else self.directory.facts.get("simulated", False),
             "versions": versions(),
             "machine": machine(),
-            **self._partition(),
+            **(self._privacy() if settings.privacy.on else self._partition()),
         }
+
+    def _privacy(self) -> dict[str, Any]:
+        """ε so far. Each time that a run went on counts as a round more: one may have been seen that was not kept."""
+        strategy, facts = self.strategy, self.directory.facts
+        rounds = strategy.state.server_round + len(facts.get("resumed", ()))
+        planned = strategy.planned or facts.get("privacy", {}).get("planned", 0)
+        return {"privacy": ledger(strategy.settings.privacy, rounds, planned)}
 
     def _partition(self) -> dict[str, Any]:
         """Examples of each client by label; known in a simulation, where the server dealt them out, and nowhere else."""
@@ -146,6 +155,8 @@ class Keeper:
         if test:
             logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
         logger.info("sent: %.1f MB down, %.1f MB up", down, up)
+        if privacy := self.directory.facts.get("privacy"):
+            logger.info("%s; %s", in_words(self.strategy.settings.privacy, privacy["rounds"]), privacy["adjacency"])
         if modelled := self.directory.facts["modelled"]:
             figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
             profiles = self.strategy.settings.fleet.profiles

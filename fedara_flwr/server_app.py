@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedara_flwr import log, strategies
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.runs import RunDirectory
+from fedara_flwr.strategies.private import accounting
 
 logger = logging.getLogger(__name__)
 app = ServerApp()
@@ -41,6 +42,8 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     from fedara_flwr.track import check
 
     check(settings.run.track)
+    if settings.privacy.on:
+        accounting()
     model = ServerModel(settings)
     strategy = method(settings, model)
     directory = resumed or RunDirectory.create(settings)

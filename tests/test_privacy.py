@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+from flwr.app import MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
+from runs_helper import TamperedGrid, config, prepare, start
 
 from fedara_flwr.config import ConfigError, PrivacySettings, Settings
+from fedara_flwr.engine import run
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.seeds import secure_normal
 from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies import private
-from fedara_flwr.strategies.private import PrivateMean, epsilon, ledger, secure_normal
+from fedara_flwr.strategies.allocation import slot_sizes
+from fedara_flwr.strategies.private import PrivateMean, epsilon, ledger
 from fedara_flwr.wire.plan import Update
 
 SPEC = ModelSpec("f" * 64, (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)), (ParameterSpec("weight", (1, 2)),))
@@ -244,7 +250,7 @@ ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting"
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"privacy.noise-multiplier": 0.0}, "privacy.noise-multiplier = 0.0: privacy.clip = 0.5 needs a number above 0"),
+        ({"privacy.noise-multiplier": 0.0}, "privacy.noise-multiplier = 0.0: with privacy.clip = 0.5 allowed is 0.01 or more"),
         ({"privacy.clip": 0.0}, "privacy.clip = 0.0: privacy.noise-multiplier = 1.0 needs"),
         ({"strategy.weighting": "examples"}, "strategy.weighting = 'examples': with privacy.clip allowed is 'uniform'"),
         ({"strategy.robust": "median"}, "strategy.robust = 'median': with privacy.clip allowed is 'mean'"),
@@ -264,3 +270,98 @@ def test_what_cannot_be_combined_is_refused(changes, words):
 def test_all_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigError, match="weighting.*robust"):
         Settings.from_flat({"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.robust": "median"})
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+RUN = {"privacy__clip": 1.0, "privacy__noise_multiplier": 2.0, "strategy__weighting": "uniform"}
+CLIENT_LINE = {"type", "round", "client", "bytes-down", "bytes-up"}
+
+
+def test_slots_are_ranked_by_their_size():
+    # |E|·‖B‖·‖A‖: (0,0): 2·5·1, (0,1): 1·1·3, (1,0): 0.5·2·3
+    arrays = {"B": f32(3, 4, 1, 0, 2), "E": f32(-2, 1, 0.5), "A": f32(1, -3, 1, 2, 2)}
+    assert slot_sizes(SPEC, FULL, arrays).tolist() == [10, 3, 3]
+    second = RankMask(FULL.ranks, np.array([False, True, True]))
+    assert slot_sizes(SPEC, second, SPEC.slice(arrays, FULL, second)).tolist() == [3, 3]
+
+
+def test_a_private_run_of_fedara(tiny_bert):
+    counted()
+    seen = []
+
+    def look(server_round, index, reply):
+        seen.append(set(reply.content.config_records["reply"]))
+        return reply
+
+    strategy = start(config(tiny_bert, **RUN), TamperedGrid, tamper=look)
+    lines = {kind: [line for line in strategy.lines if line["type"] == kind] for kind in ("round", "client")}
+    assert all(keys == {"protocol", "round"} for keys in seen) and len(seen) == 12  # no votes
+    assert [line["alive"] for line in lines["round"]] == [strategy.budget(t) for t in range(1, 5)]
+    assert lines["round"][-1]["alive"] < lines["round"][0]["alive"]
+    assert all(set(line) == CLIENT_LINE for line in lines["client"]) and len(lines["client"]) == 12
+    for line in lines["round"]:
+        assert line["planned"] == 3 and line["noise"] == pytest.approx(2 / 3)
+        assert not {"client-loss", "factor-error", "modelled-seconds"} & set(line)
+    assert not strategy.state.norms
+    # every number of every part has noise of 2/3 a round: E was 0 and is not
+    assert np.std(strategy.state.arrays["head"]) > 0.5 and np.all(strategy.state.arrays["E"])
+
+
+def test_the_noise_does_not_follow_from_the_seed(tiny_bert):
+    first, second = (start(config(tiny_bert, **RUN, method="head", num_server_rounds=1)) for _ in range(2))
+    assert not np.array_equal(first.state.arrays["head"], second.state.arrays["head"])
+
+
+def test_missing_replies_do_not_change_the_divisor_and_drops_tell_no_figures(tiny_bert, monkeypatch):
+    monkeypatch.setattr(PrivateMean.__init__, "__defaults__", (np.zeros,))
+    options = {**RUN, "method": "head", "num_server_rounds": 1}
+
+    def lose(server_round, index, reply):
+        reply.content["metrics"] = MetricRecord({"num-examples": 10**12 if index == lost else 1})
+        return reply
+
+    sums = {}
+    everyone = start(config(tiny_bert, **options))
+    asked = [int(key) for key in everyone.lines[1]["sampled"]]
+    before = prepare(config(tiny_bert, **options))[0].state.arrays["head"].astype(np.float64)
+    for lost in (*asked, -1):
+        strategy = start(config(tiny_bert, **options), TamperedGrid, tamper=lose)
+        sums[lost] = (strategy.state.arrays["head"] - before) * 3
+        if lost >= 0:
+            drop = {"client": str(lost), "reason": "num-examples", "detail": "not told: the run is private"}
+            assert strategy.lines[1]["dropped"] == [drop] and strategy.lines[1]["good"] == 2
+    whole = sums[-1]
+    for lost in asked:  # each client's part of the sum is no longer than the clip; the three of them make it
+        assert 0 < np.linalg.norm(whole - sums[lost]) <= 1.0 + 1e-5
+    np.testing.assert_allclose(sum(whole - sums[lost] for lost in asked), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hetlora", "flexlora", "flora", "fedex-lora", "legend"])
+def test_methods_that_merge_otherwise_or_ask_devices_are_refused(tiny_bert, method):
+    with pytest.raises(ConfigError, match=rf"privacy.clip = 1.0: method '{method}' (merges in its own way|goes by what)"):
+        prepare(config(tiny_bert, **RUN, method=method))
+
+
+@pytest.mark.parametrize("method", ["slora", "ffa-lora", "federa", "full"])
+def test_other_methods_can_be_private(tiny_bert, method):
+    quiet = {**RUN, "privacy__noise_multiplier": 0.01, "privacy__clip": 0.01}
+    strategy = start(config(tiny_bert, **quiet, method=method, num_server_rounds=3))
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [3, 3, 3]
+
+
+def test_what_a_private_run_leaves(tiny_bert, tmp_path, capsys):
+    counted()
+    flat = config(tiny_bert, **RUN, run__dir=str(tmp_path), run__name="private", num_server_rounds=3)
+    directory = run(flat, 6)
+    facts = json.loads((directory.path / "federated.json").read_text())
+    assert facts["privacy"] == ledger(PrivacySettings(clip=1.0, noise_multiplier=2.0), 3, 3)
+    assert "partition" not in facts and facts["simulated"]
+    shown = f"{facts['privacy']['epsilon']:.3g}"
+    assert f"privacy: ε = {shown} at δ = 1e-05 after 3 rounds" in capsys.readouterr().out
+    page = (directory.path / "report.html").read_text()
+    assert f"ε = {shown}" in page and "zero-out" in page
+    card = (directory.path / "adapter" / "README.md").read_text()
+    assert f"ε = {shown}" in card and "dealt out to simulated clients" in card
+    # a round may have been seen that was not kept: going on counts as one more
+    directory = run({**flat, "run.name": "", "run.resume": "private", "num-server-rounds": 4}, 6)
+    assert json.loads((directory.path / "federated.json").read_text())["privacy"]["rounds"] == 5

@@ -78,7 +78,7 @@ def render_report(run: Run) -> str:
         "report",
         title=f"{run.name} – {run.outcome}",
         run=run,
-        facts={"title": "", "paper": "", "config": {}, **run.facts},
+        facts={"title": "", "paper": "", "config": {}, "privacy": {}, **run.facts},
         described=_described(run),
         outcome=_outcome(run),
         outcome_class=run.outcome if run.outcome in OUTCOMES else "running",
@@ -168,6 +168,9 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
         asked, good = sum(len(line.get("sampled") or []) for line in run.rounds), np.nansum(series(run.rounds, "good"))
         found.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
+    if privacy := run.facts.get("privacy") or {}:
+        epsilon, delta = number(privacy.get("epsilon")), number(privacy.get("delta"))
+        found.append(("privacy", f"ε = {epsilon:.3g}", f"at δ = {delta:g}, {privacy.get('rounds')} rounds"))
     found.append(("wall time", duration(total_seconds(run)), ""))
     modelled = total_modelled(run)
     if not np.isnan(modelled):
@@ -203,7 +206,7 @@ def _pictures(run: Run) -> list[Picture]:
             plots.data_partition(run),
             "Partition",
             "Training examples by client and label.",
-            "The run did not write which client has which labels: it was none in simulation, or has not begun.",
+            "The run did not write which client has which labels: it was none in simulation, is private, or has not begun.",
         ),
     ]
 

@@ -169,6 +169,11 @@ REPORT = """{% extends "page" %}
 {% if more_drops %}<p class="soft">and {{ more_drops }} more in metrics.jsonl</p>{% endif %}
 {% endif %}
 
+{% if facts.privacy %}
+<h2>Privacy</h2>
+{{ pairs(facts.privacy) }}
+{% endif %}
+
 <h2>Configuration</h2>
 {% if facts.config %}{{ pairs(facts.config) }}{% else %}<p class="soft">federated.json has none.</p>{% endif %}
 

@@ -71,6 +71,7 @@ class RoundLoop(Strategy):
         self.meter = ByteMeter()
         self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, self.calibration)
         self.fleet = read_profiles(settings.fleet.profiles)
+        self.planned = 0
         self._round: Round | None = None
 
     def profile(self, node: Node) -> Profile | None:
@@ -127,9 +128,11 @@ class RoundLoop(Strategy):
             self.roster.wait(grid)
         else:
             self.roster.refresh(grid)
-        asked = self.roster.sample(grid, server_round, self.roster.count())
+        self.planned = self.roster.count()
+        asked = self.roster.sample(grid, server_round, self.planned)
         self.prepare(server_round, asked)
         plans = [self.plan(server_round, node.key) for node in asked]
+        private = self.settings.privacy.on  # a bound on lengths would tell of them, and every update is cut anyway
         work = Round(
             server_round,
             self.spec,
@@ -139,9 +142,10 @@ class RoundLoop(Strategy):
             self.roster.examples,
             self.meter,
             self.settings.strategy.weighting,
-            Norms(self.settings.strategy.norm_bound, state.norms),
+            Norms(0.0 if private else self.settings.strategy.norm_bound, state.norms),
             self._sent(),
             self._weight_cap(asked),
+            private,
         )
         for index, node in enumerate(asked):
             plans[index], content = self._pack(node, plans[index], self._held_by(node))
@@ -193,7 +197,8 @@ class RoundLoop(Strategy):
         state, work = self.state, self._round
         assert work is not None, "aggregate_train before configure_train"
         merger = self.merger()
-        work.collect(replies, merger, self.take)
+        # a private update is for the merger alone
+        work.collect(replies, merger, self.take if not work.private else lambda client_key, update, weight: None)
         for drop in work.drops:
             if drop.reason.startswith("error-"):
                 self.roster.forget(drop.client)
@@ -208,9 +213,9 @@ class RoundLoop(Strategy):
             logger.warning("round %d: %d good replies, the model stays as it was", server_round, work.good)
         else:
             state.failed_rounds = 0
-            merged, mask = merger.result(), self.next_mask(server_round)
-            state.arrays = self.spec.slice(merged, state.mask, mask)
-            state.mask = mask
+            state.arrays = merger.result()
+            mask = self.next_mask(server_round)
+            state.arrays, state.mask = self.spec.slice(state.arrays, state.mask, mask), mask
             self.finish_round(server_round)
             work.merging = merger.report()
         metrics = self._summarise(work)

@@ -58,6 +58,7 @@ class Round:
         limits: examples that each node declared first.
         norms: judges how far an update may move; `sent` gives the values that it started from, under its mask.
         cap: the largest weight that one client may have.
+        private: of a reply nothing is used or written but its arrays and whether it counted.
         down: bytes sent to each client, by part.
         answered: clients whose updates counted.
         merging: what the merger reports of itself.
@@ -75,6 +76,7 @@ class Round:
     norms: Norms
     sent: Callable[[RankMask], Arrays]
     cap: float = math.inf
+    private: bool = False
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -185,16 +187,19 @@ class Round:
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))
             return None
+        said: Record = {**update.metrics, "num-examples": update.num_examples}
+        if self.private:
+            update, said = replace(update, num_examples=1, metrics={}), {}
         return update, {
-            **update.metrics,  # first: a client's names cannot replace ours
+            **said,  # first: a client's names cannot replace ours
             "type": "client",
             "round": self.number,
             "client": node.key,
-            "num-examples": update.num_examples,
             "bytes-down": self.down[index],
             "bytes-up": up,
         }
 
     def _drop(self, client: str, reason: str, detail: str) -> None:
+        detail = "not told: the run is private" if self.private else detail
         logger.warning("round %d: reply of client %s dropped: %s (%s)", self.number, client, reason, detail)
         self.drops.append(Drop(client, reason, detail))

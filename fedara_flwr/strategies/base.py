@@ -6,6 +6,7 @@ Flower's side of a Strategy, are in server/loop.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
 
@@ -22,8 +23,11 @@ from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Merger, Record
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.strategies.private import PrivateMean, in_words
 from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire.plan import TrainPlan, Update
+
+logger = logging.getLogger(__name__)
 
 
 class ModelPort(Protocol):
@@ -68,11 +72,28 @@ class BaseStrategy(RoundLoop):
             raise ConfigError(
                 f"strategy.robust = {settings.strategy.robust!r}: method {self.name!r} merges in its own way, allowed is 'mean'"
             )
+        if settings.privacy.on:
+            self._check_private()
         super().__init__(settings, model.spec, model.expected(frozenset(self.terms())), write)
         mask = self.start_mask()
         self.state = ServerState(self.start_arrays(mask), mask, OffsetLog(self.spec))
         if (piece := self.start_offset()) is not None:
             self.state.offset.add(piece)
+
+    def _check_private(self) -> None:
+        ways = {"merger": "merges in its own way", "ready": "goes by what devices report of themselves"}
+        for hook, way in ways.items():
+            if getattr(type(self), hook) is not getattr(BaseStrategy, hook):
+                raise ConfigError(
+                    f"privacy.clip = {self.settings.privacy.clip!r}: method {self.name!r} {way}, allowed is 0.0, or a method "
+                    "such as fedara, fedara-static, fedlora, ffa-lora, head"
+                )
+
+    def summary(self) -> None:
+        """As RoundLoop's, and what privacy the whole run will have."""
+        super().summary()
+        if self.settings.privacy.on:
+            logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
 
     # -- hooks: the model -------------------------------------------------------------------------------------------
     def start_mask(self) -> RankMask:
@@ -163,11 +184,16 @@ class BaseStrategy(RoundLoop):
         )
 
     def merger(self) -> Merger:
-        """What merges this round's updates into `state.arrays`: `strategy.robust`.
+        """What merges this round's updates into `state.arrays`: `strategy.robust`, or PrivateMean with `privacy.clip`.
 
-        A method that overrides this merges in its own way, and obeys no other rule than "mean".
+        A method that overrides this merges in its own way, obeys no other rule than "mean" and cannot be private.
         """
-        strategy = self.settings.strategy
+        strategy, privacy = self.settings.strategy, self.settings.privacy
+        if privacy.on:
+            assert self._round is not None, "merger before configure_train"
+            parts = frozenset[str]().union(*(plan.trainable for plan in self._round.plans))
+            state = self.state
+            return PrivateMean(self.spec, state.mask, state.arrays, parts, privacy.clip, privacy.noise_multiplier, self.planned)
         return RULES[strategy.robust](self.spec, self.state.mask, self.state.arrays, strategy.attackers)
 
     def take(self, client_key: str, update: Update, weight: int) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedara_flwr.config import ConfigError
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.ranks import RankMask, select_top
 from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget
+from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget, slot_sizes
 from fedara_flwr.strategies.base import BaseStrategy
 from fedara_flwr.wire.plan import TrainPlan, Update
 
@@ -71,10 +71,10 @@ class FedARA(BaseStrategy):
         self._votes: list[WeightedVote] = []
 
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
-        """Ask for votes in rounds after which the budget is smaller than what is alive."""
+        """Ask for votes in rounds after which the budget is smaller than what is alive; in a private run never."""
         plan, strategy = super().plan(server_round, client_key), self.settings.strategy
         allowed = self.budget(server_round)
-        if allowed >= self.state.mask.count:
+        if allowed >= self.state.mask.count or self.settings.privacy.on:
             return plan
         return replace(
             plan,
@@ -91,8 +91,14 @@ class FedARA(BaseStrategy):
             self._votes.append(WeightedVote(weight, update.vote))
 
     def next_mask(self, server_round: int) -> RankMask:
-        """Arbitrate; dead slots stay dead, and never fewer than the final budget live."""
+        """Arbitrate; dead slots stay dead, and never fewer than the final budget live.
+
+        In a private run the largest slots of the merged, noised arrays survive, which tells nothing beyond those.
+        """
         mask, strategy = self.state.mask, self.settings.strategy
+        if self.settings.privacy.on:
+            sizes = slot_sizes(self.spec, mask, self.state.arrays)
+            return mask.keep(select_top(sizes, self.budget(server_round)))
         if not self._votes:
             return mask
         if strategy.arbitration == "budget":

@@ -7,15 +7,16 @@ on every number (McMahan et al., arXiv 1710.06963). Who takes part is no secret.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
 from fedara_flwr.config import ConfigError, PrivacySettings
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.seeds import secure_normal
 from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
@@ -23,20 +24,6 @@ MECHANISM = "Gaussian noise on the sum of clipped updates, once a round"
 ADJACENCY = "zero-out: all updates of one client, or zeros in their place; who takes part is not hidden"
 Normal = Callable[[int], np.ndarray]
 """Draws so many independent numbers of N(0, 1), float64."""
-
-
-def secure_normal(count: int) -> np.ndarray:
-    """N(0, 1) from the operating system's random bytes, so that who knows the run's seed knows nothing of them.
-
-    Box and Muller's method; each number is the sum of four draws, halved, which keeps the float's last bits from telling
-    what was drawn (Holohan and Braghin, arXiv 2107.10138).
-    """
-    total = np.zeros(count)
-    for _ in range(4):
-        uniform = np.frombuffer(os.urandom(16 * count), dtype=np.uint64).reshape(2, count)
-        radius = np.sqrt(-2.0 * np.log((uniform[0] + 0.5) * 2.0**-64))
-        total += radius * np.cos(2.0 * np.pi * 2.0**-64 * uniform[1])
-    return total / 2.0
 
 
 class PrivateMean:
@@ -113,14 +100,14 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float, sampled: tuple[i
     Raises:
         ConfigError: dp-accounting is not installed.
     """
-    accounting = _accounting()
+    library = accounting()
     if not rounds:
         return 0.0
     if sampled is None:
-        return float(accounting.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta))
-    accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
-    event = accounting.GaussianDpEvent(noise_multiplier / 2.0)
-    accountant.compose(accounting.SampledWithoutReplacementDpEvent(sampled[1], sampled[0], event), rounds)
+        return float(library.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta))
+    accountant = library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    event = library.GaussianDpEvent(noise_multiplier / 2.0)
+    accountant.compose(library.SampledWithoutReplacementDpEvent(sampled[1], sampled[0], event), rounds)
     return float(accountant.get_epsilon(delta))
 
 
@@ -139,7 +126,18 @@ def ledger(settings: PrivacySettings, rounds: int, planned: int) -> dict[str, ob
     }
 
 
-def _accounting():  # type: ignore[no-untyped-def]
+def in_words(settings: PrivacySettings, rounds: int) -> str:
+    """ε in words, for the log."""
+    found = epsilon(settings.noise_multiplier, rounds, settings.delta)
+    return f"privacy: ε = {found:.3g} at δ = {settings.delta:g} after {rounds} rounds"
+
+
+def accounting() -> Any:
+    """The library that counts.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import dp_accounting
         import dp_accounting.rdp
