@@ -23,9 +23,10 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
 from fedara_flwr.draws import draw
-from fedara_flwr.fleet import Profile, assign, device_cost, read_profiles, round_cost
+from fedara_flwr.fleet import Profile, assign, read_profiles
 from fedara_flwr.offsets import Holding
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.server.lines import client_means, round_line, shared_metrics
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.norms import Norms
 from fedara_flwr.server.progress import Progress
@@ -47,12 +48,6 @@ from fedara_flwr.wire.records import (
 
 logger = logging.getLogger(__name__)
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-def _shared(reports: Sequence[Mapping[str, object]]) -> list[str]:
-    """Metrics of an evaluation that every client reports."""
-    names = set.intersection(*(set(report) for report in reports)) if reports else set()
-    return sorted(name for name in names if name.startswith("eval-") and name != "eval-examples")
 
 
 class RunFailed(RuntimeError):
@@ -218,7 +213,7 @@ class RoundLoop(Strategy):
             state.arrays, state.mask = self.spec.slice(state.arrays, state.mask, mask), mask
             self.finish_round(server_round)
             work.merging = merger.report()
-        metrics = self._summarise(work)
+        metrics = client_means(work.records)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -260,7 +255,7 @@ class RoundLoop(Strategy):
             return None
         total = sum(examples for examples, _ in good)
         # fsum: the last bits must not depend on the order of the replies
-        names = _shared([values for _, values in good])
+        names = shared_metrics([values for _, values in good])
         means = {name: math.fsum(k * values[name] for k, values in good) / total for name in names}
         summary: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
         return MetricRecord({**summary, "clients": len(good)})
@@ -361,35 +356,6 @@ class RoundLoop(Strategy):
             else:
                 yield reply
 
-    def _summarise(self, work: Round) -> dict[str, float]:
-        """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
-        means: dict[str, float] = {}
-        evaluated = _shared([record for record in work.records if "eval-examples" in record])
-        for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in evaluated)]:
-            pairs = [(float(r[count]), float(r[name])) for r in work.records if name in r and count in r]  # type: ignore[arg-type]
-            if pairs:
-                means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
-        return means
-
-    def _modelled(self, work: Round) -> Record:
-        """Seconds and joules of the round on the fleet's devices, by the modelled clock; {} unless all nodes are simulated.
-
-        Each client's line gets its own. A client whose reply did not count is left out: what it did is not known.
-        """
-        profiles = {node.key: self.profile(node) for node in work.asked}
-        costs = []
-        for line in work.records:
-            profile = profiles[str(line["client"])]
-            if profile is None or "flops-forward" not in line or "flops-backward" not in line:
-                return {}
-            flops = max(0.0, float(line["flops-forward"]) + float(line["flops-backward"]))  # type: ignore[arg-type]
-            down, up = (sum(line[name].values()) for name in ("bytes-down", "bytes-up"))  # type: ignore[attr-defined]
-            cost = device_cost(profile, flops, down, up)
-            costs.append(cost)
-            line |= {"modelled-device": profile.name, "modelled-seconds": cost.seconds, "modelled-joules": cost.joules}
-        total = round_cost(costs)
-        return {f"modelled-{name}": value for name, value in vars(total).items()}
-
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         found = evaluate(server_round, arrays)
         if found is not None:
@@ -423,24 +389,11 @@ class RoundLoop(Strategy):
         sent = self.meter.take_round()
         state.bytes_total = dict(self.meter.total)
         state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
-        record: Record = {
-            "type": "round",
-            "round": server_round,
-            **dict(evaluated or {}),
-            **self._summarise(work),
-            **work.merging,
-            **self._modelled(work),
-            "slots": sum(state.mask.ranks),
-            "alive-sent": sum(plan.mask.count for plan in work.plans) / max(len(work.plans), 1),
-            "alive": state.mask.count,
-            "alive-per-module": state.mask.alive.tolist(),
-            "dead-modules": state.mask.dead_modules,
+        profiles = {node.key: self.profile(node) for node in work.asked}
+        record = {
+            **round_line(work, state, dict(evaluated or {}), profiles),
             "bytes": sent,
-            "bytes-kept": max((state.offset.nbytes(plan.offset) for plan in work.plans), default=0),
             "bytes-total": sum(self.meter.total.values()),
-            "sampled": [node.key for node in work.asked],
-            "good": work.good,
-            "dropped": [vars(drop) for drop in work.drops],
             "seconds": seconds,
             "seconds-evaluate": evaluation,
         }

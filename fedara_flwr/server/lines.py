@@ -1,0 +1,72 @@
+"""What a round leaves in metrics.jsonl, from what came back and what has become of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedara_flwr.fleet import Profile, device_cost, round_cost
+from fedara_flwr.server.round import Record, Round
+from fedara_flwr.server.state import ServerState
+
+
+def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None]) -> Record:
+    """The round's line but for bytes and seconds; each simulated client's line gets its modelled cost.
+
+    Args:
+        evaluated: the server's metrics of the model after the round.
+        profiles: the device that each asked client stands for, None for a real one.
+    """
+    return {
+        "type": "round",
+        "round": work.number,
+        **evaluated,
+        **client_means(work.records),
+        **work.merging,
+        **modelled(work.records, profiles),
+        "slots": sum(state.mask.ranks),
+        "alive-sent": sum(plan.mask.count for plan in work.plans) / max(len(work.plans), 1),
+        "alive": state.mask.count,
+        "alive-per-module": state.mask.alive.tolist(),
+        "dead-modules": state.mask.dead_modules,
+        "bytes-kept": max((state.offset.nbytes(plan.offset) for plan in work.plans), default=0),
+        "sampled": [node.key for node in work.asked],
+        "good": work.good,
+        "dropped": [vars(drop) for drop in work.drops],
+    }
+
+
+def client_means(lines: Sequence[Record]) -> dict[str, float]:
+    """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
+    means: dict[str, float] = {}
+    evaluated = shared_metrics([line for line in lines if "eval-examples" in line])
+    for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in evaluated)]:
+        pairs = [(float(line[count]), float(line[name])) for line in lines if name in line and count in line]  # type: ignore[arg-type]
+        if pairs:
+            means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
+    return means
+
+
+def shared_metrics(reports: Sequence[Mapping[str, object]]) -> list[str]:
+    """Metrics of an evaluation that every client reports."""
+    names = set.intersection(*(set(report) for report in reports)) if reports else set()
+    return sorted(name for name in names if name.startswith("eval-") and name != "eval-examples")
+
+
+def modelled(lines: Sequence[Record], profiles: Mapping[str, Profile | None]) -> Record:
+    """Seconds and joules of the round on the fleet's devices, by the modelled clock; {} unless all nodes are simulated.
+
+    Each client's line gets its own. A client whose reply did not count is left out: what it did is not known.
+    """
+    costs = []
+    for line in lines:
+        profile = profiles[str(line["client"])]
+        if profile is None or "flops-forward" not in line or "flops-backward" not in line:
+            return {}
+        flops = max(0.0, float(line["flops-forward"]) + float(line["flops-backward"]))  # type: ignore[arg-type]
+        down, up = (sum(line[name].values()) for name in ("bytes-down", "bytes-up"))  # type: ignore[attr-defined]
+        cost = device_cost(profile, flops, down, up)
+        costs.append(cost)
+        line |= {"modelled-device": profile.name, "modelled-seconds": cost.seconds, "modelled-joules": cost.joules}
+    return {f"modelled-{name}": value for name, value in vars(round_cost(costs)).items()}
