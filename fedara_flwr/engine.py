@@ -26,6 +26,8 @@ CLIENT_RAISED = 2  # Flower's code for a ClientApp that raised
 class InProcessGrid(Grid):
     """A Grid whose nodes are calls of a ClientApp, made when their reply is pulled."""
 
+    runs_clients = True  # so a pull takes as long as it takes, and they go one after the other (server/messages)
+
     def __init__(self, run_config: UserConfig, nodes: int, app: ClientApp = client_app) -> None:
         # Message refuses to be made outside a Flower process unless these are set
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1

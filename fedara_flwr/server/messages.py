@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,22 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 POLL = (0.02, 0.25)  # seconds between looks: first, longest
+PATIENCE = 1.0  # seconds for which a look may keep the others waiting
+
+
+class _Look(threading.Thread):
+    """Pulls one reply. Flower waits for up to three minutes where a node began to send its reply and was cut off."""
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        super().__init__(daemon=True)
+        self.grid, self.message_id = grid, message_id
+        self.found: list[Message] | Exception = []
+
+    def run(self) -> None:
+        try:
+            self.found = list(self.grid.pull_messages([self.message_id]))
+        except Exception as error:  # whatever a reply does to the parser is that node's failure alone
+            self.found = error
 
 
 def replies(
@@ -23,8 +40,10 @@ def replies(
     node can keep the others waiting.
 
     One message id per pull: Flower confirms a batch before it inflates it, so one garbage reply would lose the good ones
-    beside it. What cannot be inflated comes as the exception that it raised. A pull that has begun is not broken off.
+    beside it. What cannot be inflated comes as the exception that it raised. A pull that takes long goes on beside the others,
+    and at the deadline is left to itself; only a grid whose pull runs the client (`runs_clients`) is waited for.
     """
+    beside = not getattr(grid, "runs_clients", False)
     ids = list(grid.push_messages(messages))
     pending = {message_id: index for index, message_id in enumerate(ids) if message_id}
     for index, message_id in enumerate(ids):
@@ -32,15 +51,24 @@ def replies(
             yield index, ConnectionError("the message could not be sent")
     deadline, wait = time.monotonic() + timeout, POLL[0]
     repeated: set[int] = set()
+    looks: dict[str, _Look] = {}
     while pending:
         found = False
         for message_id in list(pending):
             if time.monotonic() > deadline:
                 return
-            try:
-                pulled = list(grid.pull_messages([message_id]))
-            except Exception as error:  # whatever a reply does to the parser is that node's failure alone
-                yield pending.pop(message_id), error
+            if message_id not in looks:
+                look = looks[message_id] = _Look(grid, message_id)
+                if beside:
+                    look.start()
+                    look.join(PATIENCE)
+                else:
+                    look.run()
+            if looks[message_id].is_alive():
+                continue
+            pulled = looks.pop(message_id).found
+            if isinstance(pulled, Exception):
+                yield pending.pop(message_id), pulled
                 continue
             for reply in pulled[:1]:
                 found = True
