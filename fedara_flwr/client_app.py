@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedara_flwr.client import terms
+from fedara_flwr.client.guard import Guard
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.wire import PROTOCOL
 
@@ -84,6 +85,7 @@ def ready(message: Message, context: Context) -> Message:
         from fedara_flwr.adapters.backbone import tokenizer_digest
         from fedara_flwr.data.federation import federation
 
+        guard = Guard.read(context.node_config)
         resident, data = _open(context, tuple(question["labels"]))
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["offset"] = ConfigRecord({"digests": list(question["holds"])})
@@ -93,7 +95,7 @@ def ready(message: Message, context: Context) -> Message:
 
             resident.set_offset((), _store(context))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
-            metrics |= measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank)
+            metrics |= guard.let_out(measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank))
         shared = not context.node_config.get("data-path")
         answer = ConfigRecord(
             {
@@ -161,7 +163,8 @@ def train(message: Message, context: Context) -> Message:
         return received
     resident, data, plan, arrays = received
     key, simulated = client_key(context), in_simulation(context)
-    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, count_flops=simulated)
+    guard = Guard.read(context.node_config)
+    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, guard)
     return Message(update_to_content(update, plan), reply_to=message)
 
 
@@ -176,5 +179,6 @@ def evaluate(message: Message, context: Context) -> Message:
         return received
     resident, data, plan, arrays = received
     load(resident.adapted, plan, arrays)
-    metrics: dict[str, Any] = {"eval-examples": 0} | run(resident.adapted, resident.task, resident.tokenizer, data)
+    found = run(resident.adapted, resident.task, resident.tokenizer, data)
+    metrics: dict[str, Any] = {"eval-examples": 0} | Guard.read(context.node_config).let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

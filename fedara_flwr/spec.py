@@ -104,6 +104,14 @@ class ModelSpec:
                 start += count * width
         return found
 
+    def slot_sizes(self, arrays: Arrays, mask: RankMask) -> NDArray[np.float64]:
+        """|E_i|·‖B_i‖·‖A_i‖ of every slot alive in `mask`, of the parts that `arrays` has; shape (mask.count,)."""
+        sizes = np.ones(mask.count)
+        for part in arrays.keys() & set(SLOT_PARTS):
+            rows = self.rows({part: arrays[part]}, mask)
+            sizes *= np.concatenate([np.linalg.norm(row[part].astype(np.float64), axis=1) for row in rows])
+        return sizes
+
     def slice(self, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
         """Arrays packed under `mask`, cut down to `sub`; head and backbone as they are."""
         if mask == sub:

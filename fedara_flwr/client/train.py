@@ -19,6 +19,7 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, flop_counter
+from fedara_flwr.client.guard import Guard
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
@@ -81,11 +82,13 @@ def train(
     arrays: Arrays,
     client_key: str,
     count_flops: bool = False,
+    guard: Guard | None = None,
 ) -> Update:
     """Run one client's round.
 
     Args:
         count_flops: count floating-point operations on the first step, for the modelled clock of simulated devices.
+        guard: what the client lets out; by default everything below.
 
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
@@ -103,7 +106,8 @@ def train(
         raise ValueError("no example to train on")
     stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
     torch.manual_seed(stream)
-    load(adapted, plan, arrays)
+    guard = guard or Guard()
+    received = load(adapted, plan, arrays)
     metrics: dict[str, float] = evaluate(adapted, task, tokenizer, data) if plan.evaluate else {}
     terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
     optimizer, scheduler = _make_optimizer(adapted, plan)
@@ -168,18 +172,19 @@ def train(
     }
     metrics |= {f"seconds-{name}": value for name, value in spent.items()}
     metrics |= {f"flops-{name}": value * tokens for name, value in flops.items()}
-    update = _collect(adapted, plan, scorer, terms, len(data.train), metrics)
+    update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
     metrics["peak-memory-mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     metrics["seconds-all"] = time.perf_counter() - began
-    return update
+    return replace(update, metrics=guard.let_out(metrics))
 
 
-def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> None:
-    """Shrink the model to the plan's mask and take over what came and what both sides draw."""
+def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> Arrays:
+    """Shrink the model to the plan's mask and take over what came and what both sides draw; both are returned."""
     spec = adapted.spec
     positions = sparse_positions(spec, plan.entries, plan.draw_seed) if plan.entries else None
     drawn = draw(spec, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
     adapted.load(arrays | drawn, plan.mask, plan.scales, plan.trainable, positions)
+    return arrays | drawn
 
 
 def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim.AdamW, Any]:
@@ -210,19 +215,21 @@ def _collect(
     scorer: SlotScorer | None,
     terms: list[Term],
     examples: int,
-    metrics: dict[str, float],
+    guard: Guard,
+    received: Arrays,
 ) -> Update:
     vote, mask = None, plan.mask
-    arrays = adapted.collect(sent_parts(plan))
+    arrays = guard.protect(adapted.collect(sent_parts(plan)), received)
     if scorer is not None:
-        ranks = rank_order(scorer.scores())
+        # behind noise nothing may leave but what follows from the noised arrays
+        ranks = rank_order(adapted.spec.slot_sizes(arrays, plan.mask) if guard.noise else scorer.scores())
         vote = Vote(ranks < plan.budget, ranks.astype(np.uint16) if "scores" in plan.report else None)
         if plan.upload_mask == "local":
             mask = plan.mask.keep(vote.keep)
-    if "kept" in plan.report and plan.mask.count:
+    if "kept" in plan.report and plan.mask.count and not guard.noise:
         for term in terms:
             kept = term.kept()
             mask = mask if kept is None else mask.intersect(plan.mask.keep(kept))
     arrays = adapted.spec.slice(arrays, plan.mask, mask)
     arrays = {part: arrays[part] for part in sent_parts(replace(plan, mask=mask))}
-    return Update(arrays, mask, examples, metrics, vote)
+    return Update(arrays, mask, examples, {}, vote)

@@ -1,7 +1,6 @@
 """Who trains which slots: pure numpy functions from values to values.
 
-FedARA's falling budget, the arbitration of votes, the slots' sizes where nobody votes; LEGEND's ranks and depths; the first
-slots for clients of lower rank.
+FedARA's falling budget and the arbitration of votes; LEGEND's ranks and depths; the first slots for clients of lower rank.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from fedara_flwr.ranks import Bools, RankMask
-from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.spec import ModelSpec
 from fedara_flwr.wire.plan import Vote
 
 RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5
@@ -85,13 +84,6 @@ def arbitrate_threshold(mask: RankMask, votes: Sequence[WeightedVote], threshold
             break
         keep[slot] = True
     return mask.keep(keep)
-
-
-def slot_sizes(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> np.ndarray:
-    """|E_i|·‖B_i‖·‖A_i‖ of every alive slot, float64; shape (mask.count,)."""
-    rows = spec.rows(arrays, mask)
-    norms = {p: np.concatenate([np.linalg.norm(row[p].astype(np.float64), axis=1) for row in rows]) for p in SLOT_PARTS}
-    return norms["E"] * norms["B"] * norms["A"]
 
 
 @dataclass(frozen=True)

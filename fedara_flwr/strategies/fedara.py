@@ -17,7 +17,7 @@ from fedara_flwr.config import ConfigError
 from fedara_flwr.ranks import RankMask, select_top
 from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget, slot_sizes
+from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget
 from fedara_flwr.strategies.base import BaseStrategy
 from fedara_flwr.wire.plan import TrainPlan, Update
 
@@ -97,7 +97,7 @@ class FedARA(BaseStrategy):
         """
         mask, strategy = self.state.mask, self.settings.strategy
         if self.settings.privacy.on:
-            sizes = slot_sizes(self.spec, mask, self.state.arrays)
+            sizes = self.spec.slot_sizes(self.state.arrays, mask)
             return mask.keep(select_top(sizes, self.budget(server_round)))
         if not self._votes:
             return mask
