@@ -65,10 +65,10 @@ for name in ("fuzz_replies", "fuzz_plans"):
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + memory
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-done, began = {}, time.monotonic()
+began = time.monotonic()
 def show(outcome):
-    if outcome.count % 700 == 0:
-        open(progress, "w").write(f"{outcome.count} in {time.monotonic() - began:.0f} s\\n")
+    with open(progress, "w") as file:
+        file.write(f"{outcome.count} in {time.monotonic() - began:.0f} s\\n")
 replies = fuzz.fuzz_replies(count - count // 5, seed=20, progress=show)
 plans = fuzz.fuzz_plans(count // 5, seed=21)
 print(json.dumps({"replies": vars(replies), "plans": vars(plans), "seconds": time.monotonic() - began}))
