@@ -31,7 +31,7 @@ from fedara_flwr.cli.launch import TAG, _tagged
 from fedara_flwr.data import docstrings
 
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 120  # seconds for what usually takes a few: the machine may be busy
+PATIENCE = 300  # seconds for what usually takes a few: the machine may be busy
 T = TypeVar("T")
 PROBE = '''
 """Stops this node at a known place, as the files in its node-config's `probe` folder say."""
