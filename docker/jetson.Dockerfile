@@ -1,0 +1,24 @@
+# syntax=docker/dockerfile:1
+# A Jetson with JetPack 6 (L4T r36): as device.Dockerfile, with the CUDA build of torch that its base image has. JetPack's
+# own Ubuntu 22.04 has Python 3.10, too old for flwr 1.41; this base has Ubuntu 24.04 and Python 3.12 on L4T r36.4.
+# On the Jetson, from the repository's folder:
+#   docker build --file docker/jetson.Dockerfile --tag fedara/jetson:0.1.0 --build-arg PIP_INDEX_URL=… .
+# PIP_INDEX_URL: the base image names an index of its own, which does not always answer.
+FROM dustynv/pytorch:2.7-r36.4.0-cu128-24.04
+
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ENV TORCH=installed
+WORKDIR /opt/fedara
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY docker docker
+COPY fedara_flwr fedara_flwr
+# the base image has a user 1000 already
+RUN sh docker/install-device.sh \
+    && install -m 0755 docker/health.py /usr/local/bin/fedara-health
+
+USER 1000:1000
+WORKDIR /site
+HEALTHCHECK --interval=30s --timeout=10s --start-period=90s --retries=3 \
+    CMD ["fedara-health", "http://127.0.0.1:9094/health"]
+CMD ["sh", "/site/start.sh"]

@@ -1,0 +1,93 @@
+"""`fedara deploy`: from one machine to a server and devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from fedara_flwr.config import ConfigError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def deploy() -> None:
+    """A server and devices over a real SuperLink, with TLS and a key for each node: docs/deploy.md."""
+
+
+@app.command()
+def init(
+    server: Annotated[str, typer.Option(metavar="HOST", help="name or address under which nodes reach the server")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="new folder, outside of git work trees or ignored there")],
+    port: Annotated[int, typer.Option(help="port that nodes reach")] = 8000,
+    nodes: Annotated[int, typer.Option(help="how many nodes, named 1, 2, …")] = 3,
+    names: Annotated[str, typer.Option(metavar="A,B,…", help="their names, in place of --nodes")] = "",
+    days: Annotated[int, typer.Option(help="how long the certificates are valid")] = 365,
+    superlink_port: Annotated[int, typer.Option(help="the SuperLink's own, on the server alone; 0: --port + 1")] = 0,
+) -> None:
+    """Write keys, certificates, settings and scripts: a folder for the server and one for each node."""
+    from fedara_flwr.cli.deploy.site import create
+
+    named = tuple(name.strip() for name in names.split(",")) if names else tuple(str(number + 1) for number in range(nodes))
+    try:
+        create(out, server, port, named, days, superlink_port or port + 1, typer.echo)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+    typer.echo(f"next: {out / 'server' / 'README.md'}")
+
+
+@app.command("add-node")
+def add_node(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    site: Annotated[Path, typer.Option(metavar="FOLDER", help="what `fedara deploy init` wrote")],
+) -> None:
+    """Add a node to a site."""
+    from fedara_flwr.cli.deploy.site import add_node
+
+    try:
+        add_node(site, name, typer.echo)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
+@app.command("check")  # not by the function's name, which would hide the module of that name
+def check_up(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder or a node's")] = Path("."),
+) -> None:
+    """Check this machine's folder, in order: files, keys, certificate, packages, network, data. Exits with 1 at a problem."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.deploy.check import examine
+    from fedara_flwr.cli.doctor import print_findings
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    try:
+        problems = print_findings(examine(folder.resolve()), console)
+    except ConfigError as error:
+        _fail(error)
+    if not problems:
+        typer.echo("ready")
+    raise typer.Exit(int(problems > 0))
+
+
+@app.command()
+def gateway(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder: certificate and key")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the SuperLink listens")],
+    listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nosec B104 # nodes come from outside
+    port: Annotated[int, typer.Option()] = 8000,
+    max_request_mb: Annotated[float, typer.Option(help="a larger request is refused")] = 64,
+) -> None:
+    """Pass on what nodes need of a SuperLink, and nothing else. The server's start.sh starts it."""
+    from fedara_flwr.cli.deploy.gateway import serve
+
+    serve(superlink, folder / "ca.crt", folder / "server.pem", folder / "server.key", listen, port, max_request_mb)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(1)
