@@ -309,11 +309,13 @@ def test_a_private_run_of_fedara(tiny_bert):
 
 
 def test_the_noise_does_not_follow_from_the_seed(tiny_bert):
+    counted()
     first, second = (start(config(tiny_bert, **RUN, method="head", num_server_rounds=1)) for _ in range(2))
     assert not np.array_equal(first.state.arrays["head"], second.state.arrays["head"])
 
 
 def test_missing_replies_do_not_change_the_divisor_and_drops_tell_no_figures(tiny_bert, monkeypatch):
+    counted()
     monkeypatch.setattr(PrivateMean.__init__, "__defaults__", (np.zeros,))
     flat = config(tiny_bert, **RUN, method="head", num_server_rounds=1, strategy__fraction_train=1.0)
 
@@ -341,6 +343,7 @@ def test_methods_that_merge_otherwise_or_ask_devices_are_refused(tiny_bert, meth
     "method", ["slora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ffa-lora", "federa", "full"))]
 )
 def test_other_methods_can_be_private(tiny_bert, method):
+    counted()
     quiet = {**RUN, "privacy__noise_multiplier": 0.01, "privacy__clip": 0.01}
     strategy = start(config(tiny_bert, **quiet, method=method, num_server_rounds=3))
     assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [3, 3, 3]
