@@ -440,4 +440,4 @@ def deployment(root: Path, model: Path, nodes: int, link: Link | None = None, du
         found.close()
 
 
-KILL, TERM, STOP, CONTINUE = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT
+KILL, TERM, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
