@@ -52,7 +52,7 @@ def add_node(
         _fail(error)
 
 
-@app.command("check")  # not by the function's name, which would hide the module of that name
+@app.command("check")  # not by the function's name: that would hide the module of that name
 def check_up(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder or a node's")] = Path("."),
 ) -> None:
@@ -74,8 +74,8 @@ def check_up(
     raise typer.Exit(int(problems > 0))
 
 
-@app.command()
-def gateway(
+@app.command("gateway")  # as above
+def start_gateway(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder: certificate and key")],
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the SuperLink listens")],
     listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nosec B104 # nodes come from outside

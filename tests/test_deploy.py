@@ -1,0 +1,545 @@
+"""`fedara deploy`: what it writes and refuses, what its check finds, its gateway, its files for containers; a site in use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import psutil
+import pytest
+import uvicorn
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from cryptography.x509.verification import PolicyBuilder, Store
+from deployment import free_port, wait_for, write_rows
+from packaging.requirements import Requirement
+from runs_helper import SMALL
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from test_flower import clone
+from typer.testing import CliRunner
+
+from fedara_flwr import cli
+from fedara_flwr.cli import doctor
+from fedara_flwr.cli.deploy import check, gateway, keys
+from fedara_flwr.cli.deploy.site import SECRETS
+
+ROOT = Path(__file__).parent.parent
+FILES = ROOT / "fedara_flwr/cli/deploy/files"
+DOCKER = ROOT / "docker"
+SCRIPTS = sorted([*FILES.glob("*.sh"), *DOCKER.glob("*.sh")])
+COMPOSE = sorted([*FILES.glob("*.yml"), *DOCKER.glob("*.yml")])
+BIN = Path(sys.executable).parent
+HOST = "fed.example"
+
+
+def fedara(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.app, ["deploy", *words])
+    return done.exit_code, done.output
+
+
+def init(out: Path, *words: str, host: str = HOST) -> Path:
+    code, text = fedara("init", "--server", host, "--out", str(out), *words)
+    assert code == 0, text
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A site that nobody changes."""
+    return init(tmp_path_factory.mktemp("deploy") / "site", "--names", "attic,cellar", "--port", "9000")
+
+
+@pytest.fixture
+def site(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "site"))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_folder_for_each_machine(made):
+    assert {path.name for path in made.iterdir()} == {"ca", "server", "node-attic", "node-cellar", "site.toml"}
+    assert {path.name for path in (made / "server/nodes").iterdir()} == {"attic.pub", "cellar.pub"}
+    for name in ("start.sh", "compose.yml", "README.md", "settings.env", "ca.crt"):
+        assert (made / "server" / name).is_file() and (made / "node-attic" / name).is_file()
+    assert "SUPERLINK=fed.example:9000" in (made / "node-attic/settings.env").read_text()
+    assert "PORT=9000\n" in (made / "server/settings.env").read_text()
+    assert "SUPERLINK_PORT=9001\n" in (made / "server/settings.env").read_text()
+    first, second = (tomllib.loads((made / f"node-{name}/node.toml").read_text()) for name in ("attic", "cellar"))
+    assert first == {"client-key": "attic", "partition-id": 0, "num-partitions": 2}
+    assert second["partition-id"] == 1
+
+
+def test_secrets_are_for_their_owner_alone(made):
+    for path in (made, *made.rglob("*")):
+        if path.is_dir():
+            assert mode(path) == 0o700, path
+        elif path.suffix not in (".crt", ".pem", ".pub"):
+            assert mode(path) & 0o077 == 0, path
+    found = {path.name for path in made.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()}
+    assert found == SECRETS - {"superexec.secret"}
+    assert not (made / "server/ca.key").exists()
+
+
+def certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+@pytest.mark.parametrize("host", ["fed.example", "192.168.7.5", "fd00::7"])
+def test_the_certificate_is_for_the_host_and_this_machine(tmp_path, host):
+    site = init(tmp_path / "site", "--nodes", "1", "--days", "30", host=host)
+    shown = certificate(site / "server/server.pem")
+    policy = PolicyBuilder().store(Store([certificate(site / "node-1/ca.crt")]))
+    for name in (host, "localhost", "127.0.0.1"):
+        policy.build_server_verifier(keys.subject_name(name)).verify(shown, [])
+    with pytest.raises(x509.verification.VerificationError):
+        policy.build_server_verifier(x509.DNSName("other.example")).verify(shown, [])
+    left = shown.not_valid_after_utc - datetime.now(UTC)
+    assert timedelta(days=29, hours=23) < left <= timedelta(days=30)
+    key = load_pem_private_key((site / "server/server.key").read_bytes(), None)
+    assert key.public_key() == shown.public_key()
+    if ":" in host:
+        assert f"SUPERLINK=[{host}]:8000" in (site / "node-1/settings.env").read_text()
+
+
+def test_node_keys_are_what_ssh_keygen_makes(made):
+    private, public = made / "node-attic/node.key", made / "server/nodes/attic.pub"
+    key = load_ssh_private_key(private.read_bytes(), None)
+    assert key.curve.name == "secp384r1" and key.public_key() == load_ssh_public_key(public.read_bytes())
+    assert load_ssh_public_key((made / "server/nodes/cellar.pub").read_bytes()) != key.public_key()
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("no ssh-keygen")
+    told = subprocess.run(["ssh-keygen", "-y", "-f", str(private)], capture_output=True, text=True, check=True).stdout
+    assert told.split()[:2] == public.read_text().split()[:2]
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--server", "https://fed.example"], "--server"),
+        (["--server", "fed.example:8000"], "no port"),
+        (["--server", "fed.example", "--port", "0"], "1 to 65535"),
+        (["--server", "fed.example", "--superlink-port", "8000"], "another one"),
+        (["--server", "fed.example", "--days", "0"], "1 to 3650"),
+        (["--server", "fed.example", "--nodes", "0"], "1 or more"),
+        (["--server", "fed.example", "--names", "a,a"], "each name once"),
+        (["--server", "fed.example", "--names", "a,../b"], "'../b'"),
+        (["--server", "fed.example", "--names", "Attic"], "'Attic'"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path, words, line):
+    code, text = fedara("init", *words, "--out", str(tmp_path / "site"))
+    assert code == 1 and line in text
+    assert not (tmp_path / "site").exists()
+
+
+def test_nothing_is_overwritten(site):
+    before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    code, text = fedara("init", "--server", HOST, "--out", str(site))
+    assert code == 1 and "add-node" in text
+    assert before == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+
+
+def test_no_secrets_where_git_would_see_them(tmp_path):
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    code, text = fedara("init", "--server", HOST, "--out", str(tmp_path / "deep/site"))
+    assert code == 1 and "git" in text and not (tmp_path / "deep").exists()
+    (tmp_path / ".gitignore").write_text("site/\n")
+    init(tmp_path / "deep/site")
+
+
+def test_a_node_is_added(site):
+    code, text = fedara("add-node", "roof", "--site", str(site))
+    assert code == 0 and "register.sh" in text
+    key = load_ssh_private_key((site / "node-roof/node.key").read_bytes(), None)
+    assert load_ssh_public_key((site / "server/nodes/roof.pub").read_bytes()) == key.public_key()
+    assert "SUPERLINK=fed.example:9000" in (site / "node-roof/settings.env").read_text()
+    assert "RUNTIME_PORT=9096" in (site / "node-roof/settings.env").read_text()
+    assert fedara("add-node", "roof", "--site", str(site))[0] == 1
+    assert fedara("add-node", "barn", "--site", str(site / "server"))[0] == 1
+
+
+# fedara deploy check
+
+
+def levels(folder: Path) -> dict[str, check.Finding]:
+    return dict(check.examine(folder))
+
+
+def test_a_new_server_is_ready(made):
+    code, text = fedara("check", str(made / "server"))
+    assert code == 0 and text.endswith("ready\n"), text
+    assert "fed.example, localhost, 127.0.0.1" in text and "attic, cellar" in text
+
+
+def test_a_node_says_that_its_server_does_not_answer(site, tmp_path, tiny_bert):
+    (tmp_path / "own.csv").write_text("text,label\n" + "a word,red\n" * 24)
+    node = site / "node-attic"
+    settings = (node / "settings.env").read_text().replace("fed.example:9000", f"127.0.0.1:{free_port()}")
+    (node / "settings.env").write_text(settings.replace("RUNTIME_PORT=9094", f"RUNTIME_PORT={free_port()}"))
+    with (node / "node.toml").open("a") as file:
+        file.write(f'data-path = "{tmp_path}/own.csv"\nmodel-name = "{tiny_bert}"\n')
+    found = levels(node)
+    assert [name for name, finding in found.items() if finding.level == "problem"] == ["server"]
+    assert "does not answer" in found["server"].found
+    assert found["data"].found.endswith("own.csv: 24 rows, columns text, label")
+    assert found["model"].found == str(tiny_bert)
+
+
+def test_a_folder_of_no_site_is_refused(tmp_path):
+    code, text = fedara("check", str(tmp_path))
+    assert code == 1 and "deploy init" in text
+
+
+def test_missing_files_come_first(site):
+    (site / "server/server.key").unlink()
+    assert [(name, finding.level) for name, finding in levels(site / "server").items()] == [("files", "problem")]
+
+
+def test_keys_that_others_can_read(site):
+    (site / "node-attic/node.key").chmod(0o640)
+    finding = levels(site / "node-attic")["permissions"]
+    assert finding.level == "problem" and "chmod" in finding.advice
+
+
+def test_a_key_of_another_server(site, tmp_path):
+    other = init(tmp_path / "other")
+    shutil.copy(other / "server/server.key", site / "server/server.key")
+    assert levels(site / "server")["key"].level == "problem"
+    shutil.copy(other / "server/ca.crt", site / "server/ca.crt")
+    assert "not signed" in levels(site / "server")["certificate"].found
+
+
+@pytest.mark.parametrize("days, level", [(365, "ok"), (20, "warning"), (-1, "problem")])
+def test_dates_of_the_certificate(site, days, level, monkeypatch):
+    monkeypatch.setattr(keys, "CLOCK_ALLOWANCE", timedelta(days=2))
+    authority = keys.Authority(certificate(site / "ca/ca.crt"), load_pem_private_key((site / "ca/ca.key").read_bytes(), None))
+    shown, _ = keys.new_server(authority, (HOST,), days)
+    (site / "server/server.pem").write_bytes(keys.certificate_pem(shown))
+    assert levels(site / "server")["certificate"].level == level
+
+
+def test_settings_that_cannot_be(site):
+    file = site / "node-attic/settings.env"
+    file.write_text(file.read_text().replace("fed.example:9000", "fed.example"))
+    assert "allowed is HOST:PORT" in levels(site / "node-attic")["settings"].found
+    file.write_text("SUPERLINK = fed.example:9000\n")
+    assert levels(site / "node-attic")["settings"].level == "problem"
+
+
+def test_another_program_on_a_node_s_port(monkeypatch):
+    monkeypatch.setattr(check, "SECONDS", 0.3)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finding = check.runtime_port(taken.getsockname()[1])
+    assert finding.level == "problem"
+
+
+def test_packages_of_a_device_are_those_that_it_needs(monkeypatch):
+    """Neither Ray nor matplotlib is missed on a device; matplotlib is on a server."""
+
+    def version(name: str) -> str:
+        if name.lower() in ("ray", "matplotlib", "jinja2"):
+            raise PackageNotFoundError(name)
+        return real(name)
+
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(
+        check, "requires", lambda name: tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+    assert check.packages(device=True).level == "ok"
+    assert "matplotlib is missing" in check.packages(device=False).found
+
+
+# the gateway
+
+
+async def echo(request: Request) -> Response:
+    """A SuperLink that answers with what it was sent."""
+    body = await request.body()
+    told = {"X-Path": request.url.path, "X-Length": str(len(body)), "X-Signature": request.headers.get("signature", "")}
+    return Response(body[:10], 202, told | {"X-From": request.headers.get("x-forwarded-for", "")})
+
+
+@contextlib.contextmanager
+def serving(folder: Path, routes: list[Route]) -> Iterator[int]:
+    """Something behind TLS with a server folder's certificate."""
+    port = free_port()
+    config = uvicorn.Config(
+        Starlette(routes=routes),
+        host="127.0.0.1",
+        port=port,
+        ssl_certfile=str(folder / "server.pem"),
+        ssl_keyfile=str(folder / "server.key"),
+        log_level="error",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+ANY = [Route("/{path:path}", echo, methods=["GET", "POST"])]
+
+
+def test_nodes_pass_the_gateway_and_users_do_not(made):
+    with (
+        serving(made / "server", ANY) as port,
+        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt", 0.01)) as node,
+    ):
+        answer = node.post("/v1/fleet/pull-messages", content=b"x" * 9000, headers={"signature": "s", "x-forwarded-for": "me"})
+        assert (answer.status_code, answer.content) == (202, b"x" * 10)
+        assert answer.headers["x-path"] == "/v1/fleet/pull-messages" and answer.headers["x-length"] == "9000"
+        assert answer.headers["x-signature"] == "s" and answer.headers["x-from"] != "me"
+        assert node.get("/health").status_code == 202
+        for path in (
+            "control/start-run",
+            "runtime/acquire-task",
+            "fleet/..%2Fcontrol%2Fstart-run",
+            "fleet/%2E%2E",
+            "fleet/a%3Fb",
+        ):
+            assert node.post(f"/v1/{path}").status_code == 404, path
+        assert node.get("/docs").status_code == 404 and node.get("/v1/fleet/pull-messages").status_code == 405
+        assert node.post("/v1/fleet/push-object", content=b"x" * 10001).status_code == 413
+        assert node.post("/v1/fleet/push-object", content=iter([b"x" * 6000] * 2)).status_code == 413  # its length not told
+
+
+def test_the_gateway_trusts_its_own_superlink_alone(made, tmp_path):
+    other = init(tmp_path / "other")
+    with (
+        serving(other / "server", ANY) as port,
+        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt")) as node,
+    ):
+        assert node.post("/v1/fleet/pull-messages").status_code == 502
+    with TestClient(gateway.application(f"127.0.0.1:{free_port()}", made / "ca/ca.crt")) as node:
+        assert node.get("/health").status_code == 502
+
+
+def test_check_notices_what_answers(made, tmp_path):
+    folder = made / "server"
+    quiet = [Route("/health", lambda request: Response())]
+    with serving(folder, quiet) as port:
+        assert "answers over TLS" in check.own_service(folder, port).found
+        assert check.reach(folder, port).level == "ok"
+        assert check.server_answers(folder, "localhost", port).level == "ok"
+        assert check.clock(folder, "localhost", port).level == "ok"
+        other = init(tmp_path / "other")
+        assert "another server" in check.server_answers(other / "server", "localhost", port).found
+        assert "something else" in check.own_service(other / "server", port).found
+    with serving(folder, ANY) as port:
+        assert "run code" in check.reach(folder, port).found
+
+
+@pytest.mark.parametrize("ahead, level", [(0, "ok"), (60, "problem"), (-60, "ok"), (-900, "problem")])
+def test_clocks(made, monkeypatch, ahead, level):
+    date = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
+    monkeypatch.setattr(check, "_ask", lambda *words: (200, date, None))
+    assert check.clock(made, HOST, 1).level == level
+
+
+# scripts and files for containers
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_posix(script):
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    assert script.read_text().startswith("#!/bin/sh\n") == ("environment" not in script.name)
+    if "environment" not in script.name:
+        assert "\nset -eu\n" in script.read_text()
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+    return found or pytest.skip(f"no {name}: pip install -e '.[dev]'")
+
+
+def run(*words: object) -> None:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_scripts_pass_shellcheck():
+    run(tool("shellcheck"), "--shell", "sh", *SCRIPTS)
+
+
+def test_dockerfiles_pass_hadolint():
+    run(tool("hadolint"), *DOCKER.glob("*.Dockerfile"))
+
+
+def test_compose_files_are_of_the_specification():
+    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *COMPOSE)
+
+
+def services(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())["services"]
+
+
+@pytest.mark.parametrize("path", [path for path in COMPOSE if path.name != "node-jetson.yml"], ids=lambda path: path.name)
+def test_containers_have_no_more_rights_than_they_need(path):
+    for name, service in services(path).items():
+        assert service["user"] == "${FEDARA_UID}:${FEDARA_GID}" and service["cap_drop"] == ["ALL"] and service["read_only"], (
+            name
+        )
+        assert service["restart"] == ("no" if "profiles" in service else "unless-stopped")
+        assert "healthcheck" in service
+        assert ("ports" in service) == (name == "gateway" and path.name == "server-compose.yml"), name
+
+
+def test_images_are_pinned_and_not_root():
+    for path in DOCKER.glob("*.Dockerfile"):
+        text = path.read_text()
+        (base,) = re.findall(r"^FROM (\S+)$", text, re.M)
+        assert re.fullmatch(r"[a-z/]+:\d[\w.-]+", base), base
+        assert re.search(r"^USER 1000:1000$", text, re.M) and "HEALTHCHECK" in text
+        assert "sh docker/install-" in text
+
+
+def test_no_file_names_a_registry():
+    for path in (*DOCKER.iterdir(), *FILES.iterdir()):
+        assert not re.search(r"https?://(?!localhost|127\.0\.0\.1|\$)", path.read_text()), path
+
+
+@pytest.mark.parametrize("name, left_out", [("device", check.NOT_ON_DEVICES), ("server", set())])
+def test_requirements_are_in_step_with_pyproject(name, left_out):
+    wanted = [Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
+    lines = [line for line in (DOCKER / f"{name}-requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    written = {one.name: one for one in map(Requirement, lines)}
+    assert set(written) == {one.name for one in wanted} - left_out
+    for one in wanted:
+        if one.name in written:
+            assert written[one.name].specifier == one.specifier and not written[one.name].extras
+
+
+def test_a_device_works_without_ray_and_pages():
+    """Everything that a ClientApp or `fedara deploy` on a device imports."""
+    code = """
+import sys
+for name in ("ray", "matplotlib", "jinja2", "tensorboard", "playwright"):
+    sys.modules[name] = None
+import fedara_flwr.client_app, fedara_flwr.client.session, fedara_flwr.client.train, fedara_flwr.client.capacity
+import fedara_flwr.cli, fedara_flwr.cli.deploy.check, fedara_flwr.cli.deploy.site
+"""
+    run(sys.executable, "-c", code)
+
+
+# a site in use
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Started:
+    """One of the site's scripts, running; its processes are gone when it is closed."""
+
+    def __init__(self, script: Path) -> None:
+        self.log = script.parent / "test.log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(["sh", str(script)], env=environment(), cwd="/", stdout=log, stderr=log)
+
+    def says(self, pattern: str, seconds: float = 120) -> None:
+        wait_for(lambda: re.search(pattern, self.log.read_text(errors="replace")), seconds, self.log.read_text)
+
+    def close(self) -> None:
+        below = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        _, left = psutil.wait_procs(below, timeout=20)
+        for process in left:
+            process.kill()
+        assert not left and self.process.returncode == 0, f"{left} outlived start.sh: {self.log.read_text()[-1000:]}"
+
+
+def call(script: Path, *words: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(["sh", str(script), *words], env=environment(), cwd="/", capture_output=True, text=True, timeout=400)
+    print(done.stdout, done.stderr)
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_site_in_use(tmp_path, tiny_bert):
+    """Server and two nodes by the site's own scripts: a run, one that fails, who is refused, and the end of all of it."""
+    port = free_port()
+    site = init(
+        tmp_path / "site", "--port", str(port), "--superlink-port", str(free_port()), "--names", "a,b", host="localhost"
+    )
+    fedara("add-node", "stranger", "--site", str(site))
+    for number, name in enumerate(("a", "b", "stranger")):
+        write_rows(tmp_path / f"{name}.csv", seed=number)
+        node = site / f"node-{name}"
+        (node / "node.toml").write_text(
+            f'client-key = "{name}"\ndata-path = "{tmp_path}/{name}.csv"\nmodel-name = "{tiny_bert}"\n'
+        )
+        settings = (node / "settings.env").read_text()
+        (node / "settings.env").write_text(re.sub("RUNTIME_PORT=.*", f"RUNTIME_PORT={free_port()}", settings))
+    (site / "server/nodes/stranger.pub").unlink()
+    shutil.copytree(site / "node-a", site / "node-deceived")
+    shutil.copy(init(tmp_path / "other") / "ca/ca.crt", site / "node-deceived/ca.crt")
+    app = clone(tmp_path / "app")
+    values = SMALL | {"model.name": str(tiny_bert), "run.name": "tiny", "strategy.fraction-train": 1.0, "num-server-rounds": 3}
+    (tmp_path / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: str) -> Started:
+            started = Started(site / folder / "start.sh")
+            stack.callback(started.close)
+            return started
+
+        start("server")
+        wait_for(lambda: check.own_service(site / "server", port).found.endswith("with server.pem"))
+        told = call(site / "server/register.sh")
+        assert told.returncode == 0 and told.stdout == "a: registered\nb: registered\n"
+        told = call(site / "server/register.sh")
+        assert told.returncode == 0 and told.stdout.count("registered before") == 2
+        start("node-a")
+        start("node-b")
+        start("node-stranger").says(r"Failed to activate SuperNode[\s\S]*the SuperNode ended with code \d+; again in 65 s")
+        start("node-deceived").says("CERTIFICATE_VERIFY_FAILED|certificate verify failed")
+        wait_for(lambda: call(site / "server/flwr.sh", "supernode", "list", "--format", "json").stdout.count('"online"') == 2)
+        assert not [
+            name for folder in ("server", "node-a") for name, f in levels(site / folder).items() if f.level == "problem"
+        ]
+
+        done = call(site / "server/run.sh", str(app), "--run-config", str(tmp_path / "run.toml"))
+        assert done.returncode == 0
+        facts = json.loads((site / "server/home/runs/tiny/federated.json").read_text())
+        assert facts["outcome"] == "completed" and facts["rounds"] == 3 and not facts["left-out"]
+        done = call(site / "server/run.sh", str(app), "--run-config", "train.steps=-1")
+        assert done.returncode == 1 and "train.steps" in done.stdout
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if str(site) in " ".join(p.info["cmdline"] or ())]
+    assert not left
