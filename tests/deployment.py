@@ -53,6 +53,7 @@ def probe(message, context, call_next):
         (folder / "raised").write_text(str(number))
         raise
     stop(folder, "after", number)
+    (folder / "replied").write_text(str(number))
     return reply
 
 
@@ -209,8 +210,8 @@ class Node:
 
     def order(self, place: str, what: str) -> None:
         """At its next training the node does this "before" it or "after" it: "hold", "raise" or "exit"."""
-        for old in self.probe.iterdir():
-            old.unlink()
+        for old in ("before", "after", "before.reached", "after.reached", "raised"):
+            (self.probe / old).unlink(missing_ok=True)
         (self.probe / place).write_text(what)
 
     def reached(self, place: str) -> int:
@@ -218,6 +219,21 @@ class Node:
         file = self.probe / f"{place}.reached"
         wait_for(lambda: file.exists() and file.read_text(), what=lambda: f"node {self.key}, {place}: {self.owner.tails()}")
         return int(file.read_text())
+
+    def announced(self) -> int:
+        """How many of its replies the SuperLink has heard of, whether their content came or not."""
+        own = (self.owner.root / f"node-{self.key}.log").read_text().rpartition("SuperNode ID: ")[2].split()[0]
+        return (self.owner.root / "superlink.log").read_text(errors="replace").count(f"Push replies from node_id={own}")
+
+    def idle_in(self, number: int) -> None:
+        """Wait until it has replied in this round and its reply has been taken."""
+        file = self.probe / "replied"
+
+        def look() -> bool:
+            replied = file.exists() and file.read_text() == str(number)
+            return replied and self.said("Sent successfully") == self.said("Received successfully")
+
+        wait_for(look, what=lambda: f"node {self.key} replies in round {number}: {self.owner.tails()}")
 
     def raised(self) -> int:
         """Wait until its ClientApp raised; in which round that was."""
@@ -356,11 +372,6 @@ class Deployment:
             command += ["--isolation", "process", "--database", str(self.root / "superlink.db")]
         self.superlink = self.start(command, "superlink")
         wait_for(self._answers, what=self.tails)
-
-    def asked(self, link: Link, path: str) -> int:
-        """How many requests for this path the SuperLink answered to whom is behind the link."""
-        lines = (self.root / "superlink.log").read_text(errors="replace").splitlines()
-        return sum(f"{link.guest}:" in line and path in line for line in lines)
 
     def _answers(self) -> bool:
         try:

@@ -161,10 +161,9 @@ def test_link_cut_while_the_node_computes(fleet, link):
 def test_link_cut_while_the_node_waits(fleet, link):
     """The node has replied; the link is down when the next round begins and for a while."""
     well, node = fleet.well, fleet.other
-    sent = node.said("Sent successfully")
     well.order("after", "hold")
     number = well.reached("after")
-    wait_for(lambda: node.said("Sent successfully") > sent, what=fleet.owner.tails)
+    node.idle_in(number)
     link.cut()
     well.release()
     assert fleet.round(number)["good"] == 2
@@ -179,14 +178,13 @@ def test_link_cut_while_the_node_is_sent_the_model(fleet, link):
     """Cut between two of the message's objects."""
     well, node = fleet.well, fleet.other
     well.order("after", "hold")
-    sent = node.said("Sent successfully")
     number = well.reached("after")
-    wait_for(lambda: node.said("Sent successfully") > sent, what=fleet.owner.tails)
-    pulled = fleet.owner.asked(link, "pull-object")
+    node.idle_in(number)
+    begun = node.said("Receiving: train message")
     link.slow("8kbit")
     try:
         well.release()
-        wait_for(lambda: fleet.owner.asked(link, "pull-object") > pulled, what=fleet.owner.tails)
+        wait_for(lambda: node.said("Receiving: train message") > begun, what=fleet.owner.tails)
         link.cut()
         time.sleep(4)
     finally:
@@ -206,11 +204,11 @@ def test_link_cut_while_the_node_replies(fleet, link):
     node.order("after", "hold")
     number = node.reached("after")
     assert well.reached("after") == number
-    pushed = fleet.owner.asked(link, "push-messages")
+    announced = node.announced()
     link.slow("8kbit")
     try:
         node.release()
-        wait_for(lambda: fleet.owner.asked(link, "push-messages") > pushed, what=fleet.owner.tails)
+        wait_for(lambda: node.announced() > announced, what=fleet.owner.tails)
         link.cut()
         time.sleep(2)
         well.release()
@@ -253,10 +251,9 @@ def test_a_killed_node_ends_no_round_and_can_come_back(fleet):
 @slow
 def test_nodes_leave_and_join_between_rounds(fleet):
     well, node = fleet.well, fleet.other
-    sent = node.said("Sent successfully")
     well.order("after", "hold")
     number = well.reached("after")
-    wait_for(lambda: node.said("Sent successfully") > sent, what=fleet.owner.tails)
+    node.idle_in(number)
     node.end(TERM)
     well.release()
     assert fleet.round(number)["good"] == 2
