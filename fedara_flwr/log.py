@@ -13,7 +13,12 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {printable(text)}"
+
+
+def printable(text: str) -> str:
+    """The text on one line, "?" for whatever is no visible character: words from outside must not forge lines or colours."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def show() -> None:

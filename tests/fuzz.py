@@ -19,12 +19,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    UnexpectedObjectContentError,
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, validate_object_content
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedara_flwr.config import Settings
 from fedara_flwr.draws import draw
@@ -501,8 +511,6 @@ def change_objects(rng: random.Random, objects: Objects, root: str) -> None:
 
 def rehashed(objects: Objects, root: str) -> tuple[str, Objects, dict[str, str]]:
     """The same tree under ids that are the hashes of what the objects now hold; and new ids by old ones."""
-    from flwr.supercore.inflatable.inflatable_object import get_object_id
-
     new: dict[str, str] = {}
     out: Objects = {}
     for object_id, content in objects.items():
@@ -519,15 +527,15 @@ class Loop(RoundLoop):
 
     name = "fuzz"
 
-    def __init__(self, clients: int) -> None:
-        settings = Settings.from_flat({"strategy.fraction-train": 1.0, "strategy.round-timeout": 3600.0})
+    def __init__(self, ids: Sequence[int], timeout: float = 3600.0) -> None:
+        """One client per node id; a node may be several clients."""
+        settings = Settings.from_flat({"strategy.fraction-train": 1.0, "strategy.round-timeout": timeout})
         super().__init__(settings, SPEC, Expected("f" * 64, "t", "d", ("a", "b"), frozenset()), lambda record: None)
         log, rng = OffsetLog(SPEC), np.random.default_rng(1)
         log.add(PIECE)
         arrays = {part: rng.normal(size=SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}
         self.state = ServerState(arrays, MASK, log, server_round=ROUND - 1)
-        ids = [1000 + i for i in range(clients)]
-        self.roster.nodes = {str(i): Node(str(i), node_id, clients) for i, node_id in enumerate(ids)}
+        self.roster.nodes = {str(i): Node(str(i), node_id, len(ids)) for i, node_id in enumerate(ids)}
         self.roster.examples = dict.fromkeys(self.roster.nodes, MOST)
         self.roster._asked = set(ids)
 
@@ -596,7 +604,6 @@ class FuzzGrid(InProcessGrid):
         self.rng, self.loop = rng, loop
         self._waiting, self._good = {}, {}
         self.raised: Counter[str] = Counter()
-        self.unreadable: set[int] = set()
         self.slowest, self._since = 0.0, None
         self.pulled = 0
 
@@ -617,7 +624,6 @@ class FuzzGrid(InProcessGrid):
     def begin(self) -> None:
         """A new round: nothing is on its way."""
         self._waiting, self._seen = {}, set()
-        self.unreadable.clear()
         self._since = None
 
     def pull_messages(self, message_ids):
@@ -643,7 +649,6 @@ class FuzzGrid(InProcessGrid):
             made.metadata.__dict__["_message_id"] = root  # as HttpGrid does
         except Exception as error:
             self.raised[type(error).__name__] += 1
-            self.unreadable.add(message.metadata.dst_node_id)
             raise
         return [made]
 
@@ -694,12 +699,11 @@ def fuzz_replies(
     Raises:
         Broken: a message got past a check, raised what it must not, or took too long.
     """
-    rng, loop, outcome = random.Random(seed), Loop(clients), Outcome()
+    rng, loop, outcome = random.Random(seed), Loop(range(1000, 1000 + clients)), Outcome()
     grid = FuzzGrid(rng, loop)
     grid.begin()
     loop.configure_train(ROUND, to_record(loop.state.arrays), ConfigRecord(), grid)
     first = loop._round
-    fresh = [f for f in fields(Round) if f.default_factory is not MISSING and f.name not in ("down", "began")]
     logger, handler = logging.getLogger("fedara_flwr.server"), Lines()
     before, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -707,10 +711,14 @@ def fuzz_replies(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's, of headers in the style of Python 2
             while outcome.count < count:
-                again = {f.name: f.default_factory() for f in fresh}
-                again |= {name: list(getattr(first, name)) for name in ("down", "plans", "messages")}
-                loop._round = replace(first, **again)
-                _play(loop, grid, outcome)
+                loop._round = again(first)
+                grid.begin()
+                before = grid.pulled
+                play(loop, grid, outcome)
+                grid.lap()
+                if grid.slowest > SECONDS:
+                    raise Broken(f"one message took {grid.slowest:.2f} s")
+                outcome.reasons["asked-again"] += grid.pulled - before - clients
                 progress(outcome)
     finally:
         logger.removeHandler(handler)
@@ -719,26 +727,29 @@ def fuzz_replies(
     return outcome
 
 
-def _play(loop: Loop, grid: FuzzGrid, outcome: Outcome) -> None:
-    """One round of mutated replies, and what must hold after it."""
-    grid.begin()
-    work, before = loop._round, grid.pulled
+def again(work: Round) -> Round:
+    """The same round before its replies."""
+    fresh = [f for f in fields(Round) if f.default_factory is not MISSING and f.name not in ("down", "began")]
+    values = {f.name: f.default_factory() for f in fresh}
+    return replace(work, **values, **{name: list(getattr(work, name)) for name in ("down", "plans", "messages")})
+
+
+def play(loop: Loop, grid: Grid, outcome: Outcome) -> None:
+    """One round of mutated replies, and what must hold after it; `grid.raised` counts what Flower could not inflate."""
+    work, unreadable = loop._round, grid.raised.total()
     merger = Checker({node.key: plan for node, plan in zip(work.asked, work.plans, strict=True)})
     state = {part: vector.copy() for part, vector in loop.state.arrays.items()}
     work.collect(loop._receive(grid, 3600.0), merger, lambda key, update, weight: None)
-    grid.lap()
-    if grid.slowest > SECONDS:
-        raise Broken(f"one message took {grid.slowest:.2f} s")
-    ids = {node.key: node.node_id for node in work.asked}
     for drop in work.drops:
-        if drop.reason not in REASONS and not drop.reason.startswith("error-"):
+        if drop.reason not in REASONS | {"timeout"} and not drop.reason.startswith("error-"):
             raise Broken(f"unknown reason {drop.reason!r}: {drop.detail}")
-        if drop.reason == "unreadable" and ids[drop.client] not in grid.unreadable:
-            raise Broken(f"a check raised: {drop.detail}")
         if len(drop.detail) > 1000:
             raise Broken(f"{len(drop.detail)} characters of detail")
-    dropped = [drop.client for drop in work.drops]
-    if sorted([*merger.keys, *dropped]) != sorted(ids) or merger.keys != work.answered:
+    raised = [drop.detail for drop in work.drops if drop.reason == "unreadable"]
+    if len(raised) != grid.raised.total() - unreadable:
+        raise Broken(f"a check raised, one of {raised}")
+    keys, dropped = {node.key for node in work.asked}, [drop.client for drop in work.drops]
+    if sorted([*merger.keys, *dropped]) != sorted(keys) or merger.keys != work.answered:
         raise Broken("a client's reply counts twice, or not at all")
     sent = loop.meter.take_round()
     if sent["up"] != sum(sent[f"up.{part}"] for part in COUNTED) or any(size < 0 for size in sent.values()):
@@ -749,7 +760,110 @@ def _play(loop: Loop, grid: FuzzGrid, outcome: Outcome) -> None:
         raise Broken("the global model changed")
     outcome.reasons.update(drop.reason for drop in work.drops)
     outcome.reasons["good"] += len(merger.keys)
-    outcome.reasons["asked-again"] += grid.pulled - before - len(ids)
+
+
+# -- through a SuperLink ----------------------------------------------------------------------------------------------------
+class Watched:
+    """Flower's own Grid; counts what it raises at a pull."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.raised = grid, Counter()
+
+    def __getattr__(self, name):
+        return getattr(self.grid, name)
+
+    def pull_messages(self, message_ids):
+        try:
+            return self.grid.pull_messages(message_ids)
+        except Exception as error:
+            self.raised[type(error).__name__] += 1
+            raise
+
+
+def serve(grid: Grid, folder: Path, rounds: int, clients: int = 56, timeout: float = 240.0) -> None:
+    """A ServerApp's part: so many rounds of `clients` messages to the one node that is there; outcome.json has what came."""
+    while not (ids := list(grid.get_node_ids())):
+        time.sleep(0.1)
+    watched, outcome, said = Watched(grid), Outcome(), ""
+    try:
+        for _ in range(rounds):
+            loop = Loop(ids[:1] * clients, timeout)
+            loop.configure_train(ROUND, to_record(loop.state.arrays), ConfigRecord(), watched)
+            play(loop, watched, outcome)
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        outcome.raised = watched.raised
+        (folder / "outcome.json").write_text(json.dumps(vars(outcome) | {"said": said}))
+
+
+def attack(address: str, seed: int, ended: Callable[[], bool]) -> Counter[str]:
+    """A SuperNode's part, over Flower's own connection: each message is answered with mutated bytes, until `ended`.
+
+    Returns:
+        how many replies were pushed whole ("pushed"), refused when pushed ("refused"), and held back because the SuperLink's
+        own check of an object would refuse it ("withheld": one refused object keeps its whole message from being pulled).
+    """
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    rng, count = random.Random(seed), Counter()
+    with http_request_response(address, insecure=True, max_retries=1, max_wait_time=5.0) as connection:
+        _, receive, send, _, _, pull, push, confirm = connection
+        while not ended():
+            found = receive()
+            if found is None:
+                time.sleep(0.05)
+                continue
+            message, tree = found
+            run_id, message_id = message.metadata.run_id, message.metadata.message_id
+            ids = [node.object_id for node in iterate_object_tree(tree)]
+            message = inflate_object_from_contents(message_id, {i: pull(run_id, i) for i in ids})
+            message.metadata.__dict__["_message_id"] = message_id
+            confirm(run_id, message_id)
+            plan = plan_from_content(message.content, len(SPEC.modules))
+            lacks = bool(plan.offset) and rng.random() < 0.1
+            while True:
+                reply = Message(answer(plan, lacks), reply_to=message)
+                root, objects, shape = mutated(rng, reply)
+                try:
+                    for content in objects.values():
+                        validate_object_content(content)
+                    break
+                except UnexpectedObjectContentError:
+                    count["withheld"] += 1
+            reply.metadata.__dict__["_message_id"] = root
+            try:
+                wanted, session = send(reply, shape, 0.0)
+                for object_id in objects:
+                    if object_id in wanted:
+                        push(run_id, session, object_id, objects[object_id])
+                count["pushed"] += 1
+            except Exception as error:
+                count["refused"] += 1
+                count[f"refused: {type(error).__name__}"] += 1
+    return count
+
+
+def mutated(rng: random.Random, reply: Message) -> tuple[str, Objects, ObjectTree]:
+    """A reply's objects with changed bytes, under their new hashes: id of the message, contents, and the tree of ids."""
+    tree = get_object_tree(reply)
+    root, objects = deflated(reply)
+    changed = dict(objects)
+    for _ in range(rng.choice([0, 1, 1, 1, 2])):
+        change_objects(rng, changed, root)
+    for object_id, content in changed.items():  # as long as the head says: else the SuperLink refuses it
+        head, end, body = content.partition(b"\x00")
+        fields = head.split(b" ")
+        if end and len(fields) == 3:
+            changed[object_id] = b" ".join([*fields[:2], str(len(body)).encode()]) + end + body
+    if root not in changed:
+        changed[root] = objects[root]
+    new_root, contents, new = rehashed({i: changed[i] for i in objects if i in changed}, root)
+
+    def renamed(node: ObjectTree) -> ObjectTree:
+        return ObjectTree(object_id=new[node.object_id], children=[renamed(c) for c in node.children if c.object_id in new])
+
+    return new_root, contents, renamed(tree)
 
 
 # -- the client -------------------------------------------------------------------------------------------------------------

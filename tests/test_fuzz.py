@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fuzz
 import pytest
+from deployment import Deployment, wait_for
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedara_flwr.wire.meter import payload
@@ -92,3 +95,43 @@ def test_a_million_mutated_messages(tmp_path):
     print(json.dumps(found, indent=1))
     assert sum(found["replies"]["reasons"].values()) + sum(found["plans"]["reasons"].values()) >= COUNT
     assert not {"MemoryError"} & {*found["replies"]["raised"], *found["plans"]["raised"]}
+
+
+SERVER = """
+from pathlib import Path
+from flwr.serverapp import ServerApp
+from fedara_flwr import fuzz
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    fuzz.serve(grid, Path(str(context.run_config["run.dir"])), int(context.run_config["num-server-rounds"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_mutated_objects_through_a_superlink(tmp_path):
+    """A SuperNode that pushes mutated objects to a real SuperLink; a ServerApp there pulls them as every run does."""
+    owner = Deployment(tmp_path, tmp_path)
+    shutil.copy(HERE / "fuzz.py", owner.app / "fedara_flwr" / "fuzz.py")
+    (owner.app / "fedara_flwr" / "server_app.py").write_text(SERVER)
+    results = tmp_path / "runs"
+    results.mkdir()
+    found = results / "outcome.json"
+    try:
+        owner.start_superlink()
+        run, deadline = owner.submit("fuzz", **{"num-server-rounds": 6}), time.monotonic() + 1200
+        sent = fuzz.attack(f"127.0.0.1:{owner.port}", 5, lambda: found.exists() or time.monotonic() > deadline)
+        wait_for(found.exists, 30, lambda: run.log() + owner.tails())
+    finally:
+        owner.close()
+    outcome = json.loads(found.read_text())
+    print(json.dumps({"sent": sent, **outcome}))
+    assert outcome["said"] == ""
+    reasons = outcome["reasons"]
+    assert sum(reasons.values()) == 6 * 56 and sent["pushed"] >= 300
+    assert reasons["good"] > 20 and reasons["unreadable"] > 20
+    assert reasons.get("timeout", 0) <= sent["refused"]

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 
 from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, StrategySettings
+from fedara_flwr.log import printable
 from fedara_flwr.offsets import Holding
 from fedara_flwr.server.messages import replies
 from fedara_flwr.wire import PROTOCOL
@@ -120,7 +121,7 @@ class Roster:
             self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
 
     def _admit(self, node_id: int, who: ConfigRecord) -> None:
-        key = str(who.get("client-key", ""))[:64] or f"node-{node_id}"
+        key = printable(str(who.get("client-key", ""))[:64]) or f"node-{node_id}"
         if who.get("protocol") != PROTOCOL:
             logger.warning("node %d dropped: protocol version %r, expected %d", node_id, who.get("protocol"), PROTOCOL)
             return
@@ -218,7 +219,7 @@ class Roster:
         metrics = content.metric_records.get("metrics", MetricRecord())
         examples = metrics.get("num-examples", 0)
         if "error" in answer:
-            self.unfit[key] = str(answer["error"])[:300]
+            self.unfit[key] = printable(str(answer["error"])[:300])
             return
         for name in ("fingerprint", "tokenizer", "data"):
             mine, theirs = getattr(self.expected, name), answer.get(name)
@@ -252,6 +253,6 @@ class Roster:
 
 
 def last_line(reason: str | None) -> str:
-    """The last line of a traceback that came as a reason, cut to a readable length."""
+    """The last line of a traceback that came as a reason, cut to a readable length, without control characters."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return (lines[-1] if lines else "no reason given")[:300]
+    return printable((lines[-1] if lines else "no reason given")[:300])

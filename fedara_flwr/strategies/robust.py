@@ -85,8 +85,9 @@ class MultiKrum(KeepAll):
     """Weighted mean of the updates that lie closest together (Blanchard et al., NeurIPS 2017).
 
     Of K updates, f = floor(attackers·K) are left out: those with the largest sum of squared distances to their K - f - 2
-    nearest neighbours. The distance of two updates is that over the numbers that both sent, scaled up to all of them (this
-    project's reading for unequal updates).
+    nearest neighbours, or f where that is more (this project's reading for K below 2f + 2, where f equal attackers would be
+    one another's only neighbours). The distance of two updates is that over the numbers that both sent, scaled up to all of
+    them (this project's reading for unequal updates).
     """
 
     def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, attackers: float) -> None:
@@ -123,7 +124,7 @@ class MultiKrum(KeepAll):
                 common[i] += both.sum(axis=1)
         distances = squares / np.maximum(common, 1)
         np.fill_diagonal(distances, np.inf)
-        near = max(1, count - bad - 2)
+        near = max(bad, count - bad - 2)
         scores = np.sort(distances, axis=1)[:, :near].sum(axis=1)
         return {int(i) for i in np.argsort(scores, kind="stable")[: count - bad]}
 
