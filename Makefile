@@ -23,10 +23,11 @@ run: $(READY)
 	$(VENV)/bin/fedara run . --engine $(ENGINE) $(if $(CONFIG),--run-config "$(CONFIG)")
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
-test-all: $(READY)
-	$(VENV)/bin/python -m pytest
+# the slow ones one by one: they run whole deployments, and kill, cut off and time them
+test-all: test
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
