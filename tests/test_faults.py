@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import fuzz
@@ -318,3 +319,31 @@ def test_copies_share_no_record():
     copy = fuzz.copy_of(content)
     copy["reply"]["round"] = 2
     assert content["reply"]["round"] == 1
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_of_which_a_fifth_are_bad(tiny_bert):
+    """One round; every fifth reply is bad, in five kinds by turns. Each is counted under its own reason, all others count."""
+    kinds = ["NaN", "array missing", "header bomb", "examples 1e12", "unreadable"]
+    flat = config(
+        tiny_bert,
+        num_server_rounds=1,
+        strategy__fraction_train=1.0,
+        strategy__warmup_rounds=0,
+        strategy__final_rounds=0,
+        train__steps=1,
+        data__test=0.1,
+        data__partition="iid",
+    )
+
+    def tamper(number, node, reply):
+        if node % 5 == 0:
+            FAULTS[kinds[node // 5 % 5]][0](reply, None)
+        return reply
+
+    strategy, grid = prepare(flat, TamperedGrid, clients=1000, tamper=tamper)
+    strategy.start(grid, strategy.initial_arrays(), 1)
+    (line,) = [line for line in strategy.lines if line["type"] == "round"]
+    assert line["good"] == 800 and len(line["sampled"]) == 1000
+    assert Counter(drop["reason"] for drop in line["dropped"]) == {FAULTS[kind][1]: 40 for kind in kinds}
+    assert all(int(drop["client"]) % 5 == 0 for drop in line["dropped"])
