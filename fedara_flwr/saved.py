@@ -54,9 +54,11 @@ class Keeper:
         self.directory.update({"resumed": resumed, "outcome": "running", "reason": ""})
 
     def begin(self) -> None:
-        """Write what the run is, and open the trackers."""
+        """Write what the run is, say what privacy all of it will have, and open the trackers."""
         self.directory.update(self._facts() | {"outcome": "running", "reason": "", "data": self.model.federation.digest})
         settings = self.strategy.settings
+        if settings.privacy.on:
+            logger.info("%s", in_words(settings.privacy, settings.num_server_rounds))
         self._trackers = open_trackers(
             settings.run.track, self.directory.path, settings.to_flat(), self.strategy.state.server_round
         )

@@ -42,12 +42,13 @@ def fedara(app: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*FEDARA, "run", str(app), *arguments], env=env, cwd="/", capture_output=True, text=True, timeout=500)
 
 
-def leftovers() -> list[str]:
-    """Flower and Ray processes of `fedara run` that are still there."""
+def leftovers(*apps: Path) -> list[str]:
+    """Flower and Ray processes of `fedara run` with these apps that are still there."""
+    homes = {str(app / ".flwr") for app in apps}
     found = []
     for process in psutil.process_iter():
         try:
-            if "FEDARA_LAUNCH" in process.environ():
+            if "FEDARA_LAUNCH" in (env := process.environ()) and env.get("FLWR_HOME") in homes:
                 found.append(" ".join(process.cmdline())[:80])
         except (psutil.Error, OSError):
             continue
@@ -77,7 +78,7 @@ def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method):
     assert metrics(first) == metrics(second)
     masks = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
     assert masks[0]["mask"] == masks[1]["mask"] and masks[0]["bytes"] == masks[1]["bytes"]
-    assert leftovers() == []
+    assert leftovers(app) == []
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_a_failed_run_has_a_failed_exit_code(tiny_bert, tmp_path):
     done = fedara(app, *overrides(tiny_bert, **{"run.name": "x", "model.name": "/nowhere"}))
     assert failed.returncode == 1 and "9 are needed" in failed.stdout + failed.stderr
     assert done.returncode == 1 and "no such directory" in done.stdout + done.stderr
-    assert leftovers() == []
+    assert leftovers(app) == []
 
 
 @pytest.mark.slow
@@ -115,7 +116,7 @@ def test_two_clones_run_at_once_each_its_own_code(tiny_bert, tmp_path):
         {key for line in metrics(app / "runs" / "run") if line["type"] == "round" for key in line["sampled"]} for app in apps
     ]
     assert all(not key.startswith("b") for key in sampled[0]) and all(key.startswith("b") for key in sampled[1])
-    assert leftovers() == []
+    assert leftovers(*apps) == []
 
 
 def begin(app: Path, *arguments: str) -> subprocess.Popen:
@@ -144,7 +145,7 @@ def test_interrupt_ends_everything_and_leaves_an_adapter(tiny_bert, tmp_path, en
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=90) == 130, process.stdout.read()[-2000:]
     time.sleep(1)
-    assert leftovers() == []
+    assert leftovers(app) == []
     run = app / "runs" / "run"
     facts = read_facts(run)
     assert facts["outcome"] == "stopped" and facts["rounds"] >= 2
@@ -176,7 +177,7 @@ def test_a_killed_server_goes_on_to_the_same_end(tiny_bert, tmp_path):
     extra = sum(line["bytes"]["down"] + line["bytes"]["up"] for line in metrics(run) if line["type"] == "resume")
     assert ours[-1].pop("bytes-total") == theirs[-1].pop("bytes-total") + extra and ours[-1] == theirs[-1]
     assert [line["round"] for line in ours] == list(range(1, 41))
-    assert leftovers() == []
+    assert leftovers(app) == []
 
 
 def test_fab_holds_the_app_and_nothing_else(tmp_path):

@@ -250,7 +250,7 @@ def test_moving_averages_by_hand():
     """One step of calibration: forward 2 s, backward 6 s through 3 blocks, so f = 2, g = 2.
 
     Round 1: 4 steps, 16 s forward, 8 s backward through 2 blocks: 4 and 1 per step; halves: f = 3, g = 1.5.
-    Round 2: 2 steps, 2 s and 3 s through 1 block: 1 and 1.5: f = 2, g = 1.5.
+    Round 2: 2 steps, 2 s and 3 s through 1 block: 1 and 1.5. The 1 counts as 1.5, half of 3: f = 2.25, g = 1.5.
     """
     strategy = legend("smoothing = 0.5", train__steps=0)
     node = join(strategy, "0", calibration(2.0, 6.0, free=5e6, per_block=2e6))
@@ -261,7 +261,7 @@ def test_moving_averages_by_hand():
     assert strategy.capacity(node) == Capacity(3.0, 1.5, 0.0, 2.5)
     strategy.depth = {"0": 1}
     answer(strategy, "0", steps=2, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
-    assert strategy.capacity(node) == Capacity(2.0, 1.5, 0.0, 2.5)
+    assert strategy.capacity(node) == Capacity(2.25, 1.5, 0.0, 2.5)
 
 
 def test_smoothing_is_the_newest_reports_weight():

@@ -337,7 +337,7 @@ def test_a_dead_ray_actor_is_noticed_and_named(tiny_bert, tmp_path):
     rounds = str(facts["rounds"] + 2)
     resumed = fedara(app, "--resume", str(app / "runs" / "run"), "-c", f"num-server-rounds={rounds}")
     assert resumed.returncode == 0, resumed.stdout[-2000:]
-    assert leftovers() == []
+    assert leftovers(app) == []
 
 
 def _is_actor(process: psutil.Process, home: str) -> bool:

@@ -6,7 +6,6 @@ Flower's side of a Strategy, are in server/loop.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
 
@@ -23,11 +22,9 @@ from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Merger, Record
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import Arrays, ModelSpec
-from fedara_flwr.strategies.private import PrivateMean, in_words
+from fedara_flwr.strategies.private import PrivateMean
 from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire.plan import TrainPlan, Update
-
-logger = logging.getLogger(__name__)
 
 
 class ModelPort(Protocol):
@@ -88,12 +85,6 @@ class BaseStrategy(RoundLoop):
                     f"privacy.clip = {self.settings.privacy.clip!r}: method {self.name!r} {way}, allowed is 0.0, or a method "
                     "such as fedara, fedara-static, fedlora, ffa-lora, head"
                 )
-
-    def summary(self) -> None:
-        """As RoundLoop's, and what privacy the whole run will have."""
-        super().summary()
-        if self.settings.privacy.on:
-            logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
 
     # -- hooks: the model -------------------------------------------------------------------------------------------
     def start_mask(self) -> RankMask:

@@ -29,7 +29,7 @@ from fedara_flwr.wire.plan import Update
 
 UPLOADS = 5  # upload times of which the median counts
 FASTEST = 100.0  # times the median speed of a round's devices, what a report may claim
-LEAP = 2.0  # times the average that one report may differ from it: a device that lies needs many rounds to be believed
+LEAP = 2.0  # times faster than its average that a device may say it is: one that lies needs many rounds to be believed
 POLLING = 3.0  # seconds; a stock SuperNode sleeps so long after an empty pull
 
 
@@ -105,13 +105,16 @@ class Legend(FedLoRA):
         if not all(0 < value < inf for value in values.values()):
             return
         for way, value in values.items():
-            self._smooth(client_key, way, value)
+            self._believe(client_key, way, value)
+
+    def _believe(self, client_key: str, way: str, seconds: float) -> None:
+        """A device may get slower at once, but faster only as far as its own past makes likely."""
+        known = self.state.clients[client_key]
+        self._smooth(client_key, way, max(seconds, known[way] / LEAP) if way in known else seconds)
 
     def _smooth(self, client_key: str, name: str, value: float) -> None:
-        """One more value of a moving average; none moves it by more than its own past makes likely."""
+        """One more value of a moving average."""
         known, share = self.state.clients[client_key], self.options.smoothing
-        if name in known:
-            value = min(max(value, known[name] / LEAP), known[name] * LEAP)
         known[name] = (1 - share) * known[name] + share * value if name in known else value
 
     def capacity(self, node: Node) -> Capacity | None:
