@@ -117,7 +117,9 @@ def test_mutated_objects_through_a_superlink(tmp_path):
     """A SuperNode that pushes mutated objects to a real SuperLink; a ServerApp there pulls them as every run does."""
     owner = Deployment(tmp_path, tmp_path)
     shutil.copy(HERE / "fuzz.py", owner.app / "fedara_flwr" / "fuzz.py")
-    (owner.app / "fedara_flwr" / "server_app.py").write_text(SERVER)
+    (owner.app / "fedara_flwr" / "fuzz_server.py").write_text(SERVER)
+    project = owner.app / "pyproject.toml"
+    project.write_text(project.read_text().replace("fedara_flwr.server_app:app", "fedara_flwr.fuzz_server:app"))
     results = tmp_path / "runs"
     results.mkdir()
     found = results / "outcome.json"

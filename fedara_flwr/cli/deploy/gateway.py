@@ -18,7 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -80,6 +80,8 @@ async def _pass_on(request: Request, url: str, body: AsyncIterator[bytes] | None
         headers["x-forwarded-for"] = request.client.host  # for the SuperLink's log
     try:
         answer = await client.send(client.build_request(request.method, url, headers=headers, content=body), stream=True)
+    except ClientDisconnect:
+        return Response(status_code=400)  # which nobody reads
     except httpx.HTTPError as error:
         return PlainTextResponse(f"the SuperLink does not answer ({type(error).__name__})", 502)
     kept = {name: value for name, value in answer.headers.items() if name not in NOT_PASSED}
