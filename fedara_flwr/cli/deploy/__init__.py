@@ -78,7 +78,7 @@ def check_up(
 def start_gateway(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder: certificate and key")],
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the SuperLink listens")],
-    listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nodes come from outside
+    listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nosec B104 # nodes come from outside
     port: Annotated[int, typer.Option()] = 8000,
     max_request_mb: Annotated[float, typer.Option(help="a larger request is refused")] = 64,
 ) -> None:
