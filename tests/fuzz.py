@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     iterate_object_tree,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, validate_object_content
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, validate_object_content
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
@@ -817,7 +818,8 @@ def attack(address: str, seed: int, ended: Callable[[], bool]) -> Counter[str]:
             message, tree = found
             run_id, message_id = message.metadata.run_id, message.metadata.message_id
             ids = [node.object_id for node in iterate_object_tree(tree)]
-            message = inflate_object_from_contents(message_id, {i: pull(run_id, i) for i in ids})
+            contents = pull_objects(ids, partial(pull, run_id), initial_backoff=0.05)
+            message = inflate_object_from_contents(message_id, contents)
             message.metadata.__dict__["_message_id"] = message_id
             confirm(run_id, message_id)
             plan = plan_from_content(message.content, len(SPEC.modules))
