@@ -24,7 +24,8 @@ from deployment import (
     wait_for,
     why_no_link,
 )
-from runs_helper import config, prepare
+from flwr.app import Error, Message
+from runs_helper import config, prepare, start
 from test_flower import begin, clone, fedara, leftovers, overrides, wait_for_round
 
 from fedara_flwr.engine import InProcessGrid
@@ -70,7 +71,7 @@ def fleet(tiny_bert, tmp_path_factory, deadline) -> Iterator[Fleet]:
             link = Link()
             stack.callback(link.close)
         owner = stack.enter_context(deployment(tmp_path_factory.mktemp("fleet") / "run", tiny_bert, 2, link))
-        changes = {"num-server-rounds": 1000, "strategy.max-failed-rounds": 2}
+        changes = {"num-server-rounds": 1000, "strategy.max-failed-rounds": 3}
         run = owner.submit("fleet", **changes, **{"strategy.round-timeout": deadline, "strategy.node-timeout": deadline + 20})
         found = Fleet(owner, run, deadline, link)
         found.recovers(after=0)
@@ -281,9 +282,9 @@ def test_when_all_clients_fail_the_run_ends_and_is_saved(fleet):
     assert status == "finished:failed"
     facts = fleet.run.facts()
     for text in (details, facts["reason"], fleet.run.log()):
-        assert "2 rounds in a row" in text and "strategy.max-failed-rounds" in text, text
+        assert "3 rounds in a row" in text and "strategy.max-failed-rounds" in text, text
     assert facts["outcome"] == "failed" and facts["rounds"] == fleet.run.lines("round")[-1]["round"]
-    for line in fleet.run.lines("round")[-2:]:
+    for line in fleet.run.lines("round")[-3:]:
         assert line["good"] == 0 and {drop["reason"] for drop in line["dropped"]} == {"error-2"}
         assert all("the probe raises" in drop["detail"] for drop in line["dropped"])
     assert list(fleet.run.path.glob("checkpoint/round-*")) and (fleet.run.path / "report.html").exists()
@@ -376,3 +377,30 @@ def test_a_reply_that_does_not_come_to_an_end_keeps_nobody_waiting(tiny_bert):
     (line,) = [line for line in strategy.lines if line["type"] == "round"]
     assert line["good"] == 2 and time.monotonic() - began < 30
     assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("0", "timeout")]
+
+
+def test_a_node_that_is_silent_now_and_then_is_asked_again(tiny_bert):
+    """It fails in every round, so it is asked before each whether it is ready, and leaves every second question unanswered."""
+
+    class Moody(InProcessGrid):
+        questions = 0
+
+        def _call(self, message):
+            if message.metadata.dst_node_id == 1000 and message.metadata.message_type == "train":
+                return Message(Error(2, "as always"), reply_to=message)
+            return super()._call(message)
+
+        def pull_messages(self, message_ids):
+            (message,) = [self._waiting[i] for i in message_ids if i in self._waiting] or [None]
+            if message and message.metadata.dst_node_id == 1000 and message.metadata.message_type == "query.ready":
+                self.questions += 1
+                if self.questions % 2 == 0:
+                    del self._waiting[message.metadata.message_id]
+                    return []
+            return super().pull_messages(message_ids)
+
+    flat = config(tiny_bert, num_server_rounds=9, strategy__node_timeout=1.0, strategy__fraction_train=1.0)
+    strategy = start(flat, Moody, 3)
+    lines = [line for line in strategy.lines if line["type"] == "round"]
+    assert ["0" in line["sampled"] for line in lines] == [True, False] * 4 + [True]
+    assert all(line["good"] == 2 for line in lines) and not strategy.roster.unfit

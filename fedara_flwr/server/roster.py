@@ -1,8 +1,8 @@
 """The roster: which nodes are there, under which client key, and which of them can train.
 
 Two queries (contracts.md §3): `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
-is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer is asked
-up to three times.
+is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer three
+times in a row is left alone, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
 logger = logging.getLogger(__name__)
-TRIES = 3  # questions that a node may leave unanswered before it is asked no more
+TRIES = 3  # questions in a row that a node may leave unanswered before it is asked no more
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class Roster:
                 if self._silent[node_id] < TRIES:  # it may only be slow
                     self._asked.discard(node_id)
                 continue
+            self._silent.pop(node_id, None)
             self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
 
     def _admit(self, node_id: int, who: ConfigRecord) -> None:
@@ -210,6 +211,7 @@ class Roster:
                 if self._silent[node_id] >= TRIES:
                     self.unfit[key] = content
             else:
+                self._silent.pop(node_id, None)
                 self._judge(key, content)
             if key in self.unfit:
                 logger.warning("client %s is left out: %s", key, self.unfit[key])
