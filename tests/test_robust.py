@@ -25,7 +25,7 @@ from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, ar
 from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire.plan import Update, Vote
 
-laws = settings(deadline=None, max_examples=40)
+laws = settings(deadline=None, max_examples=30)
 ROBUST = ("median", "trimmed-mean", "norm-clip", "multi-krum")
 SPEC = ModelSpec(
     "f" * 64,
@@ -492,7 +492,7 @@ def test_replies_in_any_order_give_the_same_bits(tiny_bert):
     """Held, judged and merged in sampling order, in the first round, which its own median judges, and in the second."""
     flat = config(tiny_bert, **TWO, method="fedara")
     found = []
-    for seed in range(3):
+    for seed in range(2):
         strategy, grid = prepare(flat, SeeingGrid, change=by({2}, scaled(1000.0)))
         arrays = strategy.initial_arrays()
         for number in (1, 2):
@@ -504,11 +504,10 @@ def test_replies_in_any_order_give_the_same_bits(tiny_bert):
     assert all(same_model(found[0], other) and found[0].state.norms == other.state.norms for other in found[1:])
 
 
-def test_a_checkpoint_carries_the_history(tiny_bert):
-    strategy = start(config(tiny_bert, **TWO))
-    assert set(strategy.state.norms) == {"B", "E", "A", "head"}
-    assert all(len(lengths) == 12 for lengths in strategy.state.norms.values())
-    assert decode(strategy.spec, *encode(strategy.state)).norms == strategy.state.norms
+def test_a_checkpoint_carries_the_history(without_node_two):
+    state = without_node_two.state
+    assert set(state.norms) == {"B", "E", "A", "head"} and all(len(lengths) == 10 for lengths in state.norms.values())
+    assert decode(without_node_two.spec, *encode(state)).norms == state.norms
 
 
 @pytest.mark.parametrize("rule", ROBUST)
@@ -523,8 +522,9 @@ def test_every_rule_runs_and_says_what_it_did(tiny_bert, rule):
     assert all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
 
 
-@pytest.mark.parametrize("rule", ["median", "multi-krum"])
-@pytest.mark.parametrize("unequal", [{"strategy__upload_mask": "local"}, {"method": "legend"}], ids=["fedara", "legend"])
+@pytest.mark.parametrize(
+    ("rule", "unequal"), [("multi-krum", {"strategy__upload_mask": "local"}), ("median", {"method": "legend"})]
+)
 def test_rules_with_updates_of_unequal_slots(tiny_bert, rule, unequal):
     strategy = start(config(tiny_bert, **TWO, strategy__robust=rule, **unequal))
     assert dropped(strategy) == [] and all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
@@ -538,27 +538,16 @@ def test_a_method_that_merges_in_its_own_way_refuses_a_rule(tiny_bert, method):
     assert str(error.value) == f"strategy.robust = 'median': method '{method}' merges in its own way, allowed is 'mean'"
 
 
-@pytest.mark.parametrize("by_epochs", [False, True])
-def test_honest_clients_of_very_unequal_data_all_count(tiny_bert, by_epochs):
-    """Dirichlet 0.1, ten clients; by epochs one takes a single step where another takes dozens."""
-    flat = config(
-        tiny_bert,
-        **TWO | {"train__steps": 0 if by_epochs else 2, "train__batch_size": 16},
-        data__test=0.9,
-        data__dirichlet_alpha=0.1,
-    )
+def test_honest_clients_of_very_unequal_data_all_count(tiny_bert):
+    """Dirichlet 0.1 by epochs: one client takes a few steps where another takes dozens."""
+    flat = config(tiny_bert, **TWO | {"train__steps": 0, "train__batch_size": 16}, data__dirichlet_alpha=0.1)
     strategy = start(flat, clients=10)
     steps = [line["steps"] for line in strategy.lines if line["type"] == "client"]
-    assert dropped(strategy) == [] and (max(steps) >= 4 * min(steps)) == by_epochs
+    assert dropped(strategy) == [] and max(steps) >= 4 * min(steps)
 
 
-def test_what_many_clients_of_one_attacker_can_do(tiny_bert):
-    """Under one key they are one client; under keys of their own no check tells them apart, only a rule helps, below half."""
-    strategy, grid = prepare(config(tiny_bert, **TWO, strategy__node_timeout=2.0))
-    for node in (1001, 1002, 1003, 1004):
-        grid.contexts[node].node_config["client-key"] = "0"
-    strategy.start(grid, strategy.initial_arrays(), 1)
-    assert sorted(strategy.roster.nodes) == ["0", "5"] and rounds(strategy)[0]["good"] == 2
+def test_what_two_clients_of_one_attacker_can_do(tiny_bert):
+    """Under keys of their own no check tells them apart, only a rule helps; under one key they are one (test_round)."""
     far = {}
     for rule in ("mean", "median"):  # two of six
         run = start(config(tiny_bert, **TWO, strategy__robust=rule), SeeingGrid, change=by({0, 1}, scaled(7.0)))
@@ -580,9 +569,9 @@ class Boasting(InProcessGrid):
         return reply
 
 
-@pytest.mark.parametrize(("cap", "weighting"), [(10.0, "examples"), (2.5, "examples"), (0.0, "examples"), (10.0, "uniform")])
+@pytest.mark.parametrize(("cap", "weighting"), [(2.5, "examples"), (0.0, "examples"), (10.0, "uniform")])
 def test_who_declares_much_weighs_a_multiple_of_the_median(tiny_bert, cap, weighting):
-    flat = config(tiny_bert, **TWO, strategy__weight_cap=cap, strategy__weighting=weighting, data__partition="iid")
+    flat = config(tiny_bert, **TWO, strategy__weight_cap=cap, strategy__weighting=weighting)
     strategy, grid = prepare(flat, Boasting)
     seen = {}
     take = strategy.take
@@ -594,12 +583,6 @@ def test_who_declares_much_weighs_a_multiple_of_the_median(tiny_bert, cap, weigh
     expected = {key: min(count, int(cap * median)) if cap else count for key, count in declared.items()}
     assert seen == (expected if weighting == "examples" else dict.fromkeys(declared, 1))
     assert [line["num-examples"] for line in strategy.lines if line.get("client") == "0"] == [2**31]
-
-
-def test_the_cap_cuts_no_honest_client_at_usual_sizes(tiny_bert):
-    strategy = start(config(tiny_bert, **TWO, data__test=0.5))
-    sizes_ = strategy.roster.examples.values()
-    assert max(sizes_) <= 10 * sorted(sizes_)[2]
 
 
 # -- votes ----------------------------------------------------------------------------------------------------------
@@ -689,30 +672,6 @@ def test_one_poisoned_voter_of_five_in_a_run_changes_nothing_where_four_agree(ti
     assert dropped(poisoned) == [] and poisoned.state.mask == expected.state.mask
     kept = poisoned.state.mask.count
     assert alive(poisoned.state.mask) == list(range(kept)) and kept < sum(poisoned.state.mask.ranks)
-
-
-def test_a_vote_cannot_be_stuffed(tiny_bert):
-    """Bits for more slots than the budget, or ranks that are no permutation: such a reply does not count at all."""
-
-    def stuffed(message, reply):
-        record = reply.content.config_records["reply"]
-        if "votes" in record:
-            size = len(np.frombuffer(record["slot-ranks"], dtype="<u2"))
-            reply.content["reply"] = ConfigRecord({**record, "votes": pack_bits(np.ones(size, dtype=bool))})
-        return reply
-
-    def ranked(message, reply):
-        record = reply.content.config_records["reply"]
-        if "slot-ranks" in record:
-            size = len(record["slot-ranks"])
-            reply.content["reply"] = ConfigRecord({**record, "slot-ranks": bytes(size)})
-        return reply
-
-    def change(number, node, message, reply):
-        return {0: stuffed, 1: ranked}.get(node, lambda message, reply: reply)(message, reply)
-
-    strategy = start(config(tiny_bert, **TWO), SeeingGrid, change=change)
-    assert sorted(dropped(strategy)) == [(number, key, "votes") for number in (1, 2) for key in "01"]
 
 
 def test_how_much_a_liar_about_its_size_weighs_in_the_vote():
