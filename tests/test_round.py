@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
-from runs_helper import TamperedGrid, config, prepare, start
+from runs_helper import CLIENTS, TamperedGrid, config, prepare, start
 
 from fedara_flwr.client.terms import TERMS
 from fedara_flwr.config import ConfigError
@@ -311,3 +311,24 @@ def test_more_training_nodes_than_there_are_is_a_clear_error(tiny_bert):
     strategy, grid = prepare(config(tiny_bert, strategy__min_train_nodes=9, strategy__node_timeout=2.0))
     with pytest.raises(TimeoutError, match=r"6 nodes after .*strategy.min-train-nodes = 9 are needed"):
         strategy.start(grid, strategy.initial_arrays(), 1)
+
+
+def test_a_dead_process_of_the_simulation_ends_the_run_and_is_named(tiny_bert):
+    """Flower would go on giving it messages (Ray's words, as they came from a killed actor)."""
+
+    class Dead(InProcessGrid):
+        def _call(self, message):
+            reply = super()._call(message)
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1000:
+                words = "The actor died unexpectedly.", "The actor is dead because its worker process has died."
+                reply = Message(Error(0, "\n".join(words)), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = 1000
+            return reply
+
+    strategy, grid = prepare(config(tiny_bert, strategy__fraction_train=1.0), Dead)
+    with pytest.raises(RunFailed, match="client process of the simulation died"):
+        strategy.start(grid, strategy.initial_arrays(), 4)
+    (line,) = [line for line in strategy.lines if line["type"] == "round"]
+    assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("0", "actor-died")] and line[
+        "good"
+    ] == CLIENTS - 1

@@ -31,7 +31,7 @@ from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.norms import Norms
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import Merger, Record, Round
+from fedara_flwr.server.round import ACTOR_DIED, Merger, Record, Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
@@ -316,6 +316,11 @@ class RoundLoop(Strategy):
             record = self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
             self.save(self.state)
             logger.info("%s", progress.line(record))  # a round that is shown is kept
+            if self._round is not None and any(drop.reason == ACTOR_DIED for drop in self._round.drops):
+                raise RunFailed(
+                    "a client process of the simulation died (out of memory?); Flower goes on giving it messages that all fail. "
+                    "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
+                )
             if not self._asked_any() and self.roster.unfit:
                 client, reason = next(iter(self.roster.unfit.items()))
                 raise RunFailed(f"no node can train; client {client}: {reason}")

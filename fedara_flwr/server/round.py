@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from fedara_flwr.wire.records import Rejected, lacks_offset, update_from_content
 
 logger = logging.getLogger(__name__)
 Record = dict[str, object]
+ACTOR_DIED = "actor-died"
 
 
 class Merger(Protocol):
@@ -171,7 +173,10 @@ class Round:
     def _check(self, index: int, reply: Message) -> tuple[Update, Record] | None:
         node, plan = self.asked[index], self.plans[index]
         if reply.has_error():
-            self._drop(node.key, f"error-{reply.error.code}", last_line(reply.error.reason))
+            detail = last_line(reply.error.reason)
+            # Ray's words: a process of the simulation died, and Flower gives every later message to it, too
+            died = reply.error.code == 0 and re.search(r"actor.*(is dead|died)", reply.error.reason or "", re.I | re.S)
+            self._drop(node.key, ACTOR_DIED if died else f"error-{reply.error.code}", detail)
             return None
         if reply.metadata.src_node_id != node.node_id:
             self._drop(node.key, "sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
