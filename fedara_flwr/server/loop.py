@@ -318,7 +318,7 @@ class RoundLoop(Strategy):
             logger.info("%s", progress.line(record))  # a round that is shown is kept
             if self._round is not None and any(drop.reason == ACTOR_DIED for drop in self._round.drops):
                 raise RunFailed(
-                    "a client process of the simulation died (of memory?); Flower goes on giving it messages, and all fail. "
+                    "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
                     "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
                 )
             if not self._asked_any() and self.roster.unfit:
