@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("fedara_flwr")
 
@@ -21,6 +22,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+class _StandardOutput(logging.StreamHandler):
+    """Writes to what standard output is now, not to what it was when logging began: notebooks and tests replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)  # StreamHandler's own would set `stream`
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
 def show() -> None:
     """Send the package's lines to standard output, once per process.
 
@@ -28,7 +40,7 @@ def show() -> None:
     from Flower's.
     """
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _StandardOutput()
         handler.setFormatter(_Lines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
