@@ -89,7 +89,7 @@ class StrategySettings(Group):
     )
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in every average")
     weight_cap: float = Field(
-        10.0, ge=0, description="a client weighs at most this many times the median of the round's clients; 0 = no cap"
+        3.0, ge=0, description="a client weighs at most this many times the median of the round's clients; 0 = no cap"
     )
     norm_bound: float = Field(
         20.0, ge=0, description="an update counts if no part moved further than this many times the usual median; 0 = all count"

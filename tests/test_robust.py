@@ -675,12 +675,27 @@ def test_one_poisoned_voter_of_five_in_a_run_changes_nothing_where_four_agree(ti
 
 
 def test_how_much_a_liar_about_its_size_weighs_in_the_vote():
-    """A vote weighs what its client's update weighs, so at most weight-cap medians: below as many as the others are, the
-    four of median size win; at the default of 10 one liar of five outweighs them, where weighting is by examples."""
+    """A vote weighs what its client's update weighs, so at most weight-cap medians: at the default four of median size
+    win against one liar, at 10 they would not."""
     honest, order = [0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]
-    for cap, expected in ((3, [0, 1]), (10, [6, 7])):
+    for cap, expected in ((int(Settings().strategy.weight_cap), [0, 1]), (10, [6, 7])):
         votes = [vote(honest, 2, 100)] * 4 + [vote(order, 2, cap * 100)]
         assert alive(arbitrate_budget(MASK, votes, 2)) == expected
+
+
+def test_whom_krum_leaves_out_has_no_vote(tiny_bert):
+    """One of six sends a model far away, and votes for the last slots; the five agree on the first."""
+    flat = config(tiny_bert, **TWO, strategy__robust="multi-krum")
+    agreed, liar = poisoned_votes(same_votes), poisoned_votes(lambda count: np.arange(count)[::-1])
+    far = scaled(6.0)
+
+    def change(number, node, message, reply):
+        return liar(message, far(message, reply)) if node == 3 else agreed(message, reply)
+
+    strategy = start(flat, SeeingGrid, change=change)
+    asked = [line for line in rounds(strategy) if line["left-out-by-krum"]]
+    assert asked and all(line["left-out-by-krum"] == ["3"] for line in asked)
+    assert "3" not in strategy._votes and len(strategy._votes) == 5
 
 
 # -- capacity -------------------------------------------------------------------------------------------------------

@@ -102,6 +102,10 @@ class RoundLoop(Strategy):
         """See one good update, in sampling order, beside the merger (votes, capacities)."""
 
     @abstractmethod
+    def leave_out(self, client_key: str) -> None:
+        """Forget what `take` saw of a client whose update the merger left out."""
+
+    @abstractmethod
     def next_mask(self, server_round: int) -> RankMask:
         """The global mask after this round; must be covered by the present one."""
 
@@ -209,6 +213,8 @@ class RoundLoop(Strategy):
         else:
             state.failed_rounds = 0
             state.arrays = merger.result()
+            for client_key in getattr(merger, "left_out", ()):
+                self.leave_out(client_key)
             mask = self.next_mask(server_round)
             state.arrays, state.mask = self.spec.slice(state.arrays, state.mask, mask), mask
             self.finish_round(server_round)

@@ -28,7 +28,8 @@ ACTOR_DIED = "actor-died"
 class Merger(Protocol):
     """Takes updates in sampling order, one at a time (contracts.md §4).
 
-    `memory` says what it holds: "one" a running sum, "stack" all factors, "all" all updates.
+    `memory` says what it holds: "one" a running sum, "stack" all factors, "all" all updates. One that leaves whole updates out
+    names their clients in `left_out` after `result`.
     """
 
     memory: str

@@ -48,7 +48,7 @@ class BaseStrategy(RoundLoop):
 
     Once: `trainable`, `start_mask`, `start_arrays`, `start_offset`, `scales`, `terms`. Each round: `ready` for nodes that were
     asked whether they can train (when first drawn, after an error or a return), `prepare`, `client_mask` and `plan` for each
-    node, `merger`, `take` for each good update, `next_mask`, `finish_round`, `weights`. At the end: `exported`.
+    node, `merger`, `take` for each good update, `leave_out`, `next_mask`, `finish_round`, `weights`. At the end: `exported`.
     """
 
     name: ClassVar[str] = ""
@@ -189,6 +189,9 @@ class BaseStrategy(RoundLoop):
 
     def take(self, client_key: str, update: Update, weight: int) -> None:
         """See one good update, in sampling order, beside the merger (votes, capacities)."""
+
+    def leave_out(self, client_key: str) -> None:
+        """Forget what `take` saw of a client whose update the merger left out (multi-krum)."""
 
     def next_mask(self, server_round: int) -> RankMask:
         """The global mask after this round; must be covered by the present one."""

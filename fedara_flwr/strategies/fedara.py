@@ -68,7 +68,7 @@ class FedARA(BaseStrategy):
 
     def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
         """No vote yet."""
-        self._votes: list[WeightedVote] = []
+        self._votes: dict[str, WeightedVote] = {}
 
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
         """Ask for votes in rounds after which the budget is smaller than what is alive; in a private run never."""
@@ -88,7 +88,11 @@ class FedARA(BaseStrategy):
     def take(self, client_key: str, update: Update, weight: int) -> None:
         """Keep the vote."""
         if update.vote is not None:
-            self._votes.append(WeightedVote(weight, update.vote))
+            self._votes[client_key] = WeightedVote(weight, update.vote)
+
+    def leave_out(self, client_key: str) -> None:
+        """Without its vote."""
+        self._votes.pop(client_key, None)
 
     def next_mask(self, server_round: int) -> RankMask:
         """Arbitrate; dead slots stay dead, and never fewer than the final budget live.
@@ -101,6 +105,7 @@ class FedARA(BaseStrategy):
             return mask.keep(select_top(sizes, self.budget(server_round)))
         if not self._votes:
             return mask
+        votes = list(self._votes.values())
         if strategy.arbitration == "budget":
-            return arbitrate_budget(mask, self._votes, self.budget(server_round))
-        return arbitrate_threshold(mask, self._votes, strategy.threshold, self.final_budget)
+            return arbitrate_budget(mask, votes, self.budget(server_round))
+        return arbitrate_threshold(mask, votes, strategy.threshold, self.final_budget)
