@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from runs_helper import CLIENTS, TamperedGrid, config, prepare, start
 
+from fedara_flwr.client import store, train
 from fedara_flwr.client.terms import TERMS
 from fedara_flwr.config import ConfigError
 from fedara_flwr.engine import InProcessGrid
@@ -287,6 +290,40 @@ def test_a_node_that_lost_its_state_is_asked_again(tiny_bert):
     flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3})
     strategy = start(flat, Forgetful)
     assert [line["good"] for line in strategy.lines if line["type"] == "round"][2] == 6
+
+
+def test_a_client_out_of_memory_costs_its_reply(tiny_bert, monkeypatch):
+    real = train.train
+
+    def hungry(adapted, task, tokenizer, data, plan, arrays, key, *rest):
+        if key == "3":
+            raise MemoryError("DefaultCPUAllocator: can't allocate memory")
+        return real(adapted, task, tokenizer, data, plan, arrays, key, *rest)
+
+    monkeypatch.setattr(train, "train", hungry)
+    strategy = start(config(tiny_bert, **ONE_ROUND))
+    (line,) = [line for line in strategy.lines if line["type"] == "round"]
+    assert line["good"] == 5
+    assert [(d["client"], d["reason"], "allocate memory" in d["detail"]) for d in line["dropped"]] == [("3", "error-2", True)]
+
+
+def test_a_client_whose_disk_is_full_costs_its_reply(tiny_bert, monkeypatch, tmp_path):
+    """FeDeRA's nodes keep the start that they are sent."""
+    real = store.NodeStore.put
+
+    def full(self, piece):
+        if self.folder.name == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, piece)
+
+    monkeypatch.setattr(store.NodeStore, "put", full)
+    strategy, grid = prepare(config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 3, "method": "federa"}))
+    grid.contexts[1003].node_config["store-dir"] = str(tmp_path / "full")
+    strategy.start(grid, strategy.initial_arrays(), 3)
+    lines = [line for line in strategy.lines if line["type"] == "round"]
+    for line in lines:
+        assert line["good"] == 5 and [(d["client"], d["reason"]) for d in line["dropped"]] == [("3", "error-2")]
+        assert "No space left on device" in line["dropped"][0]["detail"]
 
 
 def test_the_first_reason_is_told_when_no_node_can_train(tiny_bert):
