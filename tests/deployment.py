@@ -206,7 +206,14 @@ class Node:
 
     def said(self, text: str) -> int:
         """How often its log says so."""
-        return (self.owner.root / f"node-{self.key}.log").read_text(errors="replace").count(text)
+        return self._log().count(text)
+
+    def says_last(self, text: str) -> int:
+        """Where in its log that stands last."""
+        return self._log().rfind(text)
+
+    def _log(self) -> str:
+        return (self.owner.root / f"node-{self.key}.log").read_text(errors="replace")
 
     def order(self, place: str, what: str) -> None:
         """At its next training the node does this "before" it or "after" it: "hold", "raise" or "exit"."""
@@ -231,7 +238,8 @@ class Node:
 
         def look() -> bool:
             replied = file.exists() and file.read_text() == str(number)
-            return replied and self.said("Sent successfully") == self.said("Received successfully")
+            # of an earlier process of this node a message may have been received and never answered
+            return replied and self.says_last("Sent successfully") > self.says_last("Received successfully")
 
         wait_for(look, what=lambda: f"node {self.key} replies in round {number}: {self.owner.tails()}")
 
@@ -303,7 +311,8 @@ class Run:
     def status(self) -> tuple[str, str]:
         """Flower's own word on it, and why."""
         found = self.owner.flwr("list", "--run-id", self.run_id)["runs"][0]
-        return str(found["status"]), str(found.get("status-details") or "")
+        details = str(found.get("status-details") or "")
+        return str(found["status"]), "" if details == "N/A" else details
 
     def log(self) -> str:
         """What the ServerApp said."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,9 +20,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployment import PATIENCE, wait_for
+from deployment import wait_for
 from hosts import HEADERS, Host, Switch, why_no_hosts
-from test_deploy import environment, fedara, init
+from test_deploy import environment, init
 from test_flower import clone
 
 PORT, SUPERLINK_PORT = 8000, 8001
