@@ -29,6 +29,8 @@ METRICS = (
     "peak-memory-mb",
     "bytes-free",
     "bytes-block",
+    "joules",
+    "temperature",
     "flops-forward",
     "flops-backward",
     "eval-loss",

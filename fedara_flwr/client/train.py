@@ -20,6 +20,7 @@ from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, flop_counter
 from fedara_flwr.client.guard import Guard
+from fedara_flwr.client.power import PowerMeter
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
@@ -93,9 +94,10 @@ def train(
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
-        `bytes-free` (memory of the machine); `flops-forward`, `flops-backward` (of the whole round: the first step's per
-        token, times the tokens) where they are counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of
-        the received model where the plan asks for it.
+        `bytes-free` (memory of the machine); of a real device `joules` and `temperature` where it tells them (client/power);
+        `flops-forward`, `flops-backward` (of the whole round: the first step's per token, times the tokens) where they are
+        counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received model where the plan asks for
+        it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -107,6 +109,7 @@ def train(
     stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
     torch.manual_seed(stream)
     guard = guard or Guard()
+    power = None if count_flops else PowerMeter()  # in a simulation the machine is everybody's
     received = load(adapted, plan, arrays)
     metrics: dict[str, float] = evaluate(adapted, task, tokenizer, data) if plan.evaluate else {}
     terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
@@ -174,6 +177,7 @@ def train(
     metrics |= {f"flops-{name}": value * tokens for name, value in flops.items()}
     update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
     metrics["peak-memory-mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metrics |= power.read() if power is not None else {}
     metrics["seconds-all"] = time.perf_counter() - began
     return replace(update, metrics=guard.let_out(metrics))
 
