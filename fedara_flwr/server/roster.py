@@ -138,7 +138,7 @@ class Roster:
             logger.warning("node %d waits: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
             self._asked.discard(node_id)  # a restarted node is there before Flower notices that its old id is gone
             return
-        if key.startswith("node-"):
+        if key == f"node-{node_id}":
             logger.warning("node %d has no client-key or partition-id: its random streams cannot be repeated", node_id)
         partitions = who.get("num-partitions", 0)
         simulated = who.get("simulated") is True

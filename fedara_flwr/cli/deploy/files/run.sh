@@ -23,13 +23,23 @@ fi
 echo "run $id; its folder comes to $FLWR_HOME/runs"
 flwr log "$id" site --stream || :
 # `flwr run --stream` and `flwr log` end with 0 whatever became of the run
+away=
 while :; do
     answer=$(flwr list site --run-id "$id" --format json 2>&1) || :
     case $answer in
         *'"finished:completed"'*) exit 0 ;;
+        *'SuperLink is unavailable'*) # its restart loses no run
+            [ -n "$away" ] || echo "the SuperLink does not answer; waiting for it" >&2
+            away=yes
+            sleep 4
+            ;;
         *'"finished:'* | *'"success": false'*)
             echo "$answer" >&2
             exit 1
+            ;;
+        *)
+            [ -z "$away" ] || flwr log "$id" site --stream || :
+            away=
             ;;
     esac
     sleep 1
