@@ -114,7 +114,7 @@ def load(settings: DataSettings, seed: int) -> Dataset:
         key = f"data.name = {settings.name!r}"
     for table in splits.values():
         _check_columns(table, settings)
-    names = _label_names(settings, splits, labels)
+    names = _label_names(settings, splits, labels, key)
     if tagged:
         _check_prefixes(settings, names)
     ids = {name: i for i, name in enumerate(names)}
@@ -164,14 +164,12 @@ def load_own(settings: DataSettings, names: tuple[str, ...]) -> Own:
     by_place = not own_names and not any(name.isdecimal() for name in names)
 
     def number(label: Any) -> int:
-        if isinstance(label, int) and own_names:
-            label = own_names[label] if 0 <= label < len(own_names) else None
         if isinstance(label, int) and by_place:
             return label if 0 <= label < len(names) else -1
         return ids.get(str(label), -1)
 
     skipped = Skipped()
-    examples = {name: _examples(table, settings, names, number, skipped, key) for name, table in splits.items()}
+    examples = {name: _examples(table, settings, names, number, skipped, key, own_names) for name, table in splits.items()}
     return Own(examples["train"], examples.get("test"), skipped)
 
 
@@ -190,7 +188,7 @@ def look(path: str, text_column: str, label_column: str) -> Look:
         settings = DataSettings(task=TAGGED if tagged else "classification", text_column=text_column, label_column=label_column)
         for table in splits.values():
             _check_columns(table, settings, "node-config ")
-        names = _label_names(settings, splits, labels)
+        names = _label_names(settings, splits, labels, key)
         for table in splits.values():
             _examples(table, settings, names, lambda label: 0, skipped, key)
     return Look({name: len(table) for name, table in splits.items()}, columns, names, skipped)
@@ -262,7 +260,7 @@ def _read_hub(name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[str, ...]) -> tuple[str, ...]:
+def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[str, ...], key: str) -> tuple[str, ...]:
     if settings.labels:
         return tuple(name.strip() for name in settings.labels.split(","))
     if labels:
@@ -270,7 +268,7 @@ def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[s
     if named := _class_names(settings, splits["train"]):
         return named
     column, tagged = settings.label_column, settings.task == TAGGED
-    values = {_label(value) for table in splits.values() for value in _flat(table[column]) if not _absent(value)}
+    values = {_label(value) for table in splits.values() for value in _flat(_values(table, column, key)) if not _absent(value)}
     if all(isinstance(v, int) for v in values):
         if tagged and values:  # which of them is 'O', and which begins an entity?
             raise ConfigError(
@@ -281,6 +279,13 @@ def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[s
             raise ConfigError(f"data.label-column = {column!r}: it holds {max(values)}, allowed are ids below {MAX_LABELS}")
         return tuple(str(i) for i in range(max(values, default=-1) + 1))
     return tuple(sorted(str(v) for v in values))
+
+
+def _values(table: Any, column: str, key: str) -> list[Any]:
+    try:
+        return list(table[column][:])
+    except UnicodeDecodeError as error:  # parquet and jsonl are not looked at when they are read
+        raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})") from None
 
 
 def _class_names(settings: DataSettings, table: Any) -> tuple[str, ...]:
@@ -294,10 +299,11 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _label(value: Any) -> Any:
-    """Booleans, and whole numbers that a reader made floats because one was missing, as integers."""
+def _label(value: Any, names: tuple[str, ...] = ()) -> Any:
+    """Booleans, and whole numbers that a reader made floats because one was missing, as integers; those by their names."""
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
-    return int(value) if whole else value
+    value = int(value) if whole else value
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _flat(column: Any) -> Iterator[Any]:
@@ -344,19 +350,29 @@ def _check_prefixes(settings: DataSettings, names: tuple[str, ...]) -> None:
 
 
 def _examples(
-    table: Any, settings: DataSettings, names: tuple[str, ...], number: Callable[[Any], int], skipped: Skipped, key: str
+    table: Any,
+    settings: DataSettings,
+    names: tuple[str, ...],
+    number: Callable[[Any], int],
+    skipped: Skipped,
+    key: str,
+    own_names: tuple[str, ...] = (),
 ) -> Examples:
-    """The rows that have a text and labels which `number` knows (a place in `names`, else -1); the others are counted."""
+    """The rows that have a text and labels which `number` knows (a place in `names`, else -1); the others are counted.
+
+    `own_names` are the file's names for ids, which `number` is then given.
+    """
     kept: list[int] = []
 
     def column(name: str) -> tuple[str, ...] | None:
         if not name:
             return None
-        values = list(table[name])
+        values = _values(table, name, key)
         return tuple("" if _absent(values[row]) else str(values[row]) for row in kept)
 
     skipped.rows += len(table)
-    rows = enumerate(zip(table[settings.text_column], table[settings.label_column], strict=True))
+    given = (_values(table, name, key) for name in (settings.text_column, settings.label_column))
+    rows = enumerate(zip(*given, strict=True))
     if settings.task == TAGGED:
         sentences, numbers = [], []
         for row, (words, labels) in rows:
@@ -365,11 +381,11 @@ def _examples(
                 skipped.missing += words is not None
                 continue
             _check_sentence(key, row, words, labels)
-            places = tuple(-1 if _absent(label) else number(_label(label)) for label in labels)
+            places = tuple(-1 if _absent(label) else number(_label(label, own_names)) for label in labels)
             if not any(word.strip() for word in words):
                 skipped.texts += 1
             elif -1 in places:
-                skipped.refuse(row, _label(labels[places.index(-1)]))
+                skipped.refuse(row, _label(labels[places.index(-1)], own_names))
             else:
                 kept.append(row)
                 sentences.append(tuple(words))
@@ -379,7 +395,7 @@ def _examples(
         return Examples(texts, main, None, column(settings.id_column), tuple(sentences), tuple(numbers))
     index = []
     for row, (text, value) in rows:
-        label = _label(value)
+        label = _label(value, own_names)
         if _absent(text) or not str(text).strip():
             skipped.texts += 1
         elif _absent(label):
