@@ -68,6 +68,7 @@ def test_every_key_stands_in_the_docs_with_its_default():
         ({"threads": True}, "node-config threads = True: input should be a valid integer"),
         ({"max-memory-mb": -1}, "node-config max-memory-mb = -1: input should be greater than or equal to 0"),
         ({"validation": 1.0}, "node-config validation = 1.0: input should be less than 1"),
+        ({"partition-id": 2, "num-partitions": 2}, "node-config partition-id = 2: without data-path allowed is below num-part"),
         ({"worker": "no"}, "node-config worker = 'no': input should be a valid boolean"),
         ({"busy-when": "test 'a"}, 'node-config busy-when = "test \'a": No closing quotation'),
         ({"busy-when": "no-such-command-at-all now"}, "node-config busy-when = 'no-such-command-at-all now': there is no such"),

@@ -71,6 +71,9 @@ class NodeSettings(Group):
             raise ConfigError(one_line(error, known, "node-config ")) from None
         settings._check_metrics()
         settings._check_command()
+        part, parts = settings.partition_id or 0, settings.num_partitions or 1
+        if part >= parts and not settings.data_path:
+            raise ConfigError(f"node-config partition-id = {part}: without data-path allowed is below num-partitions = {parts}")
         return settings
 
     def _check_metrics(self) -> None:
