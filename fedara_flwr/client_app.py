@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedara_flwr.client import terms
-from fedara_flwr.client.guard import Guard
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
-    from fedara_flwr.client.store import NodeStore
     from fedara_flwr.client.train import ClientData
     from fedara_flwr.spec import Arrays
     from fedara_flwr.wire.plan import TrainPlan
 
+logger = logging.getLogger(__name__)
 app = ClientApp()
 
 
 def client_key(context: Context) -> str:
-    """node-config `client-key`, else `partition-id`, else the node's id."""
+    """node-config `client-key`, else `partition-id`, else the node's id; as they stand, so that a node says who it is first."""
     node = context.node_config
     for name in ("client-key", "partition-id"):
         if name in node:
@@ -40,35 +39,44 @@ def in_simulation(context: Context) -> bool:
     return bool(ray is not None and ray.is_initialized()) or context.node_config.get("engine") == "inprocess"
 
 
-def _open(context: Context, labels: tuple[str, ...] = ()) -> tuple[Session, ClientData]:
+def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] = ()) -> tuple[Session, ClientData]:
     """The resident session and this client's data. Labels are the server's, kept in the node's state from `ready` on."""
     import torch
 
     from fedara_flwr.client import session
 
     settings = Settings.from_flat(context.run_config)
-    torch.set_num_threads(settings.train.threads)
     if labels:
         context.state["labels"] = ConfigRecord({"labels": list(labels)})
     elif "labels" in context.state:
         labels = tuple(context.state.config_records["labels"]["labels"])  # type: ignore[arg-type]
     else:
         raise ConfigError("this node was not asked whether it is ready, it has no labels")
-    node = context.node_config
     settings, path = session.own_settings(settings, node, in_simulation(context))
-    resident = session.resident(settings, labels)
-    partition, partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
-    return resident, resident.client_data(client_key(context), partition, partitions, path)
+    torch.set_num_threads(settings.train.threads)
+    resident = session.resident(settings, labels, session.pick_device(node))
+    partition, partitions = node.partition_id or 0, node.num_partitions or 1
+    data = resident.client_data(client_key(context), partition, partitions, path)
+    _check_memory(node)
+    return resident, data
+
+
+def _check_memory(node: NodeSettings) -> None:
+    from fedara_flwr.client.capacity import peak_memory
+
+    if node.max_memory_mb and (peak := peak_memory()) > node.max_memory_mb:
+        raise ConfigError(f"node-config max-memory-mb = {node.max_memory_mb:g}: this process took {peak:.0f} MB")
 
 
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Client key, number of partitions, protocol version and terms."""
+    partitions = context.node_config.get("num-partitions", 0)
     answer = ConfigRecord(
         {
             "protocol": PROTOCOL,
             "client-key": client_key(context),
-            "num-partitions": int(context.node_config.get("num-partitions", 0)),
+            "num-partitions": partitions if isinstance(partitions, int) else 0,
             "terms": ",".join(terms.names()),
             "simulated": in_simulation(context),
         }
@@ -78,25 +86,34 @@ def whoami(message: Message, context: Context) -> Message:
 
 @app.query("ready")
 def ready(message: Message, context: Context) -> Message:
-    """Whether this node can train: how many examples it has, and what it must have in common with the server."""
+    """Whether this node can train: how many examples it has, and what it must have in common with the server.
+
+    Or `busy`, why not now; or `error`, why not at all.
+    """
     question: Any = message.content.config_records["ready"]
     metrics: dict[str, Any] = {"num-examples": 0}
     try:
+        node = NodeSettings.read(context.node_config)
+        if why := node.busy():
+            return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
         from fedara_flwr.adapters.backbone import tokenizer_digest
         from fedara_flwr.data.federation import federation
 
-        guard = Guard.read(context.node_config)
-        resident, data = _open(context, tuple(question["labels"]))
+        resident, data = _open(context, node, tuple(question["labels"]))
+        if data.skipped:
+            logger.warning("node-config data-path = %r: %s", node.data_path, data.skipped)
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["offset"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)
         if "calibrate-rank" in question and len(data.train):
             from fedara_flwr.client.capacity import measure
+            from fedara_flwr.client.store import NodeStore
 
-            resident.set_offset((), _store(context))  # a run before this one may have left its own
+            resident.set_offset((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
-            metrics |= guard.let_out(measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank))
-        shared = not context.node_config.get("data-path")
+            found = measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank)
+            metrics |= node.guard.let_out(found)
+        shared = not node.data_path
         answer = ConfigRecord(
             {
                 "fingerprint": resident.adapted.spec.fingerprint,
@@ -109,35 +126,27 @@ def ready(message: Message, context: Context) -> Message:
     return Message(RecordDict({"ready": answer, "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def _receive(message: Message, context: Context) -> tuple[Session, ClientData, TrainPlan, Arrays] | Message:
+def _receive(message: Message, context: Context, node: NodeSettings) -> tuple[Session, ClientData, TrainPlan, Arrays] | Message:
     """What TRAIN and EVALUATE bring, checked against this node's model; or the reply that says what is missing."""
     from fedara_flwr.client.store import MissingPieces
     from fedara_flwr.wire.records import need_offset, plan_from_content, read_arrays
 
-    resident, data = _open(context)
+    resident, data = _open(context, node)
     spec = resident.adapted.spec
     plan = plan_from_content(message.content, len(spec.modules))
     try:
-        _take_offset(message, context, resident, plan)
+        _take_offset(message, context, node, resident, plan)
     except MissingPieces as error:
         return Message(need_offset(error.digests, plan.server_round), reply_to=message)
     return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries)
 
 
-def _store(context: Context) -> NodeStore:
-    """Where this node keeps pieces of the offset."""
-    from fedara_flwr.client.store import NodeStore
-
-    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
-    return NodeStore(Path(str(context.node_config.get("store-dir") or home / "fedara-store")))
-
-
-def _take_offset(message: Message, context: Context, resident: Session, plan: TrainPlan) -> None:
+def _take_offset(message: Message, context: Context, node: NodeSettings, resident: Session, plan: TrainPlan) -> None:
     """Keep the pieces of the offset that came, and set the one that the plan names."""
-    from fedara_flwr.client.store import MissingPieces
+    from fedara_flwr.client.store import MissingPieces, NodeStore
     from fedara_flwr.wire.records import read_pieces
 
-    store = _store(context)
+    store = NodeStore(node.store)
     came = read_pieces(message.content, resident.adapted.spec)
     for piece in came:
         store.put(piece)
@@ -154,17 +163,21 @@ def _take_offset(message: Message, context: Context, resident: Session, plan: Tr
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round of local training by the plan."""
-    from fedara_flwr.client.train import train as run
-    from fedara_flwr.wire.records import update_to_content
+    """One round of local training by the plan, or why not now."""
+    from fedara_flwr.wire.records import busy, update_to_content
 
-    received = _receive(message, context)
+    node = NodeSettings.read(context.node_config)
+    if why := node.busy():
+        return Message(busy(why), reply_to=message)
+    from fedara_flwr.client.train import train as run
+
+    received = _receive(message, context, node)
     if isinstance(received, Message):
         return received
     resident, data, plan, arrays = received
     key, simulated = client_key(context), in_simulation(context)
-    guard = Guard.read(context.node_config)
-    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, guard)
+    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, node.guard)
+    _check_memory(node)
     return Message(update_to_content(update, plan), reply_to=message)
 
 
@@ -174,11 +187,12 @@ def evaluate(message: Message, context: Context) -> Message:
     from fedara_flwr.client.train import evaluate as run
     from fedara_flwr.client.train import load
 
-    received = _receive(message, context)
+    node = NodeSettings.read(context.node_config)
+    received = _receive(message, context, node)
     if isinstance(received, Message):
         return received
     resident, data, plan, arrays = received
     load(resident.adapted, plan, arrays)
     found = run(resident.adapted, resident.task, resident.tokenizer, data)
-    metrics: dict[str, Any] = {"eval-examples": 0} | Guard.read(context.node_config).let_out(found)
+    metrics: dict[str, Any] = {"eval-examples": 0} | node.guard.let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

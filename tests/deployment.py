@@ -34,7 +34,7 @@ SCRIPTS = Path(sys.executable).parent
 PATIENCE = 300  # seconds for what usually takes a few: the machine may be busy
 T = TypeVar("T")
 PROBE = '''
-"""Stops this node at a known place, as the files in its node-config's `probe` folder say."""
+"""Stops this node at a known place, as the files in the folder `probe` of its home say."""
 
 import os
 import time
@@ -45,7 +45,7 @@ def probe(message, context, call_next):
     """`before` and `after` hold "hold" (until the file is gone), "raise" or "exit"; what was reached is written beside them."""
     if message.metadata.message_type != "train":
         return call_next(message, context)
-    folder, number = Path(str(context.node_config["probe"])), message.content.config_records["plan"]["round"]
+    folder, number = Path(os.environ["FLWR_HOME"]) / "probe", message.content.config_records["plan"]["round"]
     stop(folder, "before", number)
     try:
         reply = call_next(message, context)
@@ -174,8 +174,7 @@ class Node:
             "partition-id": key,
             "num-partitions": partitions,
             "data-path": str(self.data),
-            "model-name": str(owner.model),
-            "probe": str(self.probe),
+            "models": str(owner.model),
         }
         self.process: subprocess.Popen | None = None
 

@@ -14,12 +14,14 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.load import load
+from fedara_flwr.data.load import Skipped, load, load_own, look
 from fedara_flwr.data.partitions import by_hash, split
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
@@ -51,8 +53,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def read(path: Path, seed: int = 0, names: tuple[str, ...] = (), **options: str) -> Dataset:
-    return load(DataSettings(path=str(path), **options), seed, names)
+def read(path: Path, seed: int = 0, **options: str) -> Dataset:
+    return load(DataSettings(path=str(path), **options), seed)
 
 
 def content(data: Dataset) -> dict[str, str]:
@@ -250,16 +252,6 @@ def test_class_labels_of_the_file(tmp_path):
     data = read(tmp_path / "d.parquet")
     assert data.labels == ("neg", "neutral", "pos")
     assert content(data) == {"bad": "neg", "good": "pos"}
-
-
-def test_names_from_outside(tmp_path):
-    """A device that has only two of its server's three labels gives them the server's numbers."""
-    path = write(tmp_path / "d.jsonl", [{"text": "grass", "label": "green"}, {"text": "sky", "label": "blue"}])
-    names = ("red", "green", "blue")
-    data = read(path, names=names)
-    assert data.labels == names
-    assert content(data) == {"grass": "green", "sky": "blue"}
-    assert read(path).labels == ("blue", "green")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.jsonl"])
@@ -465,6 +457,163 @@ def test_unreachable_hub_id(monkeypatch):
     line = str(caught.value)
     assert line.startswith("data.name = 'nobody/no-such-set': cannot be loaded (")
     assert "\n" not in line and "an offline run" not in line
+
+
+# a device's own data
+
+SERVER = ("red", "green", "blue")
+
+
+def own(path: Path, names: tuple[str, ...] = SERVER, **options: str):
+    """(text -> label name, what is said of rows left out) of a device's training rows."""
+    found = load_own(DataSettings(path=str(path), **options), names)
+    return {t: names[i] for t, i in zip(found.train.texts, found.train.labels, strict=True)}, str(found.skipped)
+
+
+def own_problem(path: Path, **options: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        own(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@formats
+def test_labels_are_taken_by_the_servers_names(tmp_path, ending):
+    """A device that has two of its server's three labels gives them the server's numbers; all its rows are for training."""
+    assert own(write(tmp_path / f"d{ending}", COLOURS)) == ({row["text"]: row["label"] for row in COLOURS}, "")
+    data = load_own(DataSettings(path=str(tmp_path / f"d{ending}")), SERVER)
+    assert data.train.labels.tolist() == [2, 1, 0, 2] and data.test is None
+
+
+@formats
+def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path, ending):
+    rows = [
+        *COLOURS,
+        *({"text": f"mud {i}", "label": "brown"} for i in range(3)),
+        {"text": "night", "label": "black"},
+        {"text": "what?", "label": None},
+        {"text": None, "label": "red"},
+        {"text": "  ", "label": "pink"},
+    ]
+    found, line = own(write(tmp_path / f"d{ending}", rows))
+    assert found == {row["text"]: row["label"] for row in COLOURS}
+    assert line == "7 of 11 rows skipped: 4 with unknown labels ('brown' 3, 'black' 1), 2 without text, 1 without label"
+
+
+def test_a_line_names_few_unknown_labels_and_cuts_them():
+    skipped = Skipped(rows=99)
+    for i in range(7):
+        skipped.refuse(i, f"{i}" + "x" * 100)
+    assert str(skipped).count("xxx'") == 5 and str(skipped).endswith(", …)") and len(str(skipped)) < 400
+
+
+def test_ids_go_by_the_names_that_the_file_has(tmp_path):
+    """The file's own order is another one than the server's, and one name is unknown there."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["blue", "mauve", "red"])}
+    )
+    rows = {"text": ["sky", "wall", "cherry"], "label": [0, 1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    expected = {"sky": "blue", "cherry": "red"}, "1 of 3 rows skipped: 1 with unknown labels ('mauve' 1)"
+    assert own(tmp_path / "d.parquet") == expected
+    pd.DataFrame(rows).to_csv(tmp_path / "d.csv", index=False)
+    assert own(tmp_path / "d.csv")[0] == {"sky": "red", "wall": "green", "cherry": "blue"}  # no names: the server's places
+    (tmp_path / "labels.json").write_text('["blue", "mauve", "red"]')
+    assert own(tmp_path / "d.csv") == expected
+
+
+@formats
+def test_numbers_are_names_where_the_servers_names_are_numbers(tmp_path, ending):
+    path = write(tmp_path / f"d{ending}", [{"text": f"{n} stars", "label": n} for n in (0, 1, 5)])
+    assert own(path, ("1", "2", "3", "4", "5")) == (
+        {"1 stars": "1", "5 stars": "5"},
+        "1 of 3 rows skipped: 1 with unknown labels ('0' 1)",
+    )
+    assert own(path, ("a", "b")) == (
+        {"0 stars": "a", "1 stars": "b"},
+        "1 of 3 rows skipped: 1 with unknown labels ('5' 1)",
+    )
+
+
+def test_a_devices_test_file(tmp_path):
+    write(tmp_path / "d" / "train.csv", COLOURS)
+    write(tmp_path / "d" / "test.jsonl", [{"text": "snow", "label": "white"}, {"text": "ink", "label": "blue"}])
+    data = load_own(DataSettings(path=str(tmp_path / "d")), SERVER)
+    assert len(data.train) == 4 and data.test.texts == ("ink",)
+    assert str(data.skipped) == "1 of 6 rows skipped: 1 with unknown labels ('white' 1)"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_not_a_number_is_no_label_and_no_text(tmp_path, kind):
+    path = tmp_path / f"d.{kind}"
+    if kind == "jsonl":
+        path.write_text('{"text": "a", "label": NaN}\n{"text": "b", "label": 1}\n')
+    else:
+        pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array([float("nan"), 1.0])}), path)
+    assert own(path) == ({"b": "green"}, "1 of 2 rows skipped: 1 without label")
+    pq.write_table(pa.table({"text": pa.array([float("nan"), 2.5]), "label": ["red", "red"]}), tmp_path / "t.parquet")
+    assert own(tmp_path / "t.parquet") == ({"2.5": "red"}, "1 of 2 rows skipped: 1 without text")
+
+
+def test_a_dictionary_column(tmp_path):
+    table = pd.DataFrame({"text": ["a", "b", "c"], "label": pd.Categorical(["red", "blue", None])})
+    table.to_parquet(tmp_path / "d.parquet")
+    assert own(tmp_path / "d.parquet") == ({"a": "red", "b": "blue"}, "1 of 3 rows skipped: 1 without label")
+
+
+def test_json_rows_that_lack_keys(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": "red"}\n{"text": "b"}\n{"label": "blue"}\n{"more": 1}\n')
+    assert own(tmp_path / "d.jsonl") == ({"a": "red"}, "3 of 4 rows skipped: 2 without text, 1 without label")
+
+
+def test_a_row_with_too_many_fields(tmp_path):
+    """Where a comma was not quoted nobody knows which is the label; a row with too few is left out."""
+    (tmp_path / "d.csv").write_text("text,label\na,red\nb, and more,blue\n")
+    line = own_problem(tmp_path / "d.csv")
+    assert line.startswith(f"node-config data-path = {str(tmp_path / 'd.csv')!r}: cannot be read (")
+    assert "Expected 2 fields in line 3, saw 3" in line
+    (tmp_path / "e.csv").write_text("text,label\na,red\nb\n")
+    assert own(tmp_path / "e.csv") == ({"a": "red"}, "1 of 2 rows skipped: 1 without label")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_a_file_that_is_not_utf_8(tmp_path, ending):
+    path = tmp_path / f"d{ending}"
+    if ending == ".parquet":
+        starts = np.array([0, 4], dtype=np.int32).tobytes()
+        text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(starts), pa.py_buffer("café".encode("latin-1"))])
+        pq.write_table(pa.table({"text": text, "label": ["red"]}), path)
+    else:
+        content = "text,label\ncafé,red\n" if ending == ".csv" else '{"text": "café", "label": "red"}\n'
+        path.write_bytes(content.encode("latin-1"))
+    line = own_problem(path)
+    assert line.startswith(f"node-config data-path = {str(path)!r}: ") and "utf-8" in line
+
+
+@pytest.mark.parametrize("column", ["text", "label", "pair"])
+def test_a_device_lacks_a_column(tmp_path, column):
+    path = write(tmp_path / "d.csv", [{"texts": "a", "labels": "red", "pairs": "b"}])
+    columns = {"text_column": "texts", "label_column": "labels", "pair_column": "pairs"} | {f"{column}_column": column}
+    assert own_problem(path, **columns).startswith(f"node-config {column}-column = {column!r}: no such column, allowed are [")
+
+
+def test_columns_that_are_not_needed_are_not_read(tmp_path, monkeypatch):
+    table = pa.table({"text": ["a"], "label": ["red"], "more": ["x" * 5_000_000]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    before = pa.total_allocated_bytes()
+    data = load_own(DataSettings(path=str(tmp_path / "d.parquet")), SERVER)
+    assert len(data.train) == 1 and pa.total_allocated_bytes() - before < 1_000_000
+
+
+def test_a_look_at_what_there_is(tmp_path):
+    write(tmp_path / "d" / "train.csv", [*COLOURS, {"text": "", "label": "red"}])
+    write(tmp_path / "d" / "test.csv", COLOURS[:1])
+    found = look(str(tmp_path / "d"), "text", "label")
+    assert (found.rows, found.columns, found.labels) == ({"train": 5, "test": 1}, ["text", "label"], ("blue", "green", "red"))
+    assert str(found.skipped) == "1 of 6 rows skipped: 1 without text"
+    assert look(str(tmp_path / "d"), "body", "label").labels == ()
+    with pytest.raises(ConfigError, match="node-config data-path = .*there is no such file"):
+        look(str(tmp_path / "nothing"), "text", "label")
 
 
 # Examples and the split into training and test rows

@@ -42,6 +42,7 @@ from fedara_flwr import cli
 from fedara_flwr.cli import doctor
 from fedara_flwr.cli.deploy import check, gateway, keys
 from fedara_flwr.cli.deploy.site import SECRETS
+from fedara_flwr.config import Settings
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "fedara_flwr/cli/deploy/files"
@@ -201,11 +202,11 @@ def test_a_node_says_that_its_server_does_not_answer(site, tmp_path, tiny_bert):
     settings = (node / "settings.env").read_text().replace("fed.example:9000", f"127.0.0.1:{free_port()}")
     (node / "settings.env").write_text(settings.replace("RUNTIME_PORT=9094", f"RUNTIME_PORT={free_port()}"))
     with (node / "node.toml").open("a") as file:
-        file.write(f'data-path = "{tmp_path}/own.csv"\nmodel-name = "{tiny_bert}"\n')
+        file.write(f'data-path = "{tmp_path}/own.csv"\nmodels = "{Settings().model.name}={tiny_bert}"\n')
     found = levels(node)
     assert [name for name, finding in found.items() if finding.level == "problem"] == ["server"]
     assert "does not answer" in found["server"].found
-    assert found["data"].found.endswith("own.csv: 24 rows, columns text, label")
+    assert found["data"].found.endswith("own.csv: 24 train rows, columns text, label; labels red")
     assert found["model"].found == str(tiny_bert)
 
 
@@ -534,9 +535,7 @@ def test_a_site_in_use(tmp_path, tiny_bert):
     for number, name in enumerate(("a", "b", "stranger", "deceived")):
         write_rows(tmp_path / f"{name}.csv", seed=number)
         node = site / f"node-{name}"
-        (node / "node.toml").write_text(
-            f'client-key = "{name}"\ndata-path = "{tmp_path}/{name}.csv"\nmodel-name = "{tiny_bert}"\n'
-        )
+        (node / "node.toml").write_text(f'client-key = "{name}"\ndata-path = "{tmp_path}/{name}.csv"\nmodels = "{tiny_bert}"\n')
         settings = re.sub("RUNTIME_PORT=.*", f"RUNTIME_PORT={free_port()}", (node / "settings.env").read_text())
         (node / "settings.env").write_text(settings.replace("POLL_SECONDS=0.05", "POLL_SECONDS=0.3"))  # five look at once
     (site / "server/nodes/stranger.pub").unlink()

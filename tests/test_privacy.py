@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 from runs_helper import TamperedGrid, config, prepare, start
 
 from fedara_flwr.client.guard import Guard
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, PrivacySettings, Settings
 from fedara_flwr.engine import run
 from fedara_flwr.ranks import RankMask, pack_bits, select_top
@@ -383,23 +384,24 @@ def test_a_client_cuts_and_noises_its_difference():
 def test_a_client_lets_out_the_metrics_it_names():
     found = {"loss": 1.0, "steps": 2, "labels-3": 17, "eval-loss": 0.5, "eval-examples": 9, "eval-label-2-f1": 0.1}
     assert Guard().let_out(found) == {"loss": 1.0, "steps": 2, "eval-loss": 0.5, "eval-examples": 9}
-    assert Guard.read({"metrics": "loss, seconds-train"}).let_out(found) == {"loss": 1.0}
-    assert Guard.read({"metrics": ""}).let_out(found) == {}
-    assert Guard.read({}) == Guard() and Guard.read({"update-clip": 2, "update-noise": 0.5}) == Guard(clip=2.0, noise=0.5)
+    assert NodeSettings.read({"metrics": "loss, seconds-train"}).guard.let_out(found) == {"loss": 1.0}
+    assert NodeSettings.read({"metrics": ""}).guard.let_out(found) == {}
+    assert NodeSettings.read({}).guard == Guard()
+    assert NodeSettings.read({"update-clip": 2, "update-noise": 0.5}).guard == Guard(clip=2.0, noise=0.5)
 
 
 @pytest.mark.parametrize(
     ("node", "words"),
     [
         ({"metrics": "los"}, "metrics = 'los': there is no metric 'los'; did you mean 'loss'?"),
-        ({"update-clip": -1.0}, "update-clip = -1.0: allowed is a number from 0"),
+        ({"update-clip": -1.0}, "update-clip = -1.0: input should be greater than or equal to 0"),
         ({"update-clip": "much"}, "update-clip = 'much'"),
         ({"update-noise": 1.0}, "update-noise = 1.0: needs update-clip above 0"),
     ],
 )
 def test_a_node_that_is_set_wrongly_says_so(node, words):
     with pytest.raises(ConfigError) as error:
-        Guard.read(node)
+        NodeSettings.read(node)
     assert words in str(error.value)
 
 

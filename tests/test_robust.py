@@ -14,6 +14,7 @@ from runs_helper import config, prepare, start
 
 from fedara_flwr import client_app, log
 from fedara_flwr.client import session
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.ranks import RankMask, pack_bits
@@ -826,13 +827,13 @@ SERVER_SAYS = {
 }
 
 
-@pytest.mark.parametrize("node_config", [{}, {"data-path": "/data/mine.parquet", "model-name": "mine/model"}])
+@pytest.mark.parametrize("node_config", [{}, {"data-path": "/data/mine.parquet", "models": "/srv/evil=mine/model"}])
 def test_a_device_opens_only_what_its_own_configuration_names(monkeypatch, node_config):
     """The whole way of a real device's context: no path and no name of the server's reaches what loads model and data."""
     seen = []
 
     class Resident:
-        def __init__(self, settings, labels):
+        def __init__(self, settings, labels, device):
             self.settings = settings
 
         def client_data(self, *arguments):
@@ -841,14 +842,18 @@ def test_a_device_opens_only_what_its_own_configuration_names(monkeypatch, node_
     monkeypatch.setattr(session, "resident", Resident)
     context = Context(1, 5, {"client-key": "me", **node_config}, RecordDict(), SERVER_SAYS)
     assert not client_app.in_simulation(context)
-    resident, _ = client_app._open(context, ("a", "b"))
-    path = node_config.get("data-path", "")
-    assert seen == [("me", 0, 1, path)]
-    assert (resident.settings.data.path, resident.settings.data.name) == (path, "docstrings")
-    assert resident.settings.model.name == node_config.get("model-name", Settings().model.name)
+    node = NodeSettings.read(context.node_config)
+    assert not str(node.store).startswith(("/etc", "/srv"))
+    if not node_config:
+        with pytest.raises(ConfigError, match="'/srv/evil' is not among them"):
+            client_app._open(context, node, ("a", "b"))
+        return
+    resident, _ = client_app._open(context, node, ("a", "b"))
+    assert seen == [("me", 0, 1, "/data/mine.parquet")]
+    assert (resident.settings.data.path, resident.settings.data.name) == ("/data/mine.parquet", "docstrings")
+    assert resident.settings.model.name == "mine/model"
     text = resident.settings.model_dump_json(include={"model": True, "data": True, "seed": True, "adapter": True})
     assert "evil" not in text and "/etc" not in text
-    assert not str(client_app._store(context).folder).startswith(("/etc", "/srv"))
 
 
 def test_only_the_nodes_own_configuration_makes_it_trust_the_server():

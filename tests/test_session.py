@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from conftest import LABELS, backbone, random_arrays
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
-from fedara_flwr.config import Settings
+from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.wire.plan import TrainPlan
@@ -127,8 +129,11 @@ def test_one_session_per_process_and_model(tiny_bert):
 
 def test_a_device_uses_its_own_model_and_data_not_the_servers():
     settings = Settings.from_flat({"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"})
-    own, path = own_settings(settings, {"data-path": "/data/mine.parquet"}, trusted=False)
-    assert (own.data.path, path, own.model.name) == ("/data/mine.parquet", "/data/mine.parquet", Settings().model.name)
-    own, path = own_settings(settings, {}, trusted=False)
-    assert (own.data.path, own.data.name, path) == ("", "docstrings", "")
-    assert own_settings(settings, {}, trusted=True) == (settings, "")
+    node = NodeSettings.read({"data-path": "/data/mine.parquet", "models": "/somewhere=/data/model"})
+    own, path = own_settings(settings, node, trusted=False)
+    assert (own.data.path, path, own.model.name) == ("/data/mine.parquet", "/data/mine.parquet", "/data/model")
+    own, path = own_settings(settings, NodeSettings.read({"models": "other, /somewhere"}), trusted=False)
+    assert (own.data.path, own.data.name, path, own.model.name) == ("", "docstrings", "", "/somewhere")
+    with pytest.raises(ConfigError, match="model.name = '/somewhere' is not among them"):
+        own_settings(settings, NodeSettings(), trusted=False)
+    assert own_settings(settings, NodeSettings(), trusted=True) == (settings, "")

@@ -29,7 +29,7 @@ from fedara_flwr.adapters.predict import predict
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import tags
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.load import load
+from fedara_flwr.data.load import load, load_own
 from fedara_flwr.data.partitions import partition
 from fedara_flwr.offsets import Weights
 from fedara_flwr.ranks import RankMask
@@ -62,9 +62,13 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def read(path: Path, names: tuple[str, ...] = (), **options: str) -> Dataset:
+def tagged(path: Path, **options: str) -> DataSettings:
     columns = {"text_column": "tokens", "label_column": "ner"}
-    return load(DataSettings(task="token-classification", path=str(path), **(columns | options)), 0, names)
+    return DataSettings(task="token-classification", path=str(path), **(columns | options))
+
+
+def read(path: Path, **options: str) -> Dataset:
+    return load(tagged(path, **options), 0)
 
 
 def content(data: Dataset) -> dict[tuple[str, ...], list[str]]:
@@ -149,9 +153,18 @@ def test_ids_need_names(tmp_path):
     assert problem(path).startswith("data.label-column = 'ner': it holds ids, allowed are tags, or ids with their names")
     expected = {("New", "York"): ["B-LOC", "I-LOC"], ("here",): ["O"]}
     assert content(read(path, labels="O, B-LOC,I-LOC")) == expected
-    assert content(read(path, names=("O", "B-LOC", "I-LOC"))) == expected
     (tmp_path / "labels.json").write_text('["O", "B-LOC", "I-LOC"]')
     assert content(read(path)) == expected
+
+
+def test_a_device_leaves_out_sentences_with_an_unknown_tag(tmp_path):
+    own = load_own(tagged(write(tmp_path / "d.jsonl", [*ROWS, {"tokens": [" "], "ner": ["O"]}])), ("O", "B-PER", "I-PER"))
+    left = [row for row in ROWS if "B-LOC" not in row["ner"]]
+    assert own.train.words == tuple(tuple(row["tokens"]) for row in left) and own.test is None
+    line = f"{4 - len(left)} of 4 rows skipped: {3 - len(left)} with unknown labels ('B-LOC' {3 - len(left)}), 1 without text"
+    assert str(own.skipped) == line and len(left) < 3
+    own = load_own(tagged(write(tmp_path / "n.jsonl", NUMBERED)), ("O", "B-LOC", "I-LOC"))
+    assert own.train.tags == ((1, 2), (0,))
 
 
 def test_test_file(tmp_path):

@@ -7,7 +7,7 @@ autograd stops above the lowest living adapter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedara_flwr.offsets import Piece, factors
 from fedara_flwr.ranks import Ints, RankMask
 from fedara_flwr.spec import SLOT_PARTS, Arrays, Vector
 from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks.base import Batch, Encoded, Task
 
 ADAPTER, OFFSET = "default", "offset"
 PEFT_EPSILON = 1e-5  # AdaLoRA divides by (rank + 1e-5)
@@ -49,6 +50,7 @@ class AdaptedModel:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
+        self.device = next(self.model.parameters()).device
         self._frozen = backbone.frozen_parameters()
         self._resident = [p.data for p in self._frozen]
         self._base = self._resident
@@ -86,10 +88,20 @@ class AdaptedModel:
             layer.update_layer(OFFSET, 1, 1, config)
             held = _held(layer)
             for part, value in (("B", left), ("E", np.ones((len(right), 1), dtype=np.float32)), ("A", right)):
-                held[part][OFFSET] = nn.Parameter(torch.from_numpy(np.array(value)), requires_grad=False)
-            layer.ranknum[OFFSET].data = torch.ones(1)  # float32 whatever the backbone is: PEFT adds 1e-5
+                held[part][OFFSET] = nn.Parameter(self._tensor(value), requires_grad=False)
+            layer.ranknum[OFFSET].data = torch.ones(1, device=self.device)  # float32 whatever the backbone is: PEFT adds 1e-5
             layer.scaling[OFFSET] = 1.0 + PEFT_EPSILON
         self._offset = piece
+
+    def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
+        """A copy of the values where the model is."""
+        return torch.from_numpy(np.array(values)).to(self.device)
+
+    def batch(self, task: Task, tokenizer: Any, data: Encoded, rows: Iterable[int]) -> Batch:
+        """These rows as one padded batch, where the model is."""
+        rows = list(rows)
+        batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+        return {name: values.to(self.device) for name, values in batch.items()}
 
     def resident_weight(self, name: str) -> NDArray[np.float32]:
         """A module's weight as it was loaded, float32, shape (d_out, d_in); read-only."""
@@ -122,15 +134,15 @@ class AdaptedModel:
         self._positions = positions
         weights = self._weights()
         if self._offset is not None and not self._offset.ranks:
-            _add(weights, torch.from_numpy(np.array(self._offset.arrays["dense"])))
+            _add(weights, self._tensor(self._offset.arrays["dense"]))
             self._base = [p.data for p in self._frozen]
         if change is None:
             return
         if positions is None:
-            _add(self._frozen, torch.from_numpy(np.array(change)))
+            _add(self._frozen, self._tensor(change))
         else:
-            whole = torch.zeros(sum(w.numel() for w in weights))
-            whole[torch.from_numpy(positions)] = torch.from_numpy(np.array(change))
+            whole = torch.zeros(sum(w.numel() for w in weights), device=self.device)
+            whole[self._tensor(positions)] = self._tensor(change)
             _add(weights, whole)
         for parameter in self._frozen if positions is None else weights:
             parameter.requires_grad_(trainable)
@@ -140,8 +152,8 @@ class AdaptedModel:
         if self._positions is None:
             return []
         weights = self._weights()
-        whole = torch.zeros(sum(w.numel() for w in weights), dtype=torch.bool)
-        whole[torch.from_numpy(self._positions)] = True
+        whole = torch.zeros(sum(w.numel() for w in weights), dtype=torch.bool, device=self.device)
+        whole[self._tensor(self._positions)] = True
         pieces = whole.split([w.numel() for w in weights])
         return [(w, piece.view_as(w)) for w, piece in zip(weights, pieces, strict=True)]
 
@@ -169,10 +181,10 @@ class AdaptedModel:
             active = [name for name, there in ((ADAPTER, count), (OFFSET, OFFSET in layer.lora_A)) if there]
             setattr(*place, layer if active else layer.base_layer)
             layer.set_adapter(active, inference_mode=True)
-            values = {part: torch.from_numpy(np.array(row)) for part, row in rows.items()} if count else {}
+            values = {part: self._tensor(row) for part, row in rows.items()} if count else {}
             self._fill(layer, values, trainable, scale)
         start = 0
-        head = torch.from_numpy(np.array(arrays["head"]))
+        head = self._tensor(arrays["head"])
         for parameter in self.head:
             parameter.data = head[start : start + parameter.numel()].view_as(parameter).clone()
             parameter.grad = None
@@ -188,7 +200,7 @@ class AdaptedModel:
         for part in SLOT_PARTS:
             value = values[part].T if part == "B" else values[part]
             held[part][ADAPTER] = nn.Parameter(value.contiguous().clone(), requires_grad=part in trainable)
-        layer.ranknum[ADAPTER].data = torch.ones(1)
+        layer.ranknum[ADAPTER].data = torch.ones(1, device=self.device)
         layer.scaling[ADAPTER] = scale * (1.0 + PEFT_EPSILON)
 
     def alive(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
@@ -242,18 +254,19 @@ class AdaptedModel:
 
     def autocast(self) -> torch.autocast:
         """The context in which to run forward passes: bfloat16 where the backbone is."""
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.backbone.dtype == "bfloat16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.backbone.dtype == "bfloat16")
 
-    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """Forward pass without labels; float32 logits."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self.autocast():
             return self.model(**inputs).logits.float()
 
 
-def open_model(settings: Settings, labels: tuple[str, ...]) -> tuple[AdaptedModel, Any]:
+def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> tuple[AdaptedModel, Any]:
     """Backbone and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
+
+    The model goes to the device here, and what comes to it by `AdaptedModel.load`, `set_offset` and `batch` follows it.
 
     Raises:
         ConfigError: the model cannot be loaded, or does not fit.
@@ -270,6 +283,7 @@ def open_model(settings: Settings, labels: tuple[str, ...]) -> tuple[AdaptedMode
         target_modules=settings.adapter.target_modules,
         pad_token_id=tokenizer.pad_token_id,
     )
+    backbone.model.to(device)
     return AdaptedModel(backbone), tokenizer
 
 

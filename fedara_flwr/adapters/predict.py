@@ -22,6 +22,6 @@ def predict(adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded) ->
     logits: dict[int, NDArray[np.float32]] = {}
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH].tolist()
-        batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+        batch = adapted.batch(task, tokenizer, data, rows)
         logits |= dict(zip(rows, adapted.logits(batch).cpu().numpy(), strict=True))
     return task.metrics([logits[i] for i in range(len(order))], data.labels, adapted.backbone.labels)

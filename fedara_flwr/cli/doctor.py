@@ -62,10 +62,10 @@ class Finding:
 
 def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
     """Every check's name and finding, as they come; those of a configuration that cannot be read are left out."""
-    yield from _run({"python": python, "packages": packages})
+    yield from run_checks({"python": python, "packages": packages})
     settings, finding = configuration(app, overrides)
     yield "configuration", finding
-    yield from _run(
+    yield from run_checks(
         {
             "app folder": partial(app_folder, app),
             "dependencies": dependency_installation,
@@ -79,7 +79,7 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
         }
     )
     if settings is not None:
-        yield from _run(
+        yield from run_checks(
             {
                 "folders": partial(folders, app, settings),
                 "disk": partial(disk, settings),
@@ -108,7 +108,8 @@ def print_findings(findings: Iterable[tuple[str, Finding]], console: Console) ->
     return problems
 
 
-def _run(checks: dict[str, Callable[[], Finding]]) -> Iterator[tuple[str, Finding]]:
+def run_checks(checks: dict[str, Callable[[], Finding]]) -> Iterator[tuple[str, Finding]]:
+    """Each check's name and finding, as they come; one that raises is a problem of its own."""
     for name, check in checks.items():
         try:
             yield name, check()
@@ -139,14 +140,13 @@ def packages() -> Finding:
         requirements = requires(PACKAGE) or []
     except PackageNotFoundError:
         return Finding("warning", f"{PACKAGE} is not installed, only its code is here", f"pip install -e . (or {PACKAGE})")
-    unmet = list(_unmet(requirements, ""))
-    if unmet:
-        needed = " ".join(f"'{requirement}'" for requirement, _ in unmet)
-        return Finding("problem", "; ".join(reason for _, reason in unmet), f"pip install {needed}")
+    if found := list(unmet(requirements, "")):
+        needed = " ".join(f"'{requirement}'" for requirement, _ in found)
+        return Finding("problem", "; ".join(reason for _, reason in found), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
 
 
-def _unmet(requirements: Iterable[str], extra: str) -> Iterator[tuple[str, str]]:
+def unmet(requirements: Iterable[str], extra: str) -> Iterator[tuple[str, str]]:
     """Requirements that are not met, with the reason; with an extra, those that only it brings."""
     for text in requirements:
         requirement = Requirement(text)
@@ -163,7 +163,7 @@ def _unmet(requirements: Iterable[str], extra: str) -> Iterator[tuple[str, str]]
         if not requirement.specifier.contains(installed, prereleases=True):
             yield wanted, f"{requirement.name} is {installed}, allowed is {requirement.specifier}"
         for name in requirement.extras:
-            yield from _unmet(requires(requirement.name) or [], name)
+            yield from unmet(requires(requirement.name) or [], name)
 
 
 def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from typing import Any
 
@@ -36,6 +37,23 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_CPU)
 
 
+def peak_memory() -> float:
+    """The most memory that this process has had so far, resident, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where the model computes: of the GPU, else of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read once the device has done all that it was given: a GPU runs behind the program."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def backward_blocks(adapted: AdaptedModel, trains_backbone: bool) -> int:
     """Blocks that the backward pass goes through: from the lowest one with a living module to the top."""
     if trains_backbone:
@@ -52,14 +70,13 @@ def measure(
     Returns:
         `seconds-forward`, `seconds-backward`, `flops-forward`, `flops-backward` (per step), `blocks` of the backward pass,
         `bytes-block` (kept for the backward pass by one block, with gradients and AdamW's moments of its adapters) and
-        `bytes-free` (memory of the machine).
+        `bytes-free` (`free_memory`).
     """
     mask = RankMask.full([rank] * len(adapted.spec.modules))
     arrays = {part: np.zeros(adapted.spec.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
     adapted.load(arrays, mask, (1.0,) * len(mask.ranks), frozenset(arrays))
     adapted.model.train(False)
-    rows = list(range(min(batch_size, len(data))))
-    batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+    batch = adapted.batch(task, tokenizer, data, range(min(batch_size, len(data))))
     own = {p.untyped_storage().data_ptr() for p in adapted.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -74,11 +91,11 @@ def measure(
             loss = task.loss(adapted.logits(batch), batch)
         with flop_counter() as backward:
             loss.backward()
-    began = time.perf_counter()  # a second pass: the first one paid for warming up and for the counters
+    began = clock(adapted.device)  # a second pass: the first one paid for warming up and for the counters
     loss = task.loss(adapted.logits(batch), batch)
-    between = time.perf_counter()
+    between = clock(adapted.device)
     loss.backward()
-    ended = time.perf_counter()
+    ended = clock(adapted.device)
     trained = 12 * sum(parameter.numel() for part in ("B", "A") for parameter in adapted.parameters(part))
     blocks = adapted.spec.blocks
     return {
@@ -88,5 +105,5 @@ def measure(
         "flops-backward": backward.get_total_flops(),
         "blocks": blocks,
         "bytes-block": math.ceil((sum(kept.values()) + trained) / blocks),
-        "bytes-free": psutil.virtual_memory().available,
+        "bytes-free": free_memory(adapted.device),
     }

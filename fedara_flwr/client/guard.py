@@ -1,4 +1,4 @@
-"""What a client lets out, by its own node-config: which metrics, and whether its update is cut and noised before it is sent.
+"""What a client lets out, by its own settings (client/node): which metrics, and whether its update is cut and noised first.
 
 The server has no say in it and is not told. No torch.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fedara_flwr.config import ConfigError, nearest
 from fedara_flwr.seeds import secure_normal
 from fedara_flwr.spec import Arrays
 
@@ -56,23 +55,6 @@ class Guard:
     clip: float = 0.0
     noise: float = 0.0
 
-    @classmethod
-    def read(cls, node_config: Mapping[str, Any]) -> Guard:
-        """The keys `metrics` (names, comma-separated; '' = none), `update-clip` and `update-noise` of a node-config.
-
-        Raises:
-            ConfigError: a value is not allowed.
-        """
-        text = str(node_config.get("metrics", ",".join(METRICS)))
-        metrics = tuple(name.strip() for name in text.split(",") if name.strip())
-        for name in metrics:
-            if name not in METRICS:
-                raise ConfigError(f"node-config metrics = {text!r}: there is no metric {name!r}{nearest(name, METRICS)}")
-        clip, noise = (_number(node_config, key) for key in ("update-clip", "update-noise"))
-        if noise and not clip:
-            raise ConfigError(f"node-config update-noise = {noise!r}: needs update-clip above 0")
-        return cls(metrics, clip, noise)
-
     def let_out(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `metrics` that may leave."""
         found = {name: value for name, value in metrics.items() if name in self.metrics}
@@ -93,10 +75,3 @@ class Guard:
             noise = spread * normal(len(change)) if spread else 0.0
             out[part] = (received[part] + share * change + noise).astype(np.float32)
         return out
-
-
-def _number(node_config: Mapping[str, Any], key: str) -> float:
-    value = node_config.get(key, 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ConfigError(f"node-config {key} = {value!r}: allowed is a number from 0")
-    return float(value)

@@ -5,31 +5,32 @@ In a simulation one process serves many clients in turn; on a device it serves o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from fedara_flwr.adapters.attach import open_model
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.store import NodeStore
 from fedara_flwr.client.train import ClientData
-from fedara_flwr.config import Settings
+from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.load import load
+from fedara_flwr.data.load import load_own
 from fedara_flwr.offsets import compose
 from fedara_flwr.tasks import TASKS, Encoded
 
-NodeConfig = Mapping[str, Any]
 CLIENTS_KEPT = 256  # tokenised clients held in memory
 
 
 class Session:
     """The resident part, for one run configuration."""
 
-    def __init__(self, settings: Settings, labels: tuple[str, ...]) -> None:
+    def __init__(self, settings: Settings, labels: tuple[str, ...], device: str) -> None:
         self.settings, self.labels = settings, labels
         self.task = TASKS[settings.data.task]
-        self.adapted, self.tokenizer = open_model(settings, labels)
+        self.adapted, self.tokenizer = open_model(settings, labels, device)
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
         self._offset: tuple[str, ...] = ()
 
@@ -46,11 +47,16 @@ class Session:
     def _encode_client(self, client_key: str, partition: int, partitions: int, path: str) -> ClientData:
         data, seed = self.settings.data, self.settings.seed
         if path:
-            rows = load(data, seed, self.labels).train
+            own = load_own(data, self.labels)
+            rows, held_out, skipped = own.train, own.test, str(own.skipped)
         else:
             rows = fed.federation(data, seed).pool.take(fed.shares(data, seed, partitions)[partition])
-        train, own = fed.hold_out(rows, data, seed, client_key)
-        return ClientData(self._encode(train), self._encode(own))
+            held_out, skipped = None, ""
+        if held_out is None:
+            rows, held_out = fed.hold_out(rows, data, seed, client_key)
+        elif not data.client_validation:
+            held_out = held_out.take([])
+        return ClientData(self._encode(rows), self._encode(held_out), skipped)
 
     def _encode(self, examples: Examples) -> Encoded:
         return self.task.encode(self.tokenizer, examples, self.settings.data.max_length)
@@ -59,30 +65,55 @@ class Session:
 _resident: dict[str, Session] = {}
 
 
-def resident(settings: Settings, labels: tuple[str, ...]) -> Session:
+def resident(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Session:
     """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
-    key = settings.model_dump_json(include={"seed": True, "model": True, "data": True, "adapter": {"target_modules"}}) + repr(
-        labels
-    )
+    shared = settings.model_dump_json(include={"seed": True, "model": True, "data": True, "adapter": {"target_modules"}})
+    key = f"{shared} {labels!r} {device}"
     if key not in _resident:
         _resident.clear()
-        _resident[key] = Session(settings, labels)
+        _resident[key] = Session(settings, labels, device)
     return _resident[key]
 
 
-def own_settings(settings: Settings, node_config: NodeConfig, trusted: bool) -> tuple[Settings, str]:
+def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple[Settings, str]:
     """The settings as this node takes them, and the path of its own data ('' = its share of the run's data).
 
-    On a device the server's `data.path` and `model.name` are not used: files and models are what node-config names
-    (`data-path`, `model-name`), else the built-in data and the default model (contracts.md §5).
+    On a device the server's `data.path` is not used, and its `model.name` only looked up among the names that the node's own
+    `models` allows: no path of the server's is opened (contracts.md §5).
 
     Args:
         trusted: True in a simulation and in-process, where server and client are one user.
+
+    Raises:
+        ConfigError: the run's model is not among the node's.
     """
     if trusted:
         return settings, ""
-    path = str(node_config.get("data-path", ""))
-    name = str(node_config.get("model-name", Settings().model.name))
-    data = settings.data.model_copy(update={"path": path, "name": "docstrings"})
-    model = settings.model.model_copy(update={"name": name})
-    return settings.model_copy(update={"data": data, "model": model}), path
+    name = settings.model.name
+    if name not in node.backbones:
+        raise ConfigError(f"node-config models = {node.models!r}: the run's model.name = {name!r} is not among them")
+    model: dict[str, Any] = {"name": node.backbones[name], "dtype": node.dtype or settings.model.dtype}
+    data: dict[str, Any] = {"path": node.data_path, "name": "docstrings"}
+    if node.validation is not None:
+        data["client_validation"] = node.validation
+    if node.data_path:  # all rows are this node's
+        columns = {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
+        data |= {"id_column": "", **{name: column for name, column in columns.items() if column}}
+    groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
+    changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}
+    return settings.model_copy(update=changed), node.data_path
+
+
+def pick_device(node: NodeSettings) -> str:
+    """The device that this node computes on, as torch calls it.
+
+    In-process `auto` stays on the processor, as under Ray, which hides GPUs unless it is told to share them: both give the
+    same bits.
+
+    Raises:
+        ConfigError: `cuda`, and torch sees none.
+    """
+    there = torch.cuda.is_available()
+    if node.device == "cuda" and not there:
+        raise ConfigError("node-config device = 'cuda': torch sees no GPU here, allowed are 'auto' and 'cpu'")
+    return "cuda" if there and (node.device == "cuda" or (node.device == "auto" and not node.engine)) else "cpu"

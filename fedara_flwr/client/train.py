@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -18,7 +16,7 @@ from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.score import SlotScorer
-from fedara_flwr.client.capacity import backward_blocks, flop_counter
+from fedara_flwr.client.capacity import backward_blocks, clock, flop_counter, free_memory, peak_memory
 from fedara_flwr.client.guard import Guard
 from fedara_flwr.client.power import PowerMeter
 from fedara_flwr.client.terms import Term, find
@@ -34,10 +32,11 @@ WINDOW = 8  # batches among which examples are sorted by length
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client holds: rows to train on, and its own held-out rows (may be none)."""
+    """What one client holds: rows to train on, its own held-out rows (may be none), and what is to say of rows left out."""
 
     train: Encoded
     held_out: Encoded
+    skipped: str = ""
 
 
 def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
@@ -94,7 +93,7 @@ def train(
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
-        `bytes-free` (memory of the machine); of a real device `joules` and `temperature` where it tells them (client/power);
+        `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (client/power);
         `flops-forward`, `flops-backward` (of the whole round: the first step's per token, times the tokens) where they are
         counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received model where the plan asks for
         it.
@@ -124,21 +123,21 @@ def train(
     gradient_masks = adapted.gradient_masks()
     steps = list(batches([len(row) for row in data.train.ids], plan, np.random.default_rng(stream)))
     for step, rows in enumerate(steps):
-        batch = task.collate(tokenizer, [data.train.ids[i] for i in rows], [data.train.labels[i] for i in rows])
+        batch = adapted.batch(task, tokenizer, data.train, rows)
         tokens += batch["input_ids"].numel()
         counts: dict[str, Any] = {name: flop_counter() if count_flops and step == 0 else nullcontext() for name in spent}
-        before = time.perf_counter()
+        before = clock(adapted.device)
         with counts["forward"]:
             loss = task.loss(adapted.logits(batch), batch)
-        spent["forward"] += time.perf_counter() - before
+        spent["forward"] += clock(adapted.device) - before
         losses.append(loss.detach())
         for penalty in (term.penalty() for term in terms):
             loss = loss if penalty is None else loss + penalty
         optimizer.zero_grad(set_to_none=True)
-        before = time.perf_counter()
+        before = clock(adapted.device)
         with counts["backward"]:
             loss.backward()
-        spent["backward"] += time.perf_counter() - before
+        spent["backward"] += clock(adapted.device) - before
         if count_flops and step == 0:
             flops = {name: counter.get_total_flops() / tokens for name, counter in counts.items()}
         for parameter, allowed in gradient_masks:
@@ -171,12 +170,12 @@ def train(
         "tokens": tokens,
         "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
         "seconds-train": time.perf_counter() - started,
-        "bytes-free": psutil.virtual_memory().available,
+        "bytes-free": free_memory(adapted.device),
     }
     metrics |= {f"seconds-{name}": value for name, value in spent.items()}
     metrics |= {f"flops-{name}": value * tokens for name, value in flops.items()}
     update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
-    metrics["peak-memory-mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metrics["peak-memory-mb"] = peak_memory()
     metrics |= power.read() if power is not None else {}
     metrics["seconds-all"] = time.perf_counter() - began
     return replace(update, metrics=guard.let_out(metrics))

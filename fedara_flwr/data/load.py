@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -18,30 +21,85 @@ from fedara_flwr.data.partitions import split
 
 datasets.disable_progress_bars()
 MAX_LABELS = 10_000
-TAGGED = "token-classification"  # the task whose rows are words and tags
+MAX_NAMED, MAX_NAME = 5, 40  # unknown labels that a line names, and characters of each
+TAGGED: Literal["token-classification"] = "token-classification"  # the task whose rows are words and tags
 # pandas would read a label "None" or "NA" as missing
 READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
+@dataclass
+class Skipped:
+    """Rows that were left out of a source.
+
+    Attributes:
+        rows: all that the source has.
+        texts: those without a text; `missing` those with a text and no label.
+        labels: how many rows an unknown label made unusable, by label.
+        first: (row number, label) of the first of these.
+    """
+
+    rows: int = 0
+    texts: int = 0
+    missing: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    first: tuple[int, Any] | None = None
+
+    def refuse(self, row: int, label: Any) -> None:
+        """Count a row that has an unknown label."""
+        self.first = self.first or (row, label)
+        self.labels[str(label)] += 1
+
+    def __str__(self) -> str:
+        """'12 of 300 rows skipped: 9 with unknown labels ('foo' 5, 'bar' 4), 3 without text'; '' where none is."""
+        unknown = self.labels.total()
+        names = ", ".join(f"{name[:MAX_NAME]!r} {count}" for name, count in self.labels.most_common(MAX_NAMED))
+        more = ", …" if len(self.labels) > MAX_NAMED else ""
+        parts = [
+            (unknown, f"{unknown} with unknown labels ({names}{more})"),
+            (self.texts, f"{self.texts} without text"),
+            (self.missing, f"{self.missing} without label"),
+        ]
+        count = sum(number for number, _ in parts)
+        why = ", ".join(text for number, text in parts if number)
+        return f"{count} of {self.rows} rows skipped: {why}" if count else ""
+
+
+@dataclass(frozen=True)
+class Own:
+    """A device's own rows: to train on, of its test file (None without one), and which rows of both were left out."""
+
+    train: Examples
+    test: Examples | None
+    skipped: Skipped
+
+
+@dataclass(frozen=True)
+class Look:
+    """What local files hold: training and test rows, columns, label names, and rows without text or label."""
+
+    rows: dict[str, int]
+    columns: list[str]
+    labels: tuple[str, ...]
+    skipped: Skipped
+
+
 @lru_cache(maxsize=4)
-def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Dataset:
+def load(settings: DataSettings, seed: int) -> Dataset:
     """Training and test data with label names; test rows are split off where the source has no test split.
 
     Args:
         settings: which data.
         seed: of the split.
-        names: label names to read labels by, where they are given from outside (a device and its server).
 
     Raises:
         ConfigError: no such file, column or label, or data that does not suit `data.task`; the line names the key.
     """
     tagged = settings.task == TAGGED
-    if tagged and settings.pair_column:
-        raise ConfigError(f"data.pair-column = {settings.pair_column!r}: allowed is '' with data.task = {TAGGED!r}")
+    _check_task(settings)
     if settings.path:
-        splits, labels = _read_files(Path(settings.path).expanduser()), _read_labels(Path(settings.path).expanduser())
         key = f"data.path = {settings.path!r}"
+        splits, labels = _read_files(settings.path, key)
     elif settings.name == "docstrings":
         if tagged:
             raise ConfigError(
@@ -56,14 +114,29 @@ def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Data
         key = f"data.name = {settings.name!r}"
     for table in splits.values():
         _check_columns(table, settings)
-    names = names or _label_names(settings, splits, labels)
+    names = _label_names(settings, splits, labels, key)
     if tagged:
         _check_prefixes(settings, names)
-    train = _examples(splits["train"], settings, names, key)
+    ids = {name: i for i, name in enumerate(names)}
+
+    def number(label: Any) -> int:
+        found = label if isinstance(label, int) else ids.get(str(label), -1)
+        return found if 0 <= found < len(names) else -1
+
+    examples = {}
+    for name, table in splits.items():
+        if name not in ("train", "test"):
+            continue
+        skipped = Skipped()
+        examples[name] = _examples(table, settings, names, number, skipped, key)
+        if skipped.first:
+            row, label = skipped.first
+            raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
+    train = examples["train"]
     if not len(train):
         raise ConfigError(f"{key}: there are no rows with text and label")
-    if "test" in splits:
-        test_rows = _examples(splits["test"], settings, names, key)
+    if "test" in examples:
+        test_rows = examples["test"]
         if not len(test_rows):
             raise ConfigError(f"{key}: there are no test rows with text and label")
     else:
@@ -72,38 +145,91 @@ def load(settings: DataSettings, seed: int, names: tuple[str, ...] = ()) -> Data
     return Dataset(train, test_rows, names)
 
 
-def _read_files(path: Path) -> dict[str, Any]:
-    if path.is_dir():
+def load_own(settings: DataSettings, names: tuple[str, ...]) -> Own:
+    """A device's own rows of `data.path`, with its server's label names; rows that do not fit are left out and counted.
+
+    Labels are taken by name. Numbers are first given the names that the file (a class-label column) or a labels.json beside it
+    has for them; without, they count as names where the server's names are numbers, else as places in the server's list.
+
+    Raises:
+        ConfigError: no such file or column, or data that does not suit `data.task`; the line names the key of node-config.
+    """
+    _check_task(settings, "node-config ")
+    key = f"node-config data-path = {settings.path!r}"
+    splits, own_names = _read_files(settings.path, key)
+    for table in splits.values():
+        _check_columns(table, settings, "node-config ")
+    own_names = own_names or _class_names(settings, splits["train"])
+    ids = {name: i for i, name in enumerate(names)}
+    by_place = not own_names and not any(name.isdecimal() for name in names)
+
+    def number(label: Any) -> int:
+        if isinstance(label, int) and by_place:
+            return label if 0 <= label < len(names) else -1
+        return ids.get(str(label), -1)
+
+    skipped = Skipped()
+    examples = {name: _examples(table, settings, names, number, skipped, key, own_names) for name, table in splits.items()}
+    return Own(examples["train"], examples.get("test"), skipped)
+
+
+def look(path: str, text_column: str, label_column: str) -> Look:
+    """What a device's own files hold, for a check before there is a run; without these columns labels are ().
+
+    Raises:
+        ConfigError: the files cannot be read, or their labels are none.
+    """
+    key = f"node-config data-path = {path!r}"
+    splits, labels = _read_files(path, key)
+    skipped, columns = Skipped(), splits["train"].column_names
+    names: tuple[str, ...] = ()
+    if {text_column, label_column} <= set(columns):
+        tagged = _holds_lists(splits["train"].features[text_column])
+        settings = DataSettings(task=TAGGED if tagged else "classification", text_column=text_column, label_column=label_column)
+        for table in splits.values():
+            _check_columns(table, settings, "node-config ")
+        names = _label_names(settings, splits, labels, key)
+        for table in splits.values():
+            _examples(table, settings, names, lambda label: 0, skipped, key)
+    return Look({name: len(table) for name, table in splits.items()}, columns, names, skipped)
+
+
+def _check_task(settings: DataSettings, prefix: str = "data.") -> None:
+    if settings.task == TAGGED and settings.pair_column:
+        raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: allowed is '' with data.task = {TAGGED!r}")
+
+
+def _read_files(path: str, key: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Tables of `train` and perhaps `test`, mapped from the library's cache, and the names of labels.json."""
+    place = Path(path).expanduser()
+    if place.is_dir():
         files = {
             name: found
             for name in ("train", "test")
-            if (found := next((path / f"{name}{ending}" for ending in FORMATS if (path / f"{name}{ending}").is_file()), None))
+            if (found := next((place / f"{name}{end}" for end in FORMATS if (place / f"{name}{end}").is_file()), None))
         }
         if "train" not in files:
-            raise ConfigError(f"data.path = {str(path)!r}: no train file in it, allowed endings are {', '.join(FORMATS)}")
-    elif path.is_file():
-        files = {"train": path}
+            raise ConfigError(f"{key}: no train file in it, allowed endings are {', '.join(FORMATS)}")
+    elif place.is_file():
+        files = {"train": place}
     else:
-        raise ConfigError(f"data.path = {str(path)!r}: there is no such file or folder")
+        raise ConfigError(f"{key}: there is no such file or folder")
     ending = files["train"].suffix
     if ending not in FORMATS:
-        raise ConfigError(f"data.path = {str(path)!r}: allowed endings are {', '.join(FORMATS)}")
+        raise ConfigError(f"{key}: allowed endings are {', '.join(FORMATS)}")
     try:
-        return {
+        tables = {
             name: datasets.load_dataset(
-                FORMATS[file.suffix],
-                data_files=str(file),
-                split="train",
-                keep_in_memory=True,
-                **READER_OPTIONS.get(file.suffix, {}),
+                FORMATS[file.suffix], data_files=str(file), split="train", **READER_OPTIONS.get(file.suffix, {})
             )
             for name, file in files.items()
         }
     except Exception as error:  # the reader's own errors are many and long
-        raise ConfigError(f"data.path = {str(path)!r}: cannot be read ({_first_line(error)})") from error
+        raise ConfigError(f"{key}: cannot be read ({_first_line(error)})") from error
+    return tables, _read_labels(place, key)
 
 
-def _read_labels(path: Path) -> tuple[str, ...]:
+def _read_labels(path: Path, key: str) -> tuple[str, ...]:
     """labels.json beside the files: a list of names by label id."""
     file = (path if path.is_dir() else path.parent) / "labels.json"
     if not file.is_file():
@@ -111,13 +237,16 @@ def _read_labels(path: Path) -> tuple[str, ...]:
     try:
         names = json.loads(file.read_text())
     except ValueError as error:
-        raise ConfigError(f"data.path = {str(path)!r}: labels.json is no JSON ({error})") from None
+        raise ConfigError(f"{key}: labels.json is no JSON ({error})") from None
     if not isinstance(names, list):
-        raise ConfigError(f"data.path = {str(path)!r}: labels.json holds {type(names).__name__}, allowed is a list of names")
+        raise ConfigError(f"{key}: labels.json holds {type(names).__name__}, allowed is a list of names")
     return tuple(str(name) for name in names)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of the error at the bottom: the library wraps readers' errors in one that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -131,17 +260,15 @@ def _read_hub(name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[str, ...]) -> tuple[str, ...]:
+def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[str, ...], key: str) -> tuple[str, ...]:
     if settings.labels:
         return tuple(name.strip() for name in settings.labels.split(","))
     if labels:
         return labels
+    if named := _class_names(settings, splits["train"]):
+        return named
     column, tagged = settings.label_column, settings.task == TAGGED
-    feature = splits["train"].features[column]
-    feature = feature.feature if tagged else feature
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    values = {_label(value) for table in splits.values() for value in _flat(table[column]) if value is not None}
+    values = {_label(value) for table in splits.values() for value in _flat(_values(table, column, key)) if not _absent(value)}
     if all(isinstance(v, int) for v in values):
         if tagged and values:  # which of them is 'O', and which begins an entity?
             raise ConfigError(
@@ -154,10 +281,29 @@ def _label_names(settings: DataSettings, splits: dict[str, Any], labels: tuple[s
     return tuple(sorted(str(v) for v in values))
 
 
-def _label(value: Any) -> Any:
-    """Booleans, and whole numbers that a reader made floats because one was missing, as integers."""
+def _values(table: Any, column: str, key: str) -> list[Any]:
+    try:
+        return list(table[column][:])
+    except UnicodeDecodeError as error:  # parquet and jsonl are not looked at when they are read
+        raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})") from None
+
+
+def _class_names(settings: DataSettings, table: Any) -> tuple[str, ...]:
+    """The names that a class-label column has for its ids; () where it has none."""
+    feature = table.features[settings.label_column]
+    feature = feature.feature if settings.task == TAGGED else feature
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _label(value: Any, names: tuple[str, ...] = ()) -> Any:
+    """Booleans, and whole numbers that a reader made floats because one was missing, as integers; those by their names."""
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
-    return int(value) if whole else value
+    value = int(value) if whole else value
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _flat(column: Any) -> Iterator[Any]:
@@ -165,13 +311,17 @@ def _flat(column: Any) -> Iterator[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _check_columns(table: Any, settings: DataSettings) -> None:
+def _holds_lists(feature: Any) -> bool:
+    return isinstance(feature, datasets.List | datasets.LargeList)
+
+
+def _check_columns(table: Any, settings: DataSettings, prefix: str = "data.") -> None:
     tagged = settings.task == TAGGED
     for key, column, lists in (
-        ("data.text-column", settings.text_column, tagged),
-        ("data.label-column", settings.label_column, tagged),
-        ("data.pair-column", settings.pair_column, False),
-        ("data.id-column", settings.id_column, False),
+        (f"{prefix}text-column", settings.text_column, tagged),
+        (f"{prefix}label-column", settings.label_column, tagged),
+        (f"{prefix}pair-column", settings.pair_column, False),
+        (f"{prefix}id-column", settings.id_column, False),
     ):
         if not column:
             continue
@@ -180,7 +330,7 @@ def _check_columns(table: Any, settings: DataSettings) -> None:
                 f"{key} = {column!r}: no such column, allowed are {table.column_names}{nearest(column, table.column_names)}"
             )
         feature = table.features[column]
-        held = isinstance(feature, datasets.List | datasets.LargeList)
+        held = _holds_lists(feature)
         if lists and not (held and isinstance(feature.feature, datasets.Value | datasets.ClassLabel)):
             raise ConfigError(f"{key} = {column!r}: allowed with data.task = {TAGGED!r} are lists with one entry for each word")
         if held and not lists:
@@ -199,42 +349,62 @@ def _check_prefixes(settings: DataSettings, names: tuple[str, ...]) -> None:
         )
 
 
-def _examples(table: Any, settings: DataSettings, names: tuple[str, ...], key: str) -> Examples:
-    ids = {name: i for i, name in enumerate(names)}
-    kept: list[int] = []
+def _examples(
+    table: Any,
+    settings: DataSettings,
+    names: tuple[str, ...],
+    number: Callable[[Any], int],
+    skipped: Skipped,
+    key: str,
+    own_names: tuple[str, ...] = (),
+) -> Examples:
+    """The rows that have a text and labels which `number` knows (a place in `names`, else -1); the others are counted.
 
-    def number(row: int, label: Any) -> int:
-        label = _label(label)
-        found = label if isinstance(label, int) else -1 if label is None else ids.get(str(label), -1)
-        if not 0 <= found < len(names):
-            raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
-        return found
+    `own_names` are the file's names for ids, which `number` is then given.
+    """
+    kept: list[int] = []
 
     def column(name: str) -> tuple[str, ...] | None:
         if not name:
             return None
-        values = list(table[name])
-        return tuple("" if values[row] is None else str(values[row]) for row in kept)
+        values = _values(table, name, key)
+        return tuple("" if _absent(values[row]) else str(values[row]) for row in kept)
 
-    rows = enumerate(zip(table[settings.text_column], table[settings.label_column], strict=True))
+    skipped.rows += len(table)
+    given = (_values(table, name, key) for name in (settings.text_column, settings.label_column))
+    rows = enumerate(zip(*given, strict=True))
     if settings.task == TAGGED:
         sentences, numbers = [], []
         for row, (words, labels) in rows:
             if words is None or labels is None:
+                skipped.texts += words is None
+                skipped.missing += words is not None
                 continue
             _check_sentence(key, row, words, labels)
-            if any(word.strip() for word in words):
+            places = tuple(-1 if _absent(label) else number(_label(label, own_names)) for label in labels)
+            if not any(word.strip() for word in words):
+                skipped.texts += 1
+            elif -1 in places:
+                skipped.refuse(row, _label(labels[places.index(-1)], own_names))
+            else:
                 kept.append(row)
                 sentences.append(tuple(words))
-                numbers.append(tuple(number(row, label) for label in labels))
+                numbers.append(places)
         texts = tuple(" ".join(words) for words in sentences)
         main = tags.main_types(numbers, names)
         return Examples(texts, main, None, column(settings.id_column), tuple(sentences), tuple(numbers))
     index = []
-    for row, (text, label) in rows:
-        if text is not None and str(text).strip() and label is not None:
+    for row, (text, value) in rows:
+        label = _label(value, own_names)
+        if _absent(text) or not str(text).strip():
+            skipped.texts += 1
+        elif _absent(label):
+            skipped.missing += 1
+        elif (found := number(label)) < 0:
+            skipped.refuse(row, label)
+        else:
             kept.append(row)
-            index.append(number(row, label))
+            index.append(found)
     return Examples(
         column(settings.text_column) or (),
         np.array(index, dtype=np.int64),

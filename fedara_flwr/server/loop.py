@@ -31,7 +31,7 @@ from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.norms import Norms
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import ACTOR_DIED, Merger, Record, Round
+from fedara_flwr.server.round import ACTOR_DIED, BUSY, Merger, Record, Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
@@ -146,6 +146,7 @@ class RoundLoop(Strategy):
             self._weight_cap(asked),
             private,
         )
+        work.stand_out(self.roster.busy)
         for index, node in enumerate(asked):
             plans[index], content = self._pack(node, plans[index], self._held_by(node))
             work.down.append(dict(self.meter.count("down", content)))
@@ -199,7 +200,7 @@ class RoundLoop(Strategy):
         # a private update is for the merger alone
         work.collect(replies, merger, self.take if not work.private else lambda client_key, update, weight: None)
         for drop in work.drops:
-            if drop.reason.startswith("error-"):
+            if drop.reason.startswith("error-") or drop.reason == BUSY:
                 self.roster.forget(drop.client)
             elif drop.reason == "offset":
                 state.holdings.pop(drop.client, None)
@@ -327,7 +328,7 @@ class RoundLoop(Strategy):
                     "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
                     "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
                 )
-            if not self._asked_any() and self.roster.unfit:
+            if not self._asked_any() and self.roster.unfit and not self.roster.busy:
                 client, reason = next(iter(self.roster.unfit.items()))
                 raise RunFailed(f"no node can train; client {client}: {reason}")
             if self.state.failed_rounds >= self.settings.strategy.max_failed_rounds:

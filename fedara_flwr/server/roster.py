@@ -2,7 +2,7 @@
 
 Two queries (contracts.md §3): `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
 is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer three
-times in a row is left alone, too.
+times in a row is left alone, too. One that is busy is asked again when it is next drawn.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
 logger = logging.getLogger(__name__)
 TRIES = 3  # questions in a row that a node may leave unanswered before it is asked no more
+PAUSE = 5.0  # seconds until nodes that are all busy are asked again
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Roster:
         self.nodes: dict[str, Node] = {}
         self.examples: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
+        self.busy: dict[str, str] = {}
         self._asked: set[int] = set()
         self._silent: Counter[int] = Counter()
         self._started = False
@@ -150,8 +152,20 @@ class Roster:
     def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
         """`count` nodes that can train, drawn from the client keys by (seed, round); fewer where there are not enough.
 
-        The draw is one permutation of all keys, so a node that turns out unfit or does not answer only moves the next one up.
+        The draw is one permutation of all keys, so a node that turns out unfit, is busy (`busy` then says why) or does not
+        answer only moves the next one up. Where all are busy, they are asked again until one is not, or `node-timeout` is over.
         """
+        deadline = time.monotonic() + self.settings.node_timeout
+        while True:
+            drawn = self._draw(grid, server_round, count)
+            if drawn or not self.busy or time.monotonic() + PAUSE > deadline:
+                return drawn
+            client, why = next(iter(self.busy.items()))
+            logger.info("all nodes are busy, client %s: %s; they are asked again in %g s", client, why, PAUSE)
+            time.sleep(PAUSE)
+
+    def _draw(self, grid: Grid, server_round: int, count: int) -> list[Node]:
+        self.busy.clear()
         keys = sorted(self.nodes, key=lambda key: (len(key), key))
         order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
         drawn: list[Node] = []
@@ -220,6 +234,9 @@ class Roster:
         answer = content.config_records.get("ready", ConfigRecord())
         metrics = content.metric_records.get("metrics", MetricRecord())
         examples = metrics.get("num-examples", 0)
+        if "busy" in answer:
+            self.busy[key] = printable(str(answer["busy"])[:300])
+            return
         if "error" in answer:
             self.unfit[key] = printable(str(answer["error"])[:300])
             return

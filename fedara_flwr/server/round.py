@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,11 +18,11 @@ from fedara_flwr.server.roster import Node, last_line
 from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import Rejected, lacks_offset, update_from_content
+from fedara_flwr.wire.records import Rejected, lacks_offset, says_busy, update_from_content
 
 logger = logging.getLogger(__name__)
 Record = dict[str, object]
-ACTOR_DIED = "actor-died"
+ACTOR_DIED, BUSY = "actor-died", "busy"
 
 
 class Merger(Protocol):
@@ -137,6 +137,11 @@ class Round:
         self._drop(self.asked[index].key, reason, detail)
         self._results[index] = None
 
+    def stand_out(self, busy: Mapping[str, str]) -> None:
+        """Clients that were drawn and said why they do not train now, before anything was sent to them."""
+        for client, why in busy.items():
+            self._drop(client, BUSY, why)
+
     def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:
         while self._next in self._results:
             found, node = self._results.pop(self._next), self.asked[self._next]
@@ -183,6 +188,9 @@ class Round:
             self._drop(node.key, "sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
             return None
         up = dict(self.meter.count("up", reply.content))
+        if why := says_busy(reply.content):
+            self._drop(node.key, BUSY, why)
+            return None
         if lacks_offset(reply.content, plan):
             self._drop(node.key, "offset", "the node still lacks pieces of the offset")
             return None

@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedara_flwr.config import StrategySettings
+from fedara_flwr.log import printable
 from fedara_flwr.offsets import Piece, piece_lengths
 from fedara_flwr.ranks import Bools, RankMask, pack_bits, unpack_bits
 from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
@@ -257,6 +258,17 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
 def need_offset(missing: Sequence[str], server_round: int) -> RecordDict:
     """The reply of a node that lost pieces of the offset: it is sent them within the round."""
     return RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, "round": server_round, "need-offset": list(missing)})})
+
+
+def busy(why: str) -> RecordDict:
+    """The reply of a node that does not want to train now."""
+    return RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, "busy": why})})
+
+
+def says_busy(content: RecordDict) -> str:
+    """Why the node that sent this does not want to train now, in a line; '' where it says no such thing."""
+    why = content.config_records.get("reply", ConfigRecord()).get("busy", "")
+    return printable(why[:MAX_DETAIL]) if isinstance(why, str) else ""
 
 
 def lacks_offset(content: RecordDict, plan: TrainPlan) -> bool:

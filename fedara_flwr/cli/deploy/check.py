@@ -17,7 +17,6 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,7 +25,8 @@ from packaging.requirements import Requirement
 
 from fedara_flwr.cli.deploy.keys import CURVE
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
-from fedara_flwr.cli.doctor import PACKAGE, Finding, _run, _unmet, python
+from fedara_flwr.cli.doctor import PACKAGE, Finding, python, run_checks, unmet
+from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 
 NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulation] the extra, which is Ray
@@ -34,6 +34,7 @@ EXPIRES_SOON = timedelta(days=30)
 # what Flower's node authentication allows: a node's clock may be behind the server's, hardly ahead of it
 BEHIND_SECONDS, AHEAD_SECONDS = 300, 5
 SECONDS = 5.0  # for an answer
+LABELS = 20  # that a line names
 CONTROL = "/v1/control/list-nodes"  # of the SuperLink: for users, none of nodes' business
 
 
@@ -50,14 +51,14 @@ def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
     yield "files", finding
     if finding.level == "problem":
         return
-    yield from _run({"permissions": partial(permissions, folder)})
+    yield from run_checks({"permissions": partial(permissions, folder)})
     try:
         settings = read_settings(folder)
+        checks = server_checks(folder, settings) if server else node_checks(folder, settings, own_settings(folder))
     except ConfigError as error:
         yield "settings", Finding("problem", str(error), "correct this first: the rest was not checked")
         return
-    checks = server_checks(folder, settings) if server else node_checks(folder, settings)
-    yield from _run(checks)
+    yield from run_checks(checks)
 
 
 def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[], Finding]]:
@@ -75,7 +76,7 @@ def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[
     }
 
 
-def node_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[], Finding]]:
+def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> dict[str, Callable[[], Finding]]:
     """The checks of a node's folder."""
     host, _, port = settings["SUPERLINK"].rpartition(":")
     host = host.strip("[]")
@@ -87,8 +88,9 @@ def node_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[]
         "port": partial(runtime_port, int(settings["RUNTIME_PORT"])),
         "server": partial(server_answers, folder, host, int(port)),
         "clock": partial(clock, folder, host, int(port)),
-        "model": partial(model, folder),
-        "data": partial(data, folder),
+        "device": partial(device, node),
+        "model": partial(model, node),
+        "data": partial(data, node),
     }
 
 
@@ -208,9 +210,9 @@ def packages(device: bool) -> Finding:
     for requirement in requirements:
         requirement.extras = set()
     wanted = [str(one) for one in requirements if not (device and one.name in NOT_ON_DEVICES)]
-    if unmet := list(_unmet(wanted, "")):
-        needed = " ".join(f"'{requirement}'" for requirement, _ in unmet)
-        return Finding("problem", "; ".join(reason for _, reason in unmet), f"pip install {needed}")
+    if found := list(unmet(wanted, "")):
+        needed = " ".join(f"'{requirement}'" for requirement, _ in found)
+        return Finding("problem", "; ".join(reason for _, reason in found), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in (PACKAGE, "flwr", "torch", "transformers", "peft")))
 
 
@@ -312,32 +314,57 @@ def _reason(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
-def _node_config(folder: Path) -> dict[str, Any]:
+def own_settings(folder: Path) -> NodeSettings:
+    """node.toml, checked as the node itself checks it.
+
+    Raises:
+        ConfigError: it is no TOML, or a key or value is not allowed.
+    """
     try:
-        return tomllib.loads((folder / "node.toml").read_text())
+        return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text()))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"node.toml cannot be read ({error})") from None
 
 
-def model(folder: Path) -> Finding:
-    """Whether the backbone is here, or can be fetched."""
-    from fedara_flwr.cli.doctor import model as look
-
-    defaults = Settings()
-    name = str(_node_config(folder).get("model-name", defaults.model.name))
-    return look(defaults.model_copy(update={"model": defaults.model.model_copy(update={"name": name})}))
-
-
-def data(folder: Path) -> Finding:
-    """Whether the node's own data can be read, and how many rows there are; columns and labels are the run's."""
-    path = str(_node_config(folder).get("data-path", ""))
-    if not path:
-        return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
-    from fedara_flwr.data.load import _read_files
+def device(node: NodeSettings) -> Finding:
+    """Where the node computes."""
+    from fedara_flwr.client.session import pick_device
 
     try:
-        tables = _read_files(Path(path).expanduser())
+        return Finding("ok", pick_device(node))
     except ConfigError as error:
-        return Finding("problem", str(error).replace("data.path", "data-path"), "see node.toml")
-    table = tables["train"]
-    return Finding("ok", f"{path}: {len(table)} rows, columns {', '.join(table.column_names)}")
+        return Finding("problem", str(error), "see node.toml, and whether torch was installed for this GPU")
+
+
+def model(node: NodeSettings) -> Finding:
+    """Whether the backbones are here, or can be fetched."""
+    from fedara_flwr.cli.doctor import model as search
+
+    defaults = Settings()
+    findings = [
+        search(defaults.model_copy(update={"model": defaults.model.model_copy(update={"name": place})}))
+        for place in node.backbones.values()
+    ]
+    if not findings:
+        return Finding("problem", "node-config models = '': the node takes part with no backbone", "see node.toml")
+    return next((one for one in findings if one.level != "ok"), Finding("ok", "; ".join(one.found for one in findings)))
+
+
+def data(node: NodeSettings) -> Finding:
+    """Whether the node's own data can be read, and what is in it; columns and labels may be the run's."""
+    if not node.data_path:
+        return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
+    from fedara_flwr.data.load import look
+
+    columns = Settings().data
+    try:
+        found = look(node.data_path, node.text_column or columns.text_column, node.label_column or columns.label_column)
+    except ConfigError as error:
+        return Finding("problem", str(error), "see node.toml")
+    rows = ", ".join(f"{count} {name} rows" for name, count in found.rows.items())
+    said = f"{node.data_path}: {rows}, columns {', '.join(found.columns)}"
+    if not found.labels:
+        advice = "name the columns of text and label (text-column, label-column) unless the run does"
+        return Finding("warning", f"{said}; no labels read", advice)
+    labels = ", ".join(found.labels[:LABELS]) + (", …" if len(found.labels) > LABELS else "")
+    return Finding("ok", "; ".join(filter(None, (said, f"labels {labels}", str(found.skipped)))))

@@ -1,0 +1,143 @@
+"""A node's own settings: Flower's node-config, checked. The server cannot change them and is not told. No torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fedara_flwr.client.guard import METRICS, Guard
+from fedara_flwr.config import ConfigError, Group, ModelSettings, nearest, one_line
+from fedara_flwr.log import printable
+
+BUSY_SECONDS = 10.0  # for busy-when to answer
+BUSY_CHARACTERS = 200  # of what it says
+
+
+class NodeSettings(Group):
+    """The keys of node-config; '' and 0 mean unset where a description does not say otherwise."""
+
+    client_key: str | int = Field("", description="name of this node; its random streams depend on it: keep it")
+    partition_id: int | None = Field(None, ge=0, description="its share of the built-in data, and its name without client-key")
+    num_partitions: int = Field(0, ge=0, description="number of shares")
+    engine: Literal["", "inprocess"] = Field("", description="set by the in-process engine")
+    store_dir: str = Field("", description="folder of the offset's pieces; '' = FLWR_HOME/fedara-store")
+    models: str = Field(
+        ModelSettings().name,
+        description="backbones it takes part with, comma-separated: the run's model.name, or NAME=PATH where it lies elsewhere",
+    )
+    dtype: Literal["", "float32", "bfloat16"] = Field("", description="number type of the frozen backbone; '' = the run's")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
+    threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
+    max_memory_mb: float = Field(
+        0.0, ge=0, description="most memory a process of this node may have taken (peak of resident memory); 0 = no limit"
+    )
+    busy_when: str = Field("", description="command that says 'not now' by exit code 0")
+    data_path: str = Field("", description="own data: a parquet, csv or jsonl file, or a folder with train.* and test.*")
+    text_column: str = Field("", description="column of the text; '' = the run's, as with the next two")
+    pair_column: str = Field("", description="column of the second text")
+    label_column: str = Field("", description="column of the label")
+    validation: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of own rows held out for local evaluation; unset = the run's data.client-validation",
+    )
+    metrics: str | None = Field(None, description="metrics that may leave, comma-separated; '' = none, unset = all")
+    update_clip: float = Field(0.0, ge=0, description="length to which an update's difference is cut; 0 = not cut")
+    update_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on it, over update-clip")
+    worker: bool = Field(True, description="keep model and data in a process between messages")
+    worker_idle: float = Field(600.0, gt=0, description="seconds without a message after which that process ends")
+
+    @classmethod
+    def read(cls, node_config: Mapping[str, Any]) -> NodeSettings:
+        """Check a node-config.
+
+        Raises:
+            ConfigError: for an unknown key, a wrong type or an impossible value.
+        """
+        try:
+            settings = cls.model_validate(dict(node_config))
+        except ValidationError as error:
+            known = {f"node-config {field.alias}": field for field in cls.model_fields.values()}
+            raise ConfigError(one_line(error, known, "node-config ")) from None
+        settings._check_metrics()
+        settings._check_command()
+        part, parts = settings.partition_id or 0, settings.num_partitions or 1
+        if part >= parts and not settings.data_path:
+            raise ConfigError(f"node-config partition-id = {part}: without data-path allowed is below num-partitions = {parts}")
+        return settings
+
+    def _check_metrics(self) -> None:
+        for name in self.guard.metrics:
+            if name not in METRICS:
+                line = f"node-config metrics = {self.metrics!r}: there is no metric {name!r}{nearest(name, METRICS)}"
+                raise ConfigError(line)
+        if self.update_noise and not self.update_clip:
+            raise ConfigError(f"node-config update-noise = {self.update_noise!r}: needs update-clip above 0")
+
+    def _check_command(self) -> None:
+        if not self.busy_when:
+            return
+        try:
+            words = shlex.split(self.busy_when)
+        except ValueError as error:
+            raise ConfigError(f"node-config busy-when = {self.busy_when!r}: {error}") from None
+        if not words or not shutil.which(words[0]):
+            raise ConfigError(f"node-config busy-when = {self.busy_when!r}: there is no such command here")
+
+    @property
+    def guard(self) -> Guard:
+        """What this node lets out."""
+        if self.metrics is None:
+            return Guard(clip=self.update_clip, noise=self.update_noise)
+        names = tuple(name.strip() for name in self.metrics.split(",") if name.strip())
+        return Guard(names, self.update_clip, self.update_noise)
+
+    @property
+    def backbones(self) -> dict[str, str]:
+        """The run's model.name → what is opened here for it."""
+        entries = (entry.partition("=") for entry in self.models.split(",") if entry.strip())
+        return {name.strip(): (place or name).strip() for name, _, place in entries}
+
+    @property
+    def store(self) -> Path:
+        """Folder of the offset's pieces."""
+        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+        return Path(self.store_dir).expanduser() if self.store_dir else home / "fedara-store"
+
+    def busy(self) -> str:
+        """Why this node does not want to train now, by `busy-when`; '' where it does.
+
+        Exit code 0 means busy, 1 free, as `test` and `grep` answer. A command that fails otherwise, or does not answer in
+        time, cannot say that the device is free, so it counts as busy; the reason tells.
+        """
+        if not self.busy_when:
+            return ""
+        with tempfile.TemporaryFile() as output:  # not a pipe: what the command leaves behind could hold it open
+            words = shlex.split(self.busy_when)
+            try:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                code = process.wait(BUSY_SECONDS)
+            except OSError as error:
+                return f"busy-when cannot be run ({error.strerror})"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"busy-when did not answer in {BUSY_SECONDS:g} s"
+            output.seek(0)
+            lines = output.read(4 * BUSY_CHARACTERS).decode(errors="replace").splitlines()
+        if code == 1:
+            return ""
+        said = printable(lines[0].strip() if lines else "")[:BUSY_CHARACTERS]
+        return (said or "busy-when says so") if code == 0 else f"busy-when failed with exit code {code}: {said}"
