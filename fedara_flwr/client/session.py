@@ -61,7 +61,7 @@ _resident: dict[str, Session] = {}
 
 def resident(settings: Settings, labels: tuple[str, ...]) -> Session:
     """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
-    matters = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": {"cache", "cache_mb"}}
+    matters: Any = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": {"cache", "cache_mb"}}
     key = settings.model_dump_json(include=matters) + repr(labels)
     if key not in _resident:
         _resident.clear()

@@ -94,8 +94,8 @@ def train(
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
         `bytes-free` (memory of the machine); `flops-forward`, `flops-backward` (of the whole round: the first step's per
-        token, times the tokens; without what `AdaptedModel.below` keeps) where they are counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of
-        the received model where the plan asks for it.
+        token, times the tokens; what `AdaptedModel.below` runs once per example is left out) where they are counted;
+        `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received model where the plan asks for it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.

@@ -126,8 +126,9 @@ class Legend(FedLoRA):
         upload = 1.0 / profile.up if profile is not None else statistics.median(known["uploads"] or self._usual_uploads())
         depth = max(1.0, min(known["free"] / known["block"], float(self.spec.blocks)))
         forward, backward = known["forward"], known["backward"]
-        both = (0.0, forward + backward) if self.cached else (forward, backward)
-        return Capacity(*both, upload, depth)
+        if self.cached:
+            return Capacity(0.0, forward + backward, upload, depth)
+        return Capacity(forward, backward, upload, depth)
 
     @property
     def cached(self) -> bool:
