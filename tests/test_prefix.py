@@ -9,6 +9,7 @@ from conftest import CONFIGS, LABELS, VOCABULARY, backbone, random_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_helper import WALL_CLOCK, ShuffledGrid, config, prepare
+from safetensors.torch import load_file, save_file
 from test_capacity import LAYERS, LENGTH, RANK, ROWS, TOKENS, backward_flops, forward_flops
 from test_session import PadOnly, plan
 from transformers import AlbertConfig, AutoModel, T5Config, T5EncoderModel
@@ -333,19 +334,31 @@ def test_a_block_that_hands_on_more_than_its_output_is_not_cut(tmp_path, caplog)
     assert "a block returns more than hidden states" in caplog.text
 
 
+def test_embeddings_that_are_trained_as_head_are_not_kept(tiny_models, tmp_path, caplog):
+    """What the checkpoint lacks outside the blocks belongs to the head."""
+    for file in tiny_models["bert"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["embeddings.position_embeddings.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    caplog.set_level("INFO")
+    refused(tmp_path, "classification")
+    assert "what is trained as head reaches below the blocks" in caplog.text
+
+
 def test_a_block_that_looks_further_down_is_not_cut(tiny_models):
     found = backbone(tiny_models["bert"])
     seen = {}
     found.blocks[0].register_forward_hook(lambda _, args, output: seen.update(state=output))
     found.blocks[2].register_forward_pre_hook(lambda _, args: (args[0] + seen["state"], *args[1:]))
-    assert not Prefix(found.model, found.blocks, 64, False).fits
+    assert not Prefix(found.model, found.blocks, [], 64, False).fits
 
 
 # -- bounds ------------------------------------------------------------
 def test_memory_is_bounded_and_the_least_recently_used_row_goes(tiny_models):
     """1 MiB holds 16 rows of 64 KiB: 1024 tokens of 16 float32."""
     found = backbone(tiny_models["llama"])
-    prefix = Prefix(found.model, found.blocks, 1, False)
+    prefix = Prefix(found.model, found.blocks, [], 1, False)
     ids = [[5 + i % 90] * 1024 for i in range(20)]
     batches = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, 1024, dtype=torch.long)} for row in ids]
     for batch in batches[:16]:

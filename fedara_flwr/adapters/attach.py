@@ -55,7 +55,7 @@ class AdaptedModel:
         self._prefix: Prefix | None = None
         if cache != "off":
             with self.autocast():
-                prefix = Prefix(self.model, backbone.blocks, cache_mb, cache == "half")
+                prefix = Prefix(self.model, backbone.blocks, backbone.head_parameters(), cache_mb, cache == "half")
             self._prefix = prefix if prefix.fits else None
         self._frozen = backbone.frozen_parameters()
         self._resident = [p.data for p in self._frozen]

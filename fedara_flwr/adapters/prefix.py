@@ -33,12 +33,15 @@ class _Reached(Exception):
 class Prefix:
     """Outputs of the blocks below a boundary, by boundary and example; the least recently used go first."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], megabytes: int, half: bool) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], head: Sequence[nn.Parameter], megabytes: int, half: bool
+    ) -> None:
         """Try the cut.
 
         Args:
-            model: in eval mode, as the pre-trained weights make it.
+            model: in eval mode, as the pre-trained weights make it, every parameter frozen.
             blocks: the repeated blocks, from the lowest.
+            head: parameters that are trained besides adapters.
             megabytes: bound of what is kept, in 2^20 bytes.
             half: keep float32 outputs as float16, where that is finite.
         """
@@ -47,7 +50,7 @@ class Prefix:
         self._kept: OrderedDict[tuple[int, bytes], torch.Tensor] = OrderedDict()
         self._wrap: Callable[[torch.Tensor], Any] = lambda states: states
         try:
-            problem = self._try()
+            problem = self._try(head)
         except Exception as error:  # whatever a model that is not built like that may raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         self.fits, self.half = not problem, half
@@ -105,7 +108,7 @@ class Prefix:
         found: list[torch.Tensor] = []
 
         def reach(block: nn.Module, args: Any, output: Any) -> None:
-            found.append(output if isinstance(output, torch.Tensor) else output[0])
+            found.append(_hidden(output))
             raise _Reached
 
         training = self.model.training
@@ -134,7 +137,7 @@ class Prefix:
                 del block.forward
 
     @torch.no_grad()
-    def _try(self) -> str:
+    def _try(self, head: Sequence[nn.Parameter]) -> str:
         """Why the model cannot be cut between its blocks; '' where it can. Learns what a block returns."""
         config: Any = self.model.config
         tokens = torch.arange(12).view(2, 6) % config.get_text_config().vocab_size
@@ -149,12 +152,19 @@ class Prefix:
             for i, block in enumerate(self.blocks)
         ]
         try:
-            whole = base(**inputs)[0]
+            with torch.enable_grad():
+                for parameter in head:
+                    parameter.requires_grad_(True)
+                whole = base(**inputs)[0].detach()
         finally:
             for hook in hooks:
                 hook.remove()
+            for parameter in head:
+                parameter.requires_grad_(False)
         if [i for i, _ in calls] != list(range(len(self.blocks))):
             return "its blocks do not run once each, one after the other"
+        if _hidden(calls[-1][1]).requires_grad:  # a parameter that the checkpoint lacks is of the head, wherever it is
+            return "what is trained as head reaches below the blocks"
         output = calls[0][1]
         if isinstance(output, tuple):
             if any(item is not None for item in output[1:]):
@@ -169,3 +179,9 @@ class Prefix:
             if not float(((found - whole) * mask[..., None]).abs().max()) <= bound:
                 return f"block {boundary} does not depend on the output of the one below alone"
         return ""
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns."""
+    states: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return states
