@@ -129,7 +129,15 @@ class TrainSettings(Group):
     head_learning_rate: float = Field(1e-2, gt=0, description="AdamW learning rate of the head")
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")
     clip_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0 = not clipped")
-    dropout: bool = Field(False, description="whether the backbone's own dropout is on while training")
+    dropout: bool = Field(
+        False, description="whether the backbone's own dropout is on while training; with train.cache only above what is kept"
+    )
+    cache: Literal["off", "exact", "half"] = Field(
+        "exact",
+        description="the output of the blocks below the lowest living adapter: run at every step, or once for each example and "
+        "kept in memory, as it is or as float16; clients and the server's evaluation alike",
+    )
+    cache_mb: int = Field(256, ge=1, description="megabytes that a process keeps so; least recently used rows go")
     prox_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 times the squared distance from the received values")
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")

@@ -190,6 +190,7 @@ class Port:
 
 def legend(text="", spec=SPEC, **flat):
     values = {"method": "legend", "adapter.rank": 4, "adapter.final-rank": 1.0, "train.steps": 2, "strategy.options": text}
+    values |= {"train.cache": "off"}
     return Legend(Settings.from_flat(values | {k.replace("__", "."): v for k, v in flat.items()}), Port(spec))
 
 
@@ -262,6 +263,16 @@ def test_moving_averages_by_hand():
     strategy.depth = {"0": 1}
     answer(strategy, "0", steps=2, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
     assert strategy.capacity(node) == Capacity(2.25, 1.5, 0.0, 2.5)
+
+
+def test_kept_outputs_make_the_forward_pass_as_short_as_the_backward_pass():
+    """Calibration: 6 s and 9 s through 3 blocks, so g = 2 + 3. Then one step of 2 s and 3 s through 1 block: the same."""
+    strategy = legend(train__cache="exact", train__steps=0)
+    node = join(strategy, "0", calibration(6.0, 9.0))
+    assert strategy.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
+    strategy.depth = {"0": 1}
+    answer(strategy, "0", steps=1, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
+    assert strategy.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
 
 
 def test_smoothing_is_the_newest_reports_weight():

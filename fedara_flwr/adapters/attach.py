@@ -8,6 +8,7 @@ autograd stops above the lowest living adapter by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
 
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.config import Settings
 from fedara_flwr.offsets import Piece, factors
 from fedara_flwr.ranks import Ints, RankMask
@@ -48,13 +50,20 @@ class AdaptedModel:
     The resident backbone's tensors are never written: what changes in it is a frozen extra adapter, or a copy.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, cache: str = "off", cache_mb: int = 0) -> None:
+        """`cache` and `cache_mb` are `train.cache` and `train.cache-mb`."""
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
         self.device = next(self.model.parameters()).device
+        self._prefix: Prefix | None = None
+        if cache != "off":
+            with self.autocast():
+                prefix = Prefix(self.model, backbone.blocks, backbone.head_parameters(), cache_mb, cache == "half")
+            self._prefix = prefix if prefix.fits else None
         self._frozen = backbone.frozen_parameters()
         self._resident = [p.data for p in self._frozen]
         self._base = self._resident
         self._positions: Ints | None = None
+        self._changed = False
         self._offset: Piece | None = None
         inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
         self.layers: list[SVDLinear] = []
@@ -77,6 +86,8 @@ class AdaptedModel:
         pairs = factors(piece, self.spec) if piece is not None and piece.ranks else []  # raises before anything is changed
         self._offset = None
         self._release()
+        if self._prefix is not None:
+            self._prefix.clear()
         for layer in self.layers:
             if OFFSET in layer.lora_A:
                 layer.set_adapter([ADAPTER], inference_mode=True)  # PEFT warns where the one that goes is active
@@ -131,7 +142,7 @@ class AdaptedModel:
             positions: as `draws.sparse_positions`; None = all.
         """
         self._release()
-        self._positions = positions
+        self._positions, self._changed = positions, change is not None
         weights = self._weights()
         if self._offset is not None and not self._offset.ranks:
             _add(weights, self._tensor(self._offset.arrays["dense"]))
@@ -256,11 +267,26 @@ class AdaptedModel:
         """The context in which to run forward passes: bfloat16 where the backbone is."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.backbone.dtype == "bfloat16")
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Forward pass without labels; float32 logits."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+    @property
+    def lowest(self) -> int:
+        """The lowest block with a living module; the number of blocks where none lives."""
+        return min((self.spec.modules[index].block for index, _ in self.alive()), default=self.spec.blocks)
+
+    def below(self, batch: Batch) -> torch.Tensor | None:
+        """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `logits`.
+
+        None where nothing below is frozen alike for all clients and rounds, or nothing is kept (`train.cache`).
+        """
+        if self._prefix is None or not self.lowest or self._changed:
+            return None
         with self.autocast():
-            return self.model(**inputs).logits.float()
+            return self._prefix.states(_inputs(batch), self.lowest)
+
+    def logits(self, batch: Batch, below: torch.Tensor | None = None) -> torch.Tensor:
+        """Forward pass without labels, of all blocks or from what `below` gave for this batch; float32 logits."""
+        above = nullcontext() if self._prefix is None else self._prefix.above(below, self.lowest)
+        with self.autocast(), above:
+            return self.model(**_inputs(batch)).logits.float()
 
 
 def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> tuple[AdaptedModel, Any]:
@@ -284,7 +310,11 @@ def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu")
         pad_token_id=tokenizer.pad_token_id,
     )
     backbone.model.to(device)
-    return AdaptedModel(backbone), tokenizer
+    return AdaptedModel(backbone, settings.train.cache, settings.train.cache_mb), tokenizer
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _add(parameters: list[nn.Parameter], change: torch.Tensor) -> None:

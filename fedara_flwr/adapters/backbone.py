@@ -93,6 +93,7 @@ class Backbone:
     Attributes:
         model: the transformers model, every parameter frozen and eval() on.
         spec: modules and head.
+        blocks: the repeated blocks, from the lowest.
         head_modules: top-level modules that hold the head, for PEFT's `modules_to_save`.
     """
 
@@ -142,6 +143,7 @@ class Backbone:
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(blocks).children())
         self.head_modules, head = self._split_head(task, set(info["missing_keys"]), blocks)
         self.identity_pooler = self._set_pooling(pooling, head)
         modules = _linear_modules(self.model, blocks, target_modules)

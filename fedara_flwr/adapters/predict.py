@@ -23,5 +23,5 @@ def predict(adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded) ->
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH].tolist()
         batch = adapted.batch(task, tokenizer, data, rows)
-        logits |= dict(zip(rows, adapted.logits(batch).cpu().numpy(), strict=True))
+        logits |= dict(zip(rows, adapted.logits(batch, adapted.below(batch)).cpu().numpy(), strict=True))
     return task.metrics([logits[i] for i in range(len(order))], data.labels, adapted.backbone.labels)

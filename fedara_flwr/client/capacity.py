@@ -58,8 +58,7 @@ def backward_blocks(adapted: AdaptedModel, trains_backbone: bool) -> int:
     """Blocks that the backward pass goes through: from the lowest one with a living module to the top."""
     if trains_backbone:
         return adapted.spec.blocks
-    lowest = min((adapted.spec.modules[index].block for index, _ in adapted.alive()), default=adapted.spec.blocks)
-    return adapted.spec.blocks - lowest
+    return adapted.spec.blocks - adapted.lowest
 
 
 def measure(

@@ -67,8 +67,8 @@ _resident: dict[str, Session] = {}
 
 def resident(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Session:
     """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
-    shared = settings.model_dump_json(include={"seed": True, "model": True, "data": True, "adapter": {"target_modules"}})
-    key = f"{shared} {labels!r} {device}"
+    matters: Any = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": {"cache", "cache_mb"}}
+    key = f"{settings.model_dump_json(include=matters)} {labels!r} {device}"
     if key not in _resident:
         _resident.clear()
         _resident[key] = Session(settings, labels, device)

@@ -94,9 +94,9 @@ def train(
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
         `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (client/power);
-        `flops-forward`, `flops-backward` (of the whole round: the first step's per token, times the tokens) where they are
-        counted; `eval-accuracy`, `eval-macro-f1`, `eval-loss`, `eval-examples` of the received model where the plan asks for
-        it.
+        `flops-forward`, `flops-backward` (of the whole round: the first step's per token, times the tokens; what
+        `AdaptedModel.below` runs once per example is left out) where they are counted; `eval-accuracy`, `eval-macro-f1`,
+        `eval-loss`, `eval-examples` of the received model where the plan asks for it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -127,8 +127,9 @@ def train(
         tokens += batch["input_ids"].numel()
         counts: dict[str, Any] = {name: flop_counter() if count_flops and step == 0 else nullcontext() for name in spent}
         before = clock(adapted.device)
+        below = adapted.below(batch)  # a row's first time is not counted: it would depend on whom this process served before
         with counts["forward"]:
-            loss = task.loss(adapted.logits(batch), batch)
+            loss = task.loss(adapted.logits(batch, below), batch)
         spent["forward"] += clock(adapted.device) - before
         losses.append(loss.detach())
         for penalty in (term.penalty() for term in terms):

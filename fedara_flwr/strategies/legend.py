@@ -6,7 +6,8 @@ sets the depths anew each round; layers are aggregated over the devices that own
 fixed step about `adapter.rank`, with alpha_l in proportion to r_l; a round costs device i t_i(k) = steps·(f_i + k·g_i) +
 u_i·bytes(k); the target is the time of the fastest device (or the median one) at the full depth that its memory allows, every
 other device takes the largest k with t_i(k) ≤ (1 + slack)·target, at least 1. f, g and memory come from one calibration batch
-before a node's first round, then from each update. Simulated devices: their profile times counted FLOPs.
+before a node's first round, then from each update. Simulated devices: their profile times counted FLOPs. With `train.cache`
+the forward pass too goes through the trained blocks alone, f_i = 0 and g_i has both ways.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Legend(FedLoRA):
         if not 1 <= steps < inf:
             return
         unit, speed = ("seconds", 1.0) if profile is None else ("flops", profile.flops)
-        over = {"forward": steps, "backward": steps * blocks}
+        over = {"forward": steps * blocks if self.cached else steps, "backward": steps * blocks}
         values = {way: metrics.get(f"{unit}-{way}", 0.0) / speed / count for way, count in over.items()}
         if not all(0 < value < inf for value in values.values()):
             return
@@ -124,7 +125,15 @@ class Legend(FedLoRA):
             return None
         upload = 1.0 / profile.up if profile is not None else statistics.median(known["uploads"] or self._usual_uploads())
         depth = max(1.0, min(known["free"] / known["block"], float(self.spec.blocks)))
-        return Capacity(known["forward"], known["backward"], upload, depth)
+        forward, backward = known["forward"], known["backward"]
+        if self.cached:
+            return Capacity(0.0, forward + backward, upload, depth)
+        return Capacity(forward, backward, upload, depth)
+
+    @property
+    def cached(self) -> bool:
+        """Whether clients keep the output of the blocks that they do not train."""
+        return self.settings.train.cache != "off"
 
     def _usual_uploads(self) -> list[float]:
         """Upload times of real devices, one each: what a device that has sent nothing yet is taken for; 0 while two know."""

@@ -1,0 +1,120 @@
+"""What one training step costs by the lowest living block, with and without the frozen prefix kept (`train.cache`).
+
+    python benchmarks/speed/step.py [--data DIR] [--out FILE] [--repeats 5]
+
+MiniLM, rank 12 on every module from the lowest living block up, batches of 16 as in training, one thread. Milliseconds are of
+the process's own CPU time, medians of interleaved repetitions, so that other work on the machine counts less.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.config import Settings
+from fedara_flwr.data.federation import federation
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.strategies.allocation import last_blocks
+from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks.base import Batch
+
+RANK, SIZE, BATCHES = 12, 16, 2
+TASK = TASKS["classification"]
+PARTS = frozenset({"B", "E", "A", "head"})
+
+
+def load(adapted: AdaptedModel, lowest: int) -> torch.optim.Optimizer:
+    """Random adapters from block `lowest` up, and their optimiser."""
+    spec = adapted.spec
+    mask = last_blocks(spec, RankMask.full([RANK] * len(spec.modules)), spec.blocks - lowest)
+    rng = np.random.default_rng(0)
+    arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}
+    adapted.load(arrays, mask, (2.0,) * len(spec.modules), PARTS)
+    adapted.model.train(False)
+    parameters = [p for part in sorted(PARTS) for p in adapted.parameters(part)]
+    return torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+
+
+def step(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, batch: Batch, cached: bool) -> None:
+    """As client/train.py."""
+    loss = TASK.loss(adapted.logits(batch, adapted.below(batch) if cached else None), batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def saved_bytes(adapted: AdaptedModel, batch: Batch, cached: bool) -> int:
+    """Bytes of activations that autograd keeps for the backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in adapted.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    below = adapted.below(batch) if cached else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = TASK.loss(adapted.logits(batch, below), batch)
+    total = sum(kept.values())
+    del loss
+    return total
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="folder of a data set; by default the built-in docstrings")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = Settings.from_flat({"data.path": args.data, "train.cache-mb": 1024})
+    data = federation(settings.data, settings.seed)
+    adapted, tokenizer = open_model(settings, data.labels)
+    chosen = np.random.default_rng(0).permutation(len(data.pool))[: BATCHES * SIZE]
+    rows = TASK.encode(tokenizer, data.pool.take(chosen), settings.data.max_length)
+    order = np.argsort([len(row) for row in rows.ids], kind="stable").reshape(BATCHES, SIZE)
+    batches = [TASK.collate(tokenizer, [rows.ids[i] for i in group], [rows.labels[i] for i in group]) for group in order]
+    blocks = adapted.spec.blocks
+    times: dict[tuple[int, str], list[float]] = {}
+    for _ in range(args.repeats + 1):
+        for lowest in range(blocks + 1):
+            optimizer = load(adapted, lowest)
+            for way in ("without", "first", "kept"):
+                if way == "first" and adapted._prefix is not None:
+                    adapted._prefix.clear()
+                began = time.process_time()
+                for batch in batches:
+                    step(adapted, optimizer, batch, way != "without")
+                times.setdefault((lowest, way), []).append(1000 * (time.process_time() - began) / BATCHES)
+    for lowest in range(blocks + 1):
+        load(adapted, lowest)
+        line = {
+            "data": Path(args.data).name or "docstrings",
+            "lowest": lowest,
+            **{f"ms-{way}": statistics.median(times[lowest, way][1:]) for way in ("without", "first", "kept")},
+            **{f"mb-{way}": saved_bytes(adapted, batches[-1], way == "kept") / 1e6 for way in ("without", "kept")},
+            "repeats": args.repeats,
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+        }
+        with args.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
