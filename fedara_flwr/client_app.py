@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedara_flwr.client import terms
+from fedara_flwr.client import terms, worker
 from fedara_flwr.client.guard import Guard
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.wire import PROTOCOL
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedara_flwr.wire.plan import TrainPlan
 
 app = ClientApp()
+HANDLERS: dict[str, worker.Handler] = {}
 
 
 def client_key(context: Context) -> str:
@@ -38,6 +40,19 @@ def in_simulation(context: Context) -> bool:
     """Whether server and client are one user's processes: under Ray, or in the in-process engine."""
     ray = sys.modules.get("ray")
     return bool(ray is not None and ray.is_initialized()) or context.node_config.get("engine") == "inprocess"
+
+
+def _resident(handler: worker.Handler) -> worker.Handler:
+    """The handler, called in this node's resident worker where it may have one."""
+    HANDLERS[handler.__name__] = handler
+
+    @wraps(handler)
+    def call(message: Message, context: Context) -> Message:
+        if in_simulation(context) or not worker.wanted(context.node_config):
+            return handler(message, context)
+        return worker.ask(handler, message, context)
+
+    return call
 
 
 def _open(context: Context, labels: tuple[str, ...] = ()) -> tuple[Session, ClientData]:
@@ -77,6 +92,7 @@ def whoami(message: Message, context: Context) -> Message:
 
 
 @app.query("ready")
+@_resident
 def ready(message: Message, context: Context) -> Message:
     """Whether this node can train: how many examples it has, and what it must have in common with the server."""
     question: Any = message.content.config_records["ready"]
@@ -153,6 +169,7 @@ def _take_offset(message: Message, context: Context, resident: Session, plan: Tr
 
 
 @app.train()
+@_resident
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan."""
     from fedara_flwr.client.train import train as run
@@ -169,6 +186,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
+@_resident
 def evaluate(message: Message, context: Context) -> Message:
     """The received model on this client's own held-out rows."""
     from fedara_flwr.client.train import evaluate as run

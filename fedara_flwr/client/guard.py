@@ -66,7 +66,7 @@ class Guard:
         for name in metrics:
             if name not in METRICS:
                 raise ConfigError(f"node-config metrics = {text!r}: there is no metric {name!r}{nearest(name, METRICS)}")
-        clip, noise = (_number(node_config, key) for key in ("update-clip", "update-noise"))
+        clip, noise = (number(node_config, key) for key in ("update-clip", "update-noise"))
         if noise and not clip:
             raise ConfigError(f"node-config update-noise = {noise!r}: needs update-clip above 0")
         return cls(metrics, clip, noise)
@@ -93,8 +93,13 @@ class Guard:
         return out
 
 
-def _number(node_config: Mapping[str, Any], key: str) -> float:
-    value = node_config.get(key, 0.0)
+def number(node_config: Mapping[str, Any], key: str, default: float = 0.0) -> float:
+    """A number of the node-config.
+
+    Raises:
+        ConfigError: it is none, or below 0.
+    """
+    value = node_config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ConfigError(f"node-config {key} = {value!r}: allowed is a number from 0")
     return float(value)
