@@ -457,6 +457,14 @@ def test_other_data_under_the_old_name_is_not_what_it_has_in_memory(place, log, 
     assert thread.ended()
 
 
+def test_only_files_that_the_node_names_count(place, log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thread, given = Thread(), context(**{"data-path": "", "model-name": "some/model"})
+    for _ in range(3):  # the log grows beside it
+        assert who(worker.ask(train, message(log), given)) == "thread"
+    thread.stop()
+
+
 def test_list_and_stop(place, log):
     assert CliRunner().invoke(cli, ["worker", "list"]).output == ""
     pid = int(who(worker.ask(train, message(log), context())).split()[1])

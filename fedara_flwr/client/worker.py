@@ -77,8 +77,8 @@ def folder() -> Path:
     """
     found = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedara-{os.getuid()}"
     found.mkdir(mode=0o700, exist_ok=True)
-    facts = found.lstat()
-    if found.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+    facts = found.lstat()  # a link is open to all
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise PermissionError(f"{found} is not this user's alone")
     return found
 
@@ -250,8 +250,8 @@ def _packed(context: Context) -> bytes:
 def _files(node_config: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
     """The node's own files as they are: path, inode, size, time."""
     found = []
-    for key in ("data-path", "model-name"):
-        place = Path(str(node_config.get(key, ""))).expanduser()
+    for name in filter(None, map(node_config.get, ("data-path", "model-name"))):
+        place = Path(str(name)).expanduser()
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             if file.is_file():
                 facts = file.stat()
