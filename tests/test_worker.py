@@ -51,7 +51,6 @@ def place(monkeypatch) -> Iterator[Path]:
     for pid in worker.running():
         psutil.Process(pid).kill()
         gone(pid)
-    shutil.rmtree(base)
 
 
 @pytest.fixture
@@ -538,9 +537,8 @@ def test_a_simulation_has_none(tiny_bert, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_one_worker_serves_all_rounds_and_ends_with_its_supernode(tiny_bert, tmp_path, monkeypatch):
-    base = Path(tempfile.mkdtemp(prefix="fw-"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     with deployment(tmp_path / "run", tiny_bert, nodes=2) as owner:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", owner.env["XDG_RUNTIME_DIR"])
         owner.nodes[1].config["worker"] = False
         owner.nodes[1].end(TERM)
         owner.nodes[1].start()
@@ -557,4 +555,3 @@ def test_one_worker_serves_all_rounds_and_ends_with_its_supernode(tiny_bert, tmp
         assert Path(found).is_relative_to(owner.nodes[0].home / "apps")
         owner.nodes[0].end(TERM)
         gone(pid)
-    shutil.rmtree(base)

@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="fo-"))
-    os.environ["XDG_RUNTIME_DIR"] = str(root)  # the workers' sockets, too
     hardware = {"cpu": cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
     with contextlib.ExitStack() as stack, options.out.open("a") as out:
         owners = {}
