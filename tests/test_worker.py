@@ -51,6 +51,7 @@ def place(monkeypatch) -> Iterator[Path]:
     for pid in worker.running():
         psutil.Process(pid).kill()
         gone(pid)
+    shutil.rmtree(base)
 
 
 @pytest.fixture
