@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedara_flwr.client import terms
+from fedara_flwr.client import terms, worker
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.wire import PROTOCOL
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 app = ClientApp()
+HANDLERS: dict[str, worker.Handler] = {}
 
 
 def client_key(context: Context) -> str:
@@ -37,6 +39,19 @@ def in_simulation(context: Context) -> bool:
     """Whether server and client are one user's processes: under Ray, or in the in-process engine."""
     ray = sys.modules.get("ray")
     return bool(ray is not None and ray.is_initialized()) or context.node_config.get("engine") == "inprocess"
+
+
+def _resident(handler: worker.Handler) -> worker.Handler:
+    """The handler, called in this node's resident worker where it may have one."""
+    HANDLERS[handler.__name__] = handler
+
+    @wraps(handler)
+    def call(message: Message, context: Context) -> Message:
+        if in_simulation(context) or not worker.wanted(context.node_config):
+            return handler(message, context)
+        return worker.ask(handler, message, context)
+
+    return call
 
 
 def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] = ()) -> tuple[Session, ClientData]:
@@ -85,6 +100,7 @@ def whoami(message: Message, context: Context) -> Message:
 
 
 @app.query("ready")
+@_resident
 def ready(message: Message, context: Context) -> Message:
     """Whether this node can train: how many examples it has, and what it must have in common with the server.
 
@@ -162,6 +178,7 @@ def _take_offset(message: Message, context: Context, node: NodeSettings, residen
 
 
 @app.train()
+@_resident
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan, or why not now."""
     from fedara_flwr.wire.records import busy, update_to_content
@@ -182,6 +199,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
+@_resident
 def evaluate(message: Message, context: Context) -> Message:
     """The received model on this client's own held-out rows."""
     from fedara_flwr.client.train import evaluate as run

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -359,6 +360,7 @@ class Deployment:
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}",
+            "XDG_RUNTIME_DIR": tempfile.mkdtemp(prefix="fd-"),  # short: sockets of resident workers
             TAG: uuid.uuid4().hex,
         }
         self.env.pop("PYTHONPATH", None)  # the code under test comes as a FAB
@@ -435,6 +437,7 @@ class Deployment:
         for _ in range(20):
             mine = _tagged(self.env[TAG])
             if not mine:
+                shutil.rmtree(self.env["XDG_RUNTIME_DIR"], ignore_errors=True)
                 return
             for process in mine:
                 with contextlib.suppress(psutil.Error):

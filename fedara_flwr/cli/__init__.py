@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedara_flwr.cli import deploy
+from fedara_flwr.cli import deploy, worker
 from fedara_flwr.config import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(deploy.app, name="deploy")
+app.add_typer(worker.app, name="worker")
 
 
 @app.callback()
