@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def _receive(message: Message, context: Context) -> tuple[Session, ClientData, T
         _take_offset(message, context, resident, plan)
     except MissingPieces as error:
         return Message(need_offset(error.digests, plan.server_round), reply_to=message)
-    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries)
+    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries, plan.down)
 
 
 def _store(context: Context) -> NodeStore:
@@ -156,7 +157,7 @@ def _take_offset(message: Message, context: Context, resident: Session, plan: Tr
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan."""
     from fedara_flwr.client.train import train as run
-    from fedara_flwr.wire.records import update_to_content
+    from fedara_flwr.wire.records import code_update, update_to_content
 
     received = _receive(message, context)
     if isinstance(received, Message):
@@ -165,7 +166,9 @@ def train(message: Message, context: Context) -> Message:
     key, simulated = client_key(context), in_simulation(context)
     guard = Guard.read(context.node_config)
     update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, guard)
-    return Message(update_to_content(update, plan), reply_to=message)
+    coded, said = code_update(update, plan, resident.adapted.spec, arrays, key)
+    update = replace(update, metrics={**update.metrics, **guard.let_out(said)})
+    return Message(update_to_content(update, plan, coded), reply_to=message)
 
 
 @app.evaluate()

@@ -31,6 +31,7 @@ METRICS = (
     "bytes-block",
     "flops-forward",
     "flops-backward",
+    "coding-error",
     "eval-loss",
     "eval-accuracy",
     "eval-macro-f1",
