@@ -270,6 +270,14 @@ def test_a_format_that_the_client_does_not_know(key, value):
     assert plan_reason(changed_plan(**{key: value})) == "plan"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_client_that_diverged_says_so(value):
+    plan, update = replace(PLAN, up="int4"), update_for(PLAN)
+    update.arrays["head"][0] = value
+    with pytest.raises(FloatingPointError, match="head is not finite"):
+        code_update(update, plan, SPEC, random_arrays(MASK), "k")
+
+
 def test_more_entries_than_weights_allocate_nothing():
     """SPEC has 14 weights; 2^60 entries would be 2^52 rows."""
     plan = replace(PLAN, carries=frozenset({"backbone"}), down="int4", entries=2**60)

@@ -273,6 +273,9 @@ def code_update(
 
     Returns:
         The arrays, and where they are coded `coding-error`, ‖decoded - true‖ / ‖true‖ of the differences.
+
+    Raises:
+        FloatingPointError: a difference is not finite.
     """
     if not plan.differences:
         return update.arrays, {}
@@ -280,6 +283,8 @@ def code_update(
     coded, error = {}, CodingError()
     for part, values in update.arrays.items():
         change, rows = values - start[part], spec.row_lengths(part, update.mask, plan.entries)
+        if not np.isfinite(change).all():
+            raise FloatingPointError(f"{part} is not finite after training: lower the learning rates")
         rng = seeds.generator(plan.seed, "wire-up", plan.server_round, client_key, part)
         coded[part] = codec.encode(change, rows, rng)
         error.add(change, codec.decode(coded[part], rows))
