@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,7 @@ def _receive(message: Message, context: Context, node: NodeSettings) -> tuple[Se
         _take_offset(message, context, node, resident, plan)
     except MissingPieces as error:
         return Message(need_offset(error.digests, plan.server_round), reply_to=message)
-    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries)
+    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries, plan.down)
 
 
 def _take_offset(message: Message, context: Context, node: NodeSettings, resident: Session, plan: TrainPlan) -> None:
@@ -181,7 +182,7 @@ def _take_offset(message: Message, context: Context, node: NodeSettings, residen
 @_resident
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan, or why not now."""
-    from fedara_flwr.wire.records import busy, update_to_content
+    from fedara_flwr.wire.records import busy, code_update, update_to_content
 
     node = NodeSettings.read(context.node_config)
     if why := node.busy():
@@ -195,7 +196,9 @@ def train(message: Message, context: Context) -> Message:
     key, simulated = client_key(context), in_simulation(context)
     update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, node.guard)
     _check_memory(node)
-    return Message(update_to_content(update, plan), reply_to=message)
+    coded, said = code_update(update, plan, resident.adapted.spec, arrays, key)
+    update = replace(update, metrics={**update.metrics, **node.guard.let_out(said)})
+    return Message(update_to_content(update, plan, coded), reply_to=message)
 
 
 @app.evaluate()

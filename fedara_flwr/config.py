@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Scalar = str | int | float | bool
 OptionsModel = type[BaseModel]
+Format = Literal["float32", "float16", "int8", "int4"]
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -118,6 +119,15 @@ class PrivacySettings(Group):
         return self.clip > 0
 
 
+class WireSettings(Group):
+    down: Format = Field(
+        "float32", description="numbers that the server sends; int8 and int4 are rounded at random, with a scale per slot"
+    )
+    up: Format = Field(
+        "float32", description="numbers that clients send back; where one of both is not float32, as differences from what came"
+    )
+
+
 class TrainSettings(Group):
     steps: int = Field(6, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
@@ -195,6 +205,7 @@ class Settings(Group):
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     strategy: StrategySettings = Field(default_factory=StrategySettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
+    wire: WireSettings = Field(default_factory=WireSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     fleet: FleetSettings = Field(default_factory=FleetSettings)

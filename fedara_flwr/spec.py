@@ -8,10 +8,11 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.ranks import Ints, RankMask
 
 Vector = NDArray[np.float32]
 SLOT_PARTS = ("B", "E", "A")
+ENTRIES_ROW = 256
 PARTS = (*SLOT_PARTS, "head", "backbone")
 Arrays = dict[str, Vector]
 """One packed float32 vector per part: the slot parts under some RankMask, the head in the order of `ModelSpec.head`, the
@@ -90,6 +91,22 @@ class ModelSpec:
             case "backbone":
                 return entries or self.backbone_size
         return mask.length(self.widths(part))
+
+    def row_lengths(self, part: str, mask: RankMask, entries: int = 0) -> Ints:
+        """Lengths of the rows of the packed vector of `part`, what one scale is for on the wire; shape (rows,), none 0.
+
+        A slot's numbers of B or A; all E of a module; of head and backbone what makes one output, or a whole vector; of
+        `entries` of the backbone 256 at a time.
+        """
+        if part == "E":
+            return mask.alive[mask.alive > 0]
+        if part in SLOT_PARTS:
+            return np.array(self.widths(part), dtype=np.int64)[mask.modules[mask.bits]]
+        if part == "backbone" and entries:
+            return np.diff(np.append(np.arange(0, entries, ENTRIES_ROW), entries))
+        parameters = self.head if part == "head" else self.backbone
+        lasts = np.array([p.shape[-1] if p.shape else 1 for p in parameters], dtype=np.int64)
+        return np.repeat(lasts, np.array([p.size for p in parameters], dtype=np.int64) // lasts)
 
     def rows(self, arrays: Arrays, mask: RankMask) -> list[Arrays]:
         """Of each module the slot parts that `arrays` has, as views of shape (alive slots, width); all where none lives."""

@@ -47,6 +47,7 @@ from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.wire.codec import CODECS, Broadcast
 from fedara_flwr.wire.meter import COUNTED, payload
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
 from fedara_flwr.wire.records import (
@@ -55,6 +56,7 @@ from fedara_flwr.wire.records import (
     MAX_NAME,
     MAX_VALUE,
     Rejected,
+    code_update,
     need_offset,
     plan_from_content,
     plan_to_content,
@@ -74,11 +76,24 @@ SPEC = ModelSpec(
 MASK = RankMask((2, 2, 2), np.array([1, 1, 0, 1, 0, 1], dtype=bool))
 ROUND, MOST, SECONDS = 7, 100, 1.0
 REASONS = {
-    *("records", "parts", "shape", "format", "not-finite", "range", "metrics", "num-examples", "votes", "protocol", "round"),
+    *(
+        "records",
+        "parts",
+        "shape",
+        "format",
+        "codes",
+        "not-finite",
+        "range",
+        "metrics",
+        "num-examples",
+        "votes",
+        "protocol",
+        "round",
+    ),
     *("offset", "sender", "norm", "unreadable"),
 }
 """Why a reply may be dropped; "unreadable" only where Flower itself could not inflate it."""
-PLAN_REASONS = {"records", "protocol", "plan", "offset", "parts", "shape", "format", "not-finite"}
+PLAN_REASONS = {"records", "protocol", "plan", "offset", "parts", "shape", "format", "codes", "not-finite"}
 
 
 class Broken(BaseException):
@@ -107,11 +122,15 @@ PLAN = TrainPlan(
 VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
 PLANS = {
     "fedara": VOTING,
-    "fedara-local": replace(VOTING, upload_mask="local"),
+    "fedara-local": replace(VOTING, upload_mask="local", down="float16", up="int4"),
     "ffa-lora": replace(PLAN, trainable=frozenset({"B", "head"}), drawn=frozenset({"A"}), draw_seed=9),
     "full": replace(PLAN, mask=MASK.keep(np.zeros(4, dtype=bool)), trainable=frozenset({"head", "backbone"})),
-    "slora": replace(PLAN, trainable=frozenset({"head", "backbone"}), drawn=frozenset({"backbone"}), entries=9, draw_seed=3),
-    "hetlora": replace(PLAN, report=frozenset({"kept"}), terms={"tail-penalty": {"weight": 0.01, "gamma": 0.85}}),
+    "slora": replace(
+        PLAN, trainable=frozenset({"head", "backbone"}), drawn=frozenset({"backbone"}), entries=9, draw_seed=3, up="int8"
+    ),
+    "hetlora": replace(
+        PLAN, report=frozenset({"kept"}), terms={"tail-penalty": {"weight": 0.01, "gamma": 0.85}}, down="int4", up="float16"
+    ),
     "flora": replace(PLAN, terms={"prox": {"mu": 0.1}}),
 }
 
@@ -130,7 +149,9 @@ def answer(plan: TrainPlan, lacks: bool = False) -> RecordDict:
     rng = np.random.default_rng(0)
     sizes = {part: SPEC.length(part, mask, plan.entries) for part in PARTS if part in sent_parts(plan)}
     arrays = {part: rng.normal(size=size).astype(np.float32) for part, size in sizes.items()}
-    return update_to_content(Update(arrays, mask, 37, {"loss": 0.5, "eval-examples": 4, "eval-loss": 0.4}, vote), plan)
+    update = Update(arrays, mask, 37, {"loss": 0.5, "eval-examples": 4, "eval-loss": 0.4}, vote)
+    received = {part: np.zeros(SPEC.length(part, plan.mask, plan.entries), dtype=np.float32) for part in PARTS}
+    return update_to_content(update, plan, code_update(update, plan, SPEC, received, "0")[0])
 
 
 # -- mutations of records ---------------------------------------------------------------------------------------------------
@@ -179,6 +200,8 @@ STRINGS = [
     ",",
     "B,,A",
     "local",
+    "int4",
+    "float16",
     "NaN",
 ]
 BYTES = [b"", b"\x00", b"\x60", b"\x00" * 8, b"\xff" * 8, b"\xff" * 1000, b"\x80\x04N."]
@@ -885,7 +908,8 @@ def fuzz_plans(count: int, seed: int) -> Outcome:
         plan = replace(plan, offset=(PIECE.digest,))
         values = {p: arrays.normal(size=SPEC.length(p, plan.mask)).astype(np.float32) for p in plan.carries - plan.drawn}
         plan = replace(plan, carries=frozenset(p for p in values if plan.mask.count or p == "head"))
-        message = Message(plan_to_content(plan, {p: values[p] for p in plan.carries}, [PIECE]), 1, "train")
+        arrays_sent = Broadcast(SPEC).encode(plan, {p: values[p] for p in plan.carries})
+        message = Message(plan_to_content(plan, arrays_sent, [PIECE]), 1, "train")
         message.metadata.__dict__.update(_created_at=1.7e9)
         good.append((message, *deflated(message)))
     with warnings.catch_warnings():
@@ -920,7 +944,7 @@ def _read_plan(content: RecordDict) -> str:
         plan = plan_from_content(content, len(SPEC.modules))
         check_plan(plan)
         read_pieces(content, SPEC)
-        values = read_arrays(content, SPEC, plan.mask, plan.carries, plan.entries)
+        values = read_arrays(content, SPEC, plan.mask, plan.carries, plan.entries, plan.down)
         values |= draw(SPEC, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
         if any(len(vector) > LARGEST_DRAW for vector in values.values()):
             raise Broken("the client drew more numbers than the model has")
@@ -947,6 +971,8 @@ def check_plan(plan: TrainPlan) -> None:
         value = getattr(plan, name)
         if type(value) is not float or not 0 <= value < math.inf:
             raise Broken(f"{name} = {value!r}")
+    if not {plan.down, plan.up} <= set(CODECS):
+        raise Broken(f"formats {plan.down!r}, {plan.up!r}")
     if type(plan.dropout) is not bool or type(plan.evaluate) is not bool:
         raise Broken("dropout or evaluate")
     if (plan.importance_time, plan.upload_mask) not in product(("before", "after"), ("global", "local")):

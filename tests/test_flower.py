@@ -61,15 +61,21 @@ def metrics(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "method", ["fedara", *(pytest.param(m, marks=pytest.mark.slow) for m in ("federa", "flora", "legend"))]
+    "method, wire",
+    [
+        ("fedara", {}),
+        *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("federa", "flora", "legend")),
+        pytest.param("hetlora", {"wire.down": "int8", "wire.up": "int4"}, marks=pytest.mark.slow),
+    ],
 )
-def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method):
+def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method, wire):
     """Same seed: the same arrays, masks, bytes and metrics; and nothing is left running."""
     app = clone(tmp_path / "app")
-    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower", "method": method}))
+    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower", "method": method}, **wire))
     assert flower.returncode == 0, flower.stdout[-3000:] + flower.stderr[-2000:]
     assert "run directory" in flower.stdout + flower.stderr
-    inprocess = fedara(app, *overrides(tiny_bert, **{"run.name": "inprocess", "method": method}), "--engine", "inprocess")
+    options = overrides(tiny_bert, **{"run.name": "inprocess", "method": method}, **wire)
+    inprocess = fedara(app, *options, "--engine", "inprocess")
     assert inprocess.returncode == 0, inprocess.stderr[-2000:]
     first, second = app / "runs" / "flower", app / "runs" / "inprocess"
     (weights,) = [*first.glob("adapter/*.safetensors"), *first.glob("model/*.safetensors")]

@@ -21,6 +21,7 @@ from fedara_flwr.wire.plan import Update
 
 METHODS = sorted(strategies.built_in())
 every_method = pytest.mark.parametrize("method", METHODS)
+EXACT = ("float32", "float32")
 OPTIONS = dict.fromkeys(("hetlora", "flexlora", "flora", "fedex-lora"), "ranks = [1, 2, 4]") | {"slora": "sparse-rounds = 0.5"}
 STOCK = """
 import json, sys, torch
@@ -38,9 +39,10 @@ assert not any(name.startswith("fedara") for name in sys.modules)
 """
 
 
-def flat(tiny_bert, method):
+def flat(tiny_bert, method, wire=EXACT):
     rounds = {"num_server_rounds": 2, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
-    return config(tiny_bert, method=method, strategy__options=OPTIONS.get(method, ""), **rounds)
+    formats = {"wire__down": wire[0], "wire__up": wire[1]}
+    return config(tiny_bert, method=method, strategy__options=OPTIONS.get(method, ""), **rounds, **formats)
 
 
 def logits(model, weights):
@@ -50,11 +52,17 @@ def logits(model, weights):
         return model.adapted.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).numpy()
 
 
+def bytes_in(form, spec, part, mask, entries):
+    """32, 16, 8 or 4 bits a number, and for the last two 4 bytes a row."""
+    size, rows = spec.length(part, mask, entries), len(spec.row_lengths(part, mask, entries))
+    return {"float32": 4 * size, "float16": 2 * size, "int8": size + 4 * rows, "int4": (size + 1) // 2 + 4 * rows}[form]
+
+
 class Spied:
     """A finished run with what it sent and merged, by round and client."""
 
-    def __init__(self, tiny_bert, method, grid_class=InProcessGrid):
-        self.strategy, grid = prepare(flat(tiny_bert, method), grid_class)
+    def __init__(self, tiny_bert, method, grid_class=InProcessGrid, wire=EXACT):
+        self.strategy, grid = prepare(flat(tiny_bert, method, wire), grid_class)
         strategy, self.plans, self.updates, self.fetched = self.strategy, {}, {}, {}
         self.start = strategy.weights()
         pack, take = strategy._pack, strategy.take
@@ -78,10 +86,10 @@ class Spied:
 def runs(tiny_bert):
     found = {}
 
-    def run(method):
-        if method not in found:
-            found[method] = Spied(tiny_bert, method)
-        return found[method]
+    def run(method, wire=EXACT):
+        if (method, wire) not in found:
+            found[method, wire] = Spied(tiny_bert, method, wire=wire)
+        return found[method, wire]
 
     return run
 
@@ -106,22 +114,27 @@ def test_learns_something_finite_from_every_reply(runs, method):
 
 
 @every_method
-def test_bytes_follow_the_formula(runs, method):
-    """4 bytes for each number of what the plan carries and the update holds, and of the pieces that were sent."""
-    run = runs(method)
+@pytest.mark.parametrize("wire", [EXACT, ("int8", "int4"), ("int4", "float16")], ids="-".join)
+def test_bytes_follow_the_formula(runs, method, wire):
+    """What a format takes for what the plan carries and the update holds; 4 bytes for each number of pieces that were sent."""
+    run, (down_form, up_form) = runs(method, wire), wire
     spec = run.strategy.spec
     lines = [line for line in run.strategy.lines if line["type"] == "client"]
     assert len(lines) == 6
     for line in lines:
         key = line["round"], line["client"]
         plan, update = run.plans[key], run.updates[key]
-        down = {part: 4 * spec.length(part, plan.mask, plan.entries) for part in plan.carries}
-        up = {part: 4 * spec.length(part, update.mask, plan.entries) for part in update.arrays}
+        down = {part: bytes_in(down_form, spec, part, plan.mask, plan.entries) for part in plan.carries}
+        up = {part: bytes_in(up_form, spec, part, update.mask, plan.entries) for part in update.arrays}
         parts = (*SLOT_PARTS, "head", "backbone")
         assert {p: line["bytes-down"].get(p, 0) for p in parts} == {p: down.get(p, 0) for p in parts}
         assert {p: line["bytes-up"].get(p, 0) for p in parts} == {p: up.get(p, 0) for p in parts}
         assert line["bytes-down"].get("offset", 0) == run.fetched[key]
         assert set(update.arrays) == {p for p in plan.trainable if p not in SLOT_PARTS or update.mask.count}
+        assert wire == EXACT or 0 < line["coding-error"] < 0.3
+    first = next(line for line in run.strategy.lines if line["type"] == "round")
+    assert wire == EXACT or (0 < first["coding-error"] < 0.3 and 0 < first["client-coding-error"] < 0.3)
+    assert all(np.isfinite(vector).all() for vector in run.strategy.state.arrays.values())
 
 
 @every_method

@@ -315,10 +315,12 @@ def test_the_noise_does_not_follow_from_the_seed(tiny_bert):
     assert not np.array_equal(first.state.arrays["head"], second.state.arrays["head"])
 
 
-def test_missing_replies_do_not_change_the_divisor_and_drops_tell_no_figures(tiny_bert, monkeypatch):
+@pytest.mark.parametrize("form", ["float32", "int4"])
+def test_missing_replies_do_not_change_the_divisor_and_drops_tell_no_figures(tiny_bert, monkeypatch, form):
     counted()
     monkeypatch.setattr(PrivateMean.__init__, "__defaults__", (np.zeros,))
-    flat = config(tiny_bert, **RUN, method="head", num_server_rounds=1, strategy__fraction_train=1.0)
+    wire = {"wire__down": form, "wire__up": form}
+    flat = config(tiny_bert, **RUN, **wire, method="head", num_server_rounds=1, strategy__fraction_train=1.0)
 
     def lose(lost, server_round, index, reply):
         reply.content["metrics"] = MetricRecord({"num-examples": 10**12 if index == lost else 1})

@@ -24,6 +24,7 @@ from fedara_flwr.server.roster import Roster, last_line
 from fedara_flwr.spec import SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitration_order
 from fedara_flwr.strategies.robust import RULES
+from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.plan import Update, Vote
 
 laws = settings(deadline=None, max_examples=30)
@@ -811,7 +812,8 @@ def test_a_key_of_nothing_visible_is_still_a_key():
     roster.expected = type("Expected", (), {"terms": frozenset()})
     for node, key in enumerate(["\x1b[0m\n", "", FORGED * 9]):
         roster._admit(
-            node, ConfigRecord({"protocol": 1, "client-key": key, "terms": ""} if key else {"protocol": 1, "terms": ""})
+            node,
+            ConfigRecord({"protocol": PROTOCOL, "terms": ""} | ({"client-key": key} if key else {})),
         )
     assert [len(key) <= 64 and key.isprintable() for key in roster.nodes] == [True] * 3
     assert list(roster.nodes)[:2] == ["?[0m?", "node-1"]

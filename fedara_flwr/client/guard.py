@@ -32,6 +32,7 @@ METRICS = (
     "temperature",
     "flops-forward",
     "flops-backward",
+    "coding-error",
     "eval-loss",
     "eval-accuracy",
     "eval-macro-f1",

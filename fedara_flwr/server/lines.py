@@ -24,6 +24,7 @@ def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], pr
         **evaluated,
         **client_means(work.records),
         **work.merging,
+        **work.coding,
         **modelled(work.records, profiles),
         "slots": sum(state.mask.ranks),
         "alive-sent": sum(plan.mask.count for plan in work.plans) / max(len(work.plans), 1),
@@ -41,7 +42,11 @@ def client_means(lines: Sequence[Record]) -> dict[str, float]:
     """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
     means: dict[str, float] = {}
     evaluated = shared_metrics([line for line in lines if "eval-examples" in line])
-    for name, count in [("loss", "num-examples"), *((name, "eval-examples") for name in evaluated)]:
+    for name, count in [
+        ("loss", "num-examples"),
+        ("coding-error", "num-examples"),
+        *((name, "eval-examples") for name in evaluated),
+    ]:
         pairs = [(float(line[count]), float(line[name])) for line in lines if name in line and count in line]  # type: ignore[arg-type]
         if pairs:
             means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)

@@ -34,6 +34,7 @@ from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import ACTOR_DIED, BUSY, Merger, Record, Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.wire.codec import Broadcast
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import (
@@ -131,6 +132,7 @@ class RoundLoop(Strategy):
         asked = self.roster.sample(grid, server_round, self.planned)
         self.prepare(server_round, asked)
         plans = [self.plan(server_round, node.key) for node in asked]
+        self._broadcast = Broadcast(self.spec)
         private = self.settings.privacy.on  # a bound on lengths would tell of them, and every update is cut anyway
         work = Round(
             server_round,
@@ -142,7 +144,7 @@ class RoundLoop(Strategy):
             self.meter,
             self.settings.strategy.weighting,
             Norms(0.0 if private else self.settings.strategy.norm_bound, state.norms),
-            self._sent(),
+            self._start(),
             self._weight_cap(asked),
             private,
         )
@@ -151,13 +153,14 @@ class RoundLoop(Strategy):
             plans[index], content = self._pack(node, plans[index], self._held_by(node))
             work.down.append(dict(self.meter.count("down", content)))
             work.messages.append(self._message(content, node, MessageType.TRAIN))
+        work.coding = self._broadcast.report()
         self._round = work
         return work.messages
 
-    def _sent(self) -> Callable[[RankMask], Arrays]:
-        """The values that this round's updates start from, under any mask that the global one covers."""
+    def _start(self) -> Callable[[TrainPlan, RankMask], Arrays]:
+        """The values that this round's updates start from, unrounded, under any mask that the global one covers."""
         arrays, mask = self.state.arrays, self.state.mask
-        return lambda sub: self.spec.slice(arrays, mask, sub)
+        return lambda plan, sub: plan.start(self.spec, arrays, mask, sub)
 
     def _weight_cap(self, asked: Sequence[Node]) -> float:
         """The most examples that one client may weigh: a multiple of the median that the round's clients declared."""
@@ -180,7 +183,7 @@ class RoundLoop(Strategy):
         carries = frozenset(p for p in state.arrays if p not in plan.drawn and (slots or p not in SLOT_PARTS))
         plan = replace(plan, carries=carries, offset=there.digests)
         sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
-        return plan, plan_to_content(plan, {part: sliced[part] for part in carries}, pieces)
+        return plan, plan_to_content(plan, self._broadcast.encode(plan, {part: sliced[part] for part in carries}), pieces)
 
     def _again(self, node: Node, plan: TrainPlan, message: Message, reply: Message) -> tuple[TrainPlan, Message] | None:
         """A second message for a node that lost pieces of the offset: the plan with all of them; None for any other reply."""
@@ -233,7 +236,7 @@ class RoundLoop(Strategy):
             return []
         ready = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
         ready.sort(key=lambda node: (len(node.key), node.key))
-        self._evaluators = []
+        self._evaluators, self._broadcast = [], Broadcast(self.spec)
         for node in ready:
             # the global model as it is: whole, and drawn only where the draw is what the model holds
             plan = replace(self.plan(server_round, node.key), mask=state.mask, trainable=frozenset(), report=frozenset())

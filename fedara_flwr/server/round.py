@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from flwr.app import Message
@@ -59,7 +60,8 @@ class Round:
     Attributes:
         asked: nodes in sampling order; `plans` and `messages` go with them.
         limits: examples that each node declared first.
-        norms: judges how far an update may move; `sent` gives the values that it started from, under its mask.
+        norms: judges how far an update may move; `start` gives the values that it started from, under its mask.
+        coding: what the arrays that were sent lost in their format.
         cap: the largest weight that one client may have.
         private: of a reply nothing is used or written but its arrays and whether it counted.
         down: bytes sent to each client, by part.
@@ -77,9 +79,10 @@ class Round:
     meter: ByteMeter
     weighting: str
     norms: Norms
-    sent: Callable[[RankMask], Arrays]
+    start: Callable[[TrainPlan, RankMask], Arrays]
     cap: float = math.inf
     private: bool = False
+    coding: Record = field(default_factory=dict)
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -144,12 +147,12 @@ class Round:
 
     def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:
         while self._next in self._results:
-            found, node = self._results.pop(self._next), self.asked[self._next]
+            found, node, plan = self._results.pop(self._next), self.asked[self._next], self.plans[self._next]
             self._next += 1
             if found is None:
                 continue
             update, record = found
-            moved = sizes(update.arrays, self.sent(update.mask)) if self.norms.bound else {}
+            moved = sizes(update.arrays, self.start(plan, update.mask)) if self.norms.bound else {}
             if self.norms.known(moved):
                 self._judge(node, update, record, moved, (), merger, take)
             else:
@@ -195,7 +198,8 @@ class Round:
             self._drop(node.key, "offset", "the node still lacks pieces of the offset")
             return None
         try:
-            update = update_from_content(reply.content, self.spec, plan, self.limits[node.key])
+            limit, start = self.limits[node.key], partial(self.start, plan)
+            update = update_from_content(reply.content, self.spec, plan, limit, start)
             # measured here; what a client says under that name does not count
             update = replace(update, metrics={**update.metrics, "seconds-elapsed": time.monotonic() - self.began})
         except Rejected as error:

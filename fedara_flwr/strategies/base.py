@@ -172,6 +172,8 @@ class BaseStrategy(RoundLoop):
             dropout=train.dropout,
             terms=self.terms(),
             evaluate=self.settings.data.client_validation > 0,
+            down=self.settings.wire.down,
+            up=self.settings.wire.up,
         )
 
     def merger(self) -> Merger:

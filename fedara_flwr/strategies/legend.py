@@ -26,6 +26,7 @@ from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.wire.codec import nbytes
 from fedara_flwr.wire.plan import Update
 
 UPLOADS = 5  # upload times of which the median counts
@@ -82,7 +83,7 @@ class Legend(FedLoRA):
         """What the round took the device joins its moving averages."""
         super().take(client_key, update, weight)
         if self.profile(self.roster.nodes[client_key]) is None:
-            sent = 4 * sum(len(values) for values in update.arrays.values())
+            sent = self._sent(update.mask)
             elapsed, busy = (update.metrics.get(f"seconds-{name}", 0.0) for name in ("elapsed", "all"))
             uploads = self.state.clients[client_key]["uploads"]
             uploads.append(max(0.0, elapsed - busy - POLLING) / sent)
@@ -143,7 +144,7 @@ class Legend(FedLoRA):
     def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
         """Depths of this round's nodes; one without a report trains one block."""
         blocks, train = self.spec.blocks, self.settings.train
-        sent = [self._bytes(depth) for depth in range(blocks + 1)]
+        sent = [self._sent(last_blocks(self.spec, self.state.mask, depth)) for depth in range(blocks + 1)]
         found = {node.key: capacity for node in nodes if (capacity := self.capacity(node)) is not None}
         for way in ("forward", "backward"):  # a device that claims to be absurdly fast must not set the others' target
             least = statistics.median([getattr(c, way) for c in found.values()] or [0.0]) / FASTEST
@@ -157,10 +158,9 @@ class Legend(FedLoRA):
             chosen = depths(list(found.values()), blocks, train.steps or 1, sent, self.options.target, self.options.slack)
             self.depth |= dict(zip(found, chosen, strict=True))
 
-    def _bytes(self, depth: int) -> int:
-        """Bytes of an update at that depth."""
-        mask = last_blocks(self.spec, self.state.mask, depth)
-        return 4 * sum(self.spec.length(part, mask) for part in self.trainable)
+    def _sent(self, mask: RankMask) -> int:
+        """Bytes of an update under `mask`."""
+        return sum(nbytes(self.settings.wire.up, self.spec.row_lengths(part, mask)) for part in self.trainable)
 
     def client_mask(self, client_key: str) -> RankMask:
         """The last k_i blocks, whole."""

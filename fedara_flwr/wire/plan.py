@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedara_flwr.draws import draw
 from fedara_flwr.ranks import Bools, RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.spec import Arrays, ModelSpec
 
 REPORTS = ("votes", "scores", "kept")
 Ranks = NDArray[np.uint16]
@@ -37,6 +38,8 @@ class TrainPlan:
         budget: slots the client may vote for.
         evaluate: whether to evaluate the received model on the client's own held-out share.
         offset: digests of the pieces whose sum the client must add to its backbone (fedara_flwr.offsets).
+        down: format of the arrays that travel with the plan (wire/codec).
+        up: format of those that are sent back.
     """
 
     server_round: int
@@ -65,6 +68,18 @@ class TrainPlan:
     upload_mask: str = "global"
     evaluate: bool = False
     offset: tuple[str, ...] = ()
+    down: str = "float32"
+    up: str = "float32"
+
+    @property
+    def differences(self) -> bool:
+        """Whether what is sent back are differences from what training started from, and not values."""
+        return (self.down, self.up) != ("float32", "float32")
+
+    def start(self, spec: ModelSpec, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
+        """What training starts from, packed under `sub`: `arrays` (packed under `mask`), and what both sides draw."""
+        drawn = draw(spec, sub, self.drawn & self.trainable, self.draw_seed, self.entries)
+        return spec.slice(arrays, mask, sub) | drawn
 
 
 @dataclass(frozen=True)

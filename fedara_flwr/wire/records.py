@@ -1,27 +1,29 @@
 """TrainPlan and Update ⇄ Flower records. Reading an Update checks everything that can be checked without the model.
 
-A message holds `arrays` (ArrayRecord: one float32 vector per part) and `plan` or `reply` (ConfigRecord); a plan also the
-pieces of the offset that the client lacks, an update `metrics` (MetricRecord). Empty strings and lists never enter a
-ConfigRecord: Flower cannot count their bytes.
+A message holds `arrays` (ArrayRecord: one vector per part, in the plan's format) and `plan` or `reply` (ConfigRecord); a plan
+also the pieces of the offset that the client lacks, always float32, since their digests name them; an update `metrics`
+(MetricRecord). Empty strings and lists never enter a ConfigRecord: Flower cannot count their bytes.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedara_flwr.config import StrategySettings
+from fedara_flwr import seeds
+from fedara_flwr.config import Format, StrategySettings
 from fedara_flwr.log import printable
-from fedara_flwr.offsets import Piece, piece_lengths
-from fedara_flwr.ranks import Bools, RankMask, pack_bits, unpack_bits
+from fedara_flwr.offsets import Piece, dense_size, piece_lengths
+from fedara_flwr.ranks import Bools, Ints, RankMask, pack_bits, unpack_bits
 from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
 from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.codec import CODECS, Coded, CodingError, Numbers
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
 
 _SCALARS = {
@@ -43,19 +45,22 @@ _SCALARS = {
     "evaluate": "evaluate",
     "draw-seed": "draw_seed",
     "entries": "entries",
+    "down": "down",
+    "up": "up",
 }
 _SETS = {"trainable": PARTS, "carries": PARTS, "drawn": PARTS, "report": REPORTS}
 _KINDS = {key: TrainPlan.__annotations__[name] for key, name in _SCALARS.items()}
 _CHOICES = {
     key: get_args(StrategySettings.model_fields[_SCALARS[key]].annotation)
     for key in ("importance", "importance-time", "upload-mask")
-}
+} | dict.fromkeys(("down", "up"), get_args(Format))
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
 PIECE, PIECE_RANKS = "offset.", "offset-ranks."  # names of a piece's records, its digest behind
 LARGEST = 1e12  # of an update's numbers: their products must stay finite in float32
 MAX_METRICS = 64
 MAX_VALUE = 1e100  # of a metric; sums over clients, weighted by examples, stay finite
 MAX_NAME = 64
+FLOAT32 = np.dtype("<f4")
 MAX_DETAIL = 300  # characters of what is said about a message; its own words are among them
 
 
@@ -68,52 +73,70 @@ class Rejected(Exception):
 
 
 # -- arrays ---------------------------------------------------------------------------------------------------------
-def to_record(arrays: Arrays) -> ArrayRecord:
+def to_record(arrays: Coded | Arrays) -> ArrayRecord:
     """Arrays as an ArrayRecord, parts in the fixed order of PARTS."""
     return ArrayRecord({part: Array(arrays[part]) for part in PARTS if part in arrays})
 
 
-def read_vector(array: Array, length: int, name: str) -> Vector:
-    """The float32 vector of `length` numbers in a Flower Array; nothing is allocated before its header agrees.
+def read_vector(array: Array, length: int, name: str, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
+    """The vector of `length` numbers in a Flower Array; nothing is allocated before its header agrees.
 
     Raises:
         Rejected: dtype, shape, header or size differ, or a number is not finite.
     """
     if array.stype != "numpy.ndarray":
         raise Rejected("format", f"{name} is serialised as {array.stype[:MAX_NAME]!r}, allowed is 'numpy.ndarray'")
-    if array.dtype != "float32" or tuple(array.shape) != (length,):
+    expected = f"{dtype.name} ({length},)"
+    if array.dtype != dtype.name or tuple(array.shape) != (length,):
         claimed = [n if abs(n) < 2**63 else "huge" for n in array.shape[:4]]  # Python refuses to print very long integers
-        raise Rejected("shape", f"{name} is {array.dtype[:MAX_NAME]!r} {claimed}, expected float32 ({length},)")
+        raise Rejected("shape", f"{name} is {array.dtype[:MAX_NAME]!r} {claimed}, expected {expected}")
     stream = io.BytesIO(array.data[:256])
     try:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise Rejected("format", f"{name} has npy version {version}, allowed is (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
     except Rejected:
         raise
     except Exception as error:  # numpy parses the header as Python literals: whatever goes wrong there is one reason
         raise Rejected("format", f"{name} has no readable npy header ({str(error)[:80]})") from None
-    if shape != (length,) or fortran or dtype != np.dtype("<f4"):
-        raise Rejected("shape", f"{name}'s header says {dtype} {shape[:4]}, expected float32 ({length},)")
+    if shape != (length,) or fortran or found != dtype:
+        raise Rejected("shape", f"{name}'s header says {found} {shape[:4]}, expected {expected}")
     start = stream.tell()
-    if len(array.data) - start != 4 * length:
-        raise Rejected("format", f"{name} has {len(array.data) - start} bytes of data, expected {4 * length}")
-    vector = np.frombuffer(array.data, dtype="<f4", offset=start)
+    size = dtype.itemsize * length
+    if len(array.data) - start != size:
+        raise Rejected("format", f"{name} has {len(array.data) - start} bytes of data, expected {size}")
+    vector = np.frombuffer(array.data, dtype=dtype, offset=start)
     if not np.isfinite(vector).all():
         raise Rejected("not-finite", f"{name} has {int((~np.isfinite(vector)).sum())} numbers that are not finite")
     return vector
 
 
-def read_arrays(content: RecordDict, spec: ModelSpec, mask: RankMask, parts: frozenset[str], entries: int = 0) -> Arrays:
-    """Exactly `parts`, packed under `mask`; Rejected otherwise."""
+def read_arrays(
+    content: RecordDict, spec: ModelSpec, mask: RankMask, parts: frozenset[str], entries: int = 0, form: str = "float32"
+) -> Arrays:
+    """Exactly `parts`, packed under `mask` and sent in the format `form`, decoded; Rejected otherwise."""
     records = content.array_records
     if "arrays" not in records:
         raise Rejected("records", f"array records {_names(records)}, expected 'arrays'")
     record = records["arrays"]
     if set(record) != parts:
         raise Rejected("parts", f"parts {_names(record)}, expected {sorted(parts)}")
-    return {part: read_vector(record[part], spec.length(part, mask, entries), part) for part in PARTS if part in parts}
+    if entries > (most := dense_size(spec)):
+        raise Rejected("plan", f"{entries} entries of the backbone, it has {most}")
+    return {part: _decode(record[part], spec.row_lengths(part, mask, entries), part, form) for part in PARTS if part in parts}
+
+
+def _decode(array: Array, rows: Ints, name: str, form: str) -> Vector:
+    codec = CODECS[form]
+    coded = read_vector(array, codec.length(rows), name, codec.dtype)
+    try:
+        vector = codec.decode(coded, rows)
+    except ValueError as error:
+        raise Rejected("codes", f"{name}: {error}") from None
+    if not np.isfinite(vector).all():
+        raise Rejected("not-finite", f"{name} is decoded to numbers that are not finite")
+    return vector
 
 
 def _names(record: Any) -> list[str]:
@@ -121,8 +144,8 @@ def _names(record: Any) -> list[str]:
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
-def plan_to_content(plan: TrainPlan, arrays: Arrays, pieces: Sequence[Piece] = ()) -> RecordDict:
-    """A TRAIN message: the plan, the arrays packed under its mask, and pieces of the offset that the client lacks."""
+def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Piece] = ()) -> RecordDict:
+    """A TRAIN message: the plan, the arrays as they travel, and pieces of the offset that the client lacks."""
     config: dict[str, Any] = {key: getattr(plan, name) for key, name in _SCALARS.items()}
     config |= {
         "protocol": PROTOCOL,
@@ -241,8 +264,36 @@ def _lengthen(values: list[Any], length: int) -> list[Any]:
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
-def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
-    """The reply to TRAIN."""
+def code_update(
+    update: Update, plan: TrainPlan, spec: ModelSpec, received: Arrays, client_key: str
+) -> tuple[Coded | Arrays, dict[str, float]]:
+    """An update's arrays as the plan wants them sent.
+
+    Args:
+        received: the arrays that came with the plan, decoded.
+
+    Returns:
+        The arrays, and where they are coded `coding-error`, ‖decoded - true‖ / ‖true‖ of the differences.
+
+    Raises:
+        FloatingPointError: a difference is not finite.
+    """
+    if not plan.differences:
+        return update.arrays, {}
+    start, codec = plan.start(spec, received, plan.mask, update.mask), CODECS[plan.up]
+    coded, error = {}, CodingError()
+    for part, values in update.arrays.items():
+        change, rows = values - start[part], spec.row_lengths(part, update.mask, plan.entries)
+        if not np.isfinite(change).all():
+            raise FloatingPointError(f"{part} is not finite after training: lower the learning rates")
+        rng = seeds.generator(plan.seed, "wire-up", plan.server_round, client_key, part)
+        coded[part] = codec.encode(change, rows, rng)
+        error.add(change, codec.decode(coded[part], rows))
+    return coded, {"coding-error": error.value}
+
+
+def update_to_content(update: Update, plan: TrainPlan, coded: Coded | Arrays | None = None) -> RecordDict:
+    """The reply to TRAIN; `coded` is what travels in place of the update's arrays."""
     config: dict[str, Any] = {"protocol": PROTOCOL, "round": plan.server_round}
     if update.vote is not None:
         config["votes"] = pack_bits(update.vote.keep)
@@ -252,7 +303,8 @@ def update_to_content(update: Update, plan: TrainPlan) -> RecordDict:
         config["kept"] = pack_bits(update.mask.within(plan.mask))
     metrics: dict[str, Any] = {"num-examples": int(update.num_examples)}
     metrics |= update.metrics
-    return RecordDict({"arrays": to_record(update.arrays), "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
+    arrays = to_record(update.arrays if coded is None else coded)
+    return RecordDict({"arrays": arrays, "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
 
 
 def need_offset(missing: Sequence[str], server_round: int) -> RecordDict:
@@ -277,11 +329,18 @@ def lacks_offset(content: RecordDict, plan: TrainPlan) -> bool:
     return isinstance(missing, list) and 0 < len(missing) and set(missing) <= set(plan.offset)
 
 
-def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, max_examples: int) -> Update:
+def update_from_content(
+    content: RecordDict,
+    spec: ModelSpec,
+    plan: TrainPlan,
+    max_examples: int,
+    start: Callable[[RankMask], Arrays] = lambda mask: {},
+) -> Update:
     """Check a reply against the plan it answers, before any array is materialised, and read it.
 
     Args:
         max_examples: what the node declared first; more than that is refused.
+        start: values to which differences are added, under a mask; called only where the plan asks for differences.
 
     Raises:
         Rejected: the reply is not what was asked for; the reason is counted and logged.
@@ -306,7 +365,11 @@ def update_from_content(content: RecordDict, spec: ModelSpec, plan: TrainPlan, m
         mask = mask.keep(_read_bits(config, "kept", plan.mask.count))
         if not mask.count:
             raise Rejected("votes", "kept: no slot at all")
-    arrays = read_arrays(content, spec, mask, sent_parts(replace(plan, mask=mask)), plan.entries)
+    arrays = read_arrays(content, spec, mask, sent_parts(replace(plan, mask=mask)), plan.entries, plan.up)
+    if plan.differences:
+        before = start(mask)
+        with np.errstate(over="ignore"):  # LARGEST is below infinity
+            arrays = {part: before[part] + change for part, change in arrays.items()}
     for part, vector in arrays.items():
         largest = float(np.abs(vector).max(initial=0.0))
         if largest > LARGEST:
