@@ -226,9 +226,14 @@ def test_start_by_hand():
     assert strategy.calibration == {"calibrate-batch": 16, "calibrate-rank": 4}
 
 
+def sent_at(strategy, depth):
+    """Bytes of an update of the last `depth` blocks."""
+    return strategy._sent(last_blocks(strategy.spec, strategy.state.mask, depth))
+
+
 def test_bytes_of_an_update():
     """Head 10 numbers; a slot 4 + 4; the last block has 12 slots, the one before 8, the first 4."""
-    assert [legend()._bytes(depth) for depth in range(4)] == [40, 40 + 384, 40 + 640, 40 + 768]
+    assert [sent_at(legend(), depth) for depth in range(4)] == [40, 40 + 384, 40 + 640, 40 + 768]
 
 
 @pytest.mark.parametrize(
@@ -476,7 +481,7 @@ def test_bytes_follow_the_depth(finished):
         mask = last_blocks(finished.spec, finished.state.mask, int(line["blocks"]))
         for part in ("B", "A"):
             assert line["bytes-up"][part] == line["bytes-down"][part] == 4 * finished.spec.length(part, mask)
-        assert sum(line["bytes-up"].get(part, 0) for part in ("B", "A", "head")) == finished._bytes(int(line["blocks"]))
+        assert sum(line["bytes-up"].get(part, 0) for part in ("B", "A", "head")) == sent_at(finished, int(line["blocks"]))
 
 
 def test_waiting_falls_against_uniform_full_depth(tiny_bert, finished):

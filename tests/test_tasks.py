@@ -247,12 +247,17 @@ def test_metrics_loss_is_the_training_loss(seed, count):
 class Reader:
     """Stands in for a model: the logits of a row are one-hot in its second token."""
 
+    batch = AdaptedModel.batch
+
     def __init__(self) -> None:
-        self.model = torch.nn.Linear(1, 1)
+        self.model, self.device = torch.nn.Linear(1, 1), torch.device("cpu")
         self.backbone = SimpleNamespace(labels=NAMES)
         self.shapes: list[tuple[int, int]] = []
 
-    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def below(self, batch: dict[str, torch.Tensor]) -> None:
+        """Nothing is frozen."""
+
+    def logits(self, batch: dict[str, torch.Tensor], below: None) -> torch.Tensor:
         self.shapes.append(tuple(batch["input_ids"].shape))
         return torch.nn.functional.one_hot(batch["input_ids"][:, 1], 5).float()
 

@@ -1,0 +1,102 @@
+"""What merging and arbitration cost the server, against the number of clients; and how much memory a merge takes.
+
+    python benchmarks/speed/merge.py
+
+BERT-base's 72 adapted layers at rank 12 and a head of twelve labels; one thread, CPU seconds, medians of 5. "read" is the
+checking of the replies' records before it (wire/records), "merge" SlotMean from the first update to the result.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import platform
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.strategies.aggregation import SlotMean
+from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget
+from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.wire.records import update_from_content, update_to_content
+
+WIDTH, INNER, BLOCKS, RANK, LABELS = 768, 3072, 12, 12, 12
+SHAPES = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH), (WIDTH, INNER)]
+SPEC = ModelSpec(
+    "0" * 64,
+    tuple(ModuleSpec(f"{b}.{i}", d_out, d_in, b) for b in range(BLOCKS) for i, (d_out, d_in) in enumerate(SHAPES)),
+    (ParameterSpec("classifier.weight", (LABELS, WIDTH)), ParameterSpec("classifier.bias", (LABELS,))),
+)
+MASK = RankMask.full([RANK] * len(SPEC.modules))
+PARTS = frozenset({"B", "E", "A", "head"})
+DIFFERENT = 4  # updates; more would only fill the memory
+REPEATS = 5
+
+
+def plan() -> TrainPlan:
+    """As FedARA's in a round that prunes."""
+    rates = {"learning_rate": 1e-2, "e_lr_factor": 1.0, "head_learning_rate": 1e-2}
+    shape = {"mask": MASK, "scales": (2.0,) * len(SPEC.modules), "trainable": PARTS, "carries": PARTS}
+    return TrainPlan(server_round=1, seed=0, steps=6, epochs=1, batch_size=16, **shape, **rates)
+
+
+def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {part: rng.normal(0, 0.02, SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}
+
+
+def median(work: Callable[[], object]) -> float:
+    """Seconds, after a first time that does not count."""
+    found = []
+    for _ in range(REPEATS + 1):
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
+    return statistics.median(found[1:])
+
+
+def merge(clients: int, start: dict[str, np.ndarray], updates: list[Update]) -> None:
+    mean = SlotMean(SPEC, MASK, start)
+    for i in range(clients):
+        mean.add(str(i), updates[i % DIFFERENT], 100 + i)
+    mean.result()
+
+
+def main() -> None:
+    """Measure and print a table."""
+    rng = np.random.default_rng(0)
+    start = arrays(rng)
+    updates = [Update(arrays(rng), MASK, 100, {"loss": 1.0}, None) for _ in range(DIFFERENT)]
+    orders = plan()
+    contents: list[RecordDict] = [update_to_content(update, orders) for update in updates]
+    size = sum(values.nbytes for values in start.values()) / 1e6
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, numpy {np.__version__}; {size:.1f} MB a reply, {MASK.count} slots\n")
+    print("| clients | read, CPU s | merge, CPU s | memory of the merge, MB | arbitration, CPU ms |\n|---|---|---|---|---|")
+    for clients in (10, 100, 1000):
+        votes = []
+        for i in range(clients):
+            ranks = np.random.default_rng(i).permutation(MASK.count).astype(np.uint16)
+            votes.append(WeightedVote(100 + i, Vote(ranks < MASK.count // 2, ranks)))
+
+        def read(clients: int = clients) -> None:
+            for i in range(clients):
+                update_from_content(contents[i % DIFFERENT], SPEC, orders, 1000)
+
+        tracemalloc.start()
+        merge(clients, start, updates)
+        peak = tracemalloc.get_traced_memory()[1] / 1e6
+        tracemalloc.stop()
+        seconds = [median(read), median(lambda clients=clients: merge(clients, start, updates))]  # type: ignore[misc]
+        voting = 1000 * median(lambda votes=votes: arbitrate_budget(MASK, votes, MASK.count // 2))  # type: ignore[misc]
+        print(f"| {clients} | {seconds[0]:.2f} | {seconds[1]:.2f} | {peak:.0f} | {voting:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
