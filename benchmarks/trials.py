@@ -25,7 +25,12 @@ DATASETS = {  # name: (clients, Dirichlet alpha)
     "20news": (50, 1.0),
     "docstrings": (20, 0.5),
 }
-BASE = {"strategy.min-train-nodes": 5, "train.steps": 8, "run.threads": 1}
+BASE = {
+    "strategy.min-train-nodes": 5,
+    "strategy.round-timeout": 86400.0,  # on a busy machine no client may be late
+    "train.steps": 8,
+    "run.threads": 1,
+}
 
 
 @lru_cache(maxsize=1)
