@@ -57,24 +57,41 @@ export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 rm -rf "$work/site-keys"
 fedara deploy init --server localhost --port 18443 --superlink-port 18444 --names here,arm --out "$work/site-keys"
 sites=$work/site-keys
+# data of their own: the built-in docstrings are those of each machine's own Python
+python - "$sites" <<'END'
+import csv, pathlib, sys
+from fedara_flwr.data import docstrings
+rows, labels = docstrings.load()
+for number, (name, place) in enumerate({"here": sys.argv[1] + "/node-here", "arm": "/node"}.items()):
+    folder = pathlib.Path(sys.argv[1]) / f"node-{name}"
+    with (folder / "own.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *((rows.texts[i], labels[rows.labels[i]]) for i in range(number, 400, 2))])
+    (folder / "node.toml").write_text(f'client-key = "{name}"\ndata-path = "{place}/own.csv"\n')
+END
 # in the root file system the folders of the node, the packages, and the commands that the packages bring
 for folder in node packages; do mkdir -p "$root/$folder"; done
 mount --bind "$sites/node-arm" "$root/node"
 mount --bind "$work/site" "$root/packages"
 mount --bind /proc "$root/proc"
 mount --bind /dev "$root/dev"
+mount --bind /sys "$root/sys"
 end() {
     trap - EXIT INT TERM
     # shellcheck disable=SC2086 # a list
     [ -z "${pids:-}" ] || kill $pids 2>/dev/null || :
     wait || :
-    for folder in dev proc packages node; do umount -l "$root/$folder" || :; done
+    for folder in sys dev proc packages node; do umount -l "$root/$folder" || :; done
 }
 trap end EXIT INT TERM
-for script in "$work"/site/bin/*; do
+for script in "$work"/site/bin/* "$work"/site/own/bin/*; do
     sed -i '1s|^#!.*python.*|#!/usr/bin/python3|' "$script"
 done
 cp /etc/hosts "$root/etc/hosts"
+# a command of the device, in its root file system
+device() {
+    chroot "$root" env PATH=/packages/own/bin:/packages/bin:/usr/bin:/bin PYTHONPATH=/packages:/packages/own HOME=/root \
+        HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$@"
+}
 
 sh "$sites/server/start.sh" >"$work/server.log" 2>&1 &
 pids=$!
@@ -82,10 +99,8 @@ say "waits for the server"
 until sh "$sites/server/register.sh" >"$work/register.log" 2>&1; do sleep 2; done
 sh "$sites/node-here/start.sh" >"$work/node-here.log" 2>&1 &
 pids="$pids $!"
-chroot "$root" env PATH=/packages/bin:/usr/bin:/bin PYTHONPATH=/packages:/packages/own HOME=/root HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-    fedara deploy check /node || :
-chroot "$root" env PATH=/packages/bin:/usr/bin:/bin PYTHONPATH=/packages:/packages/own HOME=/root HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-    sh /node/start.sh >"$work/node-arm.log" 2>&1 &
+device fedara deploy check /node || :
+device sh /node/start.sh >"$work/node-arm.log" 2>&1 &
 pids="$pids $!"
 
 say "run"

@@ -43,10 +43,12 @@ BASE = {
     "data.max-length": 16,
     "data.test": 0.08,
     "run.threads": 1,
+    "strategy.round-timeout": 86400.0,  # on a busy machine no client may be late
 }
 RULES = {
     "mean": {},
     "undefended": {"strategy.norm-bound": 0.0},  # the mean without a bound
+    "bound 5": {"strategy.norm-bound": 5.0},
     "median": {"strategy.robust": "median"},
     "trimmed-mean": {"strategy.robust": "trimmed-mean"},
     "norm-clip": {"strategy.robust": "norm-clip"},

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-RULES = ("undefended", "mean", "norm-clip", "median", "trimmed-mean", "multi-krum")
+RULES = ("undefended", "mean", "bound 5", "norm-clip", "median", "trimmed-mean", "multi-krum")
 
 
 def main(path: Path) -> None:
