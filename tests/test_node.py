@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deployment import wait_for
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from runs_helper import CLIENTS, config, prepare
@@ -172,7 +173,14 @@ def test_a_command_that_does_not_end_is_ended(monkeypatch, tmp_path):
     node = NodeSettings.read({"busy-when": f"sh -c 'sleep 600 & echo $! > {pid}; wait'"})
     assert node.busy() == "busy-when did not answer in 0.5 s"
     stat = Path(f"/proc/{pid.read_text().strip()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] in "ZX"
+
+    def gone() -> bool:
+        try:
+            return stat.read_text().split()[2] in "ZX"
+        except OSError:
+            return True
+
+    wait_for(gone, 30)
 
 
 def test_a_command_that_cannot_be_run(tmp_path):
