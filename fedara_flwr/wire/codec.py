@@ -140,7 +140,7 @@ class Broadcast:
         if plan.down == "float32":
             return arrays
         codec = CODECS[plan.down]
-        for part, values in arrays.items():
+        for part, values in sorted(arrays.items()):  # sums of the error must not depend on the order of a set
             if (part, plan.mask) not in self._coded:
                 rows = self._spec.row_lengths(part, plan.mask, plan.entries)
                 rng = seeds.generator(plan.seed, "wire-down", plan.server_round, part)

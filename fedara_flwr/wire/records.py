@@ -282,7 +282,7 @@ def code_update(
         return update.arrays, {}
     start, codec = plan.start(spec, received, plan.mask, update.mask), CODECS[plan.up]
     coded, error = {}, CodingError()
-    for part, values in update.arrays.items():
+    for part, values in sorted(update.arrays.items()):
         change, rows = values - start[part], spec.row_lengths(part, update.mask, plan.entries)
         if not np.isfinite(change).all():
             raise FloatingPointError(f"{part} is not finite after training: lower the learning rates")
