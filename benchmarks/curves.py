@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 Curve = list[dict]
 """Evaluations of one trial, in the order of rounds."""
+Line = tuple[str, list[float], list[float], dict[str, Any]]
+"""Label, megabytes, accuracies, and how the line looks, as matplotlib's `plot` takes it."""
 
 
 def read(path: Path) -> list[dict]:
@@ -33,3 +36,32 @@ def spread(values: list[float]) -> str:
     """Mean, and sample standard deviation where there are several values."""
     mean = f"{statistics.mean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def means(curves: list[Curve]) -> tuple[list[float], list[float]]:
+    """Megabytes and smoothed accuracies, evaluation by evaluation, over the trials of one setting."""
+    points = list(zip(*curves, strict=False))
+    mb = [statistics.mean(line["mb"] for line in row) for row in points]
+    return mb, [statistics.mean(smooth(curve, i) for curve in curves) for i in range(len(points))]
+
+
+def draw(panels: dict[str, list[Line]], legend: str, target: Path) -> None:
+    """Validation accuracy against megabytes, one panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
+    for axis, (name, lines) in zip(axes[0], panels.items(), strict=True):
+        for i, (label, mb, accuracy, look) in enumerate(lines):
+            axis.plot(
+                mb,
+                accuracy,
+                **{"color": plt.get_cmap("tab20")(i % 20), "label": label, "marker": ".", "linewidth": 1.4, **look},
+            )
+        axis.set(xscale="log", xlabel="MB sent, both directions, all clients", ylabel="validation accuracy", title=name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, title=legend)
+    figure.tight_layout()
+    figure.savefig(target)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedara_flwr.client import terms, worker
+from fedara_flwr.client import power, terms, worker
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.wire import PROTOCOL
@@ -78,9 +78,7 @@ def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] = ()) ->
 
 
 def _check_memory(node: NodeSettings) -> None:
-    from fedara_flwr.client.capacity import peak_memory
-
-    if node.max_memory_mb and (peak := peak_memory()) > node.max_memory_mb:
+    if node.max_memory_mb and (peak := power.peak_memory()) > node.max_memory_mb:
         raise ConfigError(f"node-config max-memory-mb = {node.max_memory_mb:g}: this process took {peak:.0f} MB")
 
 

@@ -15,8 +15,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from runs_helper import CLIENTS, config, prepare
 
 from fedara_flwr import client_app
-from fedara_flwr.client import capacity
 from fedara_flwr.client import node as node_module
+from fedara_flwr.client import power
 from fedara_flwr.client.guard import METRICS, Guard
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.session import own_settings, pick_device, resident
@@ -324,7 +324,7 @@ def test_training_that_takes_too_much_memory_fails_that_node_alone(tiny_bert, mo
     strategy, grid = prepare(config(tiny_bert, **ALL | {"num_server_rounds": 1}))
     grid.contexts[1003].node_config["max-memory-mb"] = 1000
     taken = iter([900.0, 950.0, 1234.4])  # when it is asked, before training and after it
-    monkeypatch.setattr(capacity, "peak_memory", lambda: next(taken))
+    monkeypatch.setattr(power, "peak_memory", lambda: next(taken))
     strategy.start(grid, strategy.initial_arrays(), 1)
     (line,) = rounds(strategy)
     ((client, reason, detail),) = [(d["client"], d["reason"], d["detail"]) for d in line["dropped"]]

@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from curves import Curve, first, read, smooth, spread  # noqa: E402
+from curves import Curve, Line, draw, first, means, read, smooth, spread  # noqa: E402
 
 Curves = dict[str, list[Curve]]
 """By "method down-up", one curve for each seed."""
@@ -60,29 +60,15 @@ def table(data: str, names: Curves) -> str:
 
 def picture(data: dict[str, Curves], target: Path) -> None:
     """Validation accuracy against megabytes, one panel for each data set; those on the front have a thick line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 5), squeeze=False)
-    for axis, (dataset, names) in zip(axes[0], sorted(data.items()), strict=True):
-        lines = {}
-        for name, cs in sorted(names.items()):
-            points = list(zip(*cs, strict=False))
-            mb = [statistics.mean(line["mb"] for line in row) for row in points]
-            lines[name] = mb, [statistics.mean(smooth(c, j) for c in cs) for j in range(len(points))]
+    panels: dict[str, list[Line]] = {}
+    for dataset, names in sorted(data.items()):
+        lines = {name: means(cs) for name, cs in sorted(names.items())}
         everywhere = [point for mb, accuracy in lines.values() for point in zip(mb, accuracy, strict=True)]
-        for i, (name, (mb, accuracy)) in enumerate(lines.items()):
+        panels[dataset] = []
+        for name, (mb, accuracy) in lines.items():
             front = any(not any(m < x and a >= y for m, a in everywhere) for x, y in zip(mb, accuracy, strict=True))
-            axis.plot(
-                mb, accuracy, color=plt.get_cmap("tab20")(i % 20), label=name, linewidth=2.4 if front else 1.0, marker="."
-            )
-        axis.set(xscale="log", xlabel="MB sent, both directions, all clients", ylabel="validation accuracy", title=dataset)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="method down-up")
-    figure.tight_layout()
-    figure.savefig(target)
+            panels[dataset].append((name, mb, accuracy, {"linewidth": 2.4 if front else 1.0}))
+    draw(panels, "method down-up", target)
 
 
 def main() -> None:

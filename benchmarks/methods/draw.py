@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from curves import Curve, first, read, smooth, spread  # noqa: E402
+from curves import Curve, Line, draw, first, means, read, smooth, spread  # noqa: E402
 
 COLUMNS = (
     "method",
@@ -95,25 +95,13 @@ def table(data: str, methods: dict[str, dict[int, Curve]], target: float | None 
 
 def picture(data: dict[str, dict[str, dict[int, Curve]]], target: Path) -> None:
     """Validation accuracy against megabytes, means over seeds, one panel for each data set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 5), squeeze=False)
-    for axis, (name, methods) in zip(axes[0], sorted(data.items()), strict=True):
-        colours = plt.get_cmap("tab20")
-        for i, (method, seeds) in enumerate(sorted(methods.items())):
-            points = list(zip(*seeds.values(), strict=False))
-            x = [statistics.mean(line["mb"] for line in row) for row in points]
-            y = [statistics.mean(smooth(c, j) for c in seeds.values()) for j in range(len(points))]
-            style = "--" if method == "head" else "-"
-            axis.plot(x, y, style, color=colours(i % 20), label=f"{method} ({len(seeds)})", marker=".", linewidth=1.4)
-        axis.set(xscale="log", xlabel="MB sent, both directions, all clients", ylabel="validation accuracy", title=name)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="method (seeds)")
-    figure.tight_layout()
-    figure.savefig(target)
+    panels: dict[str, list[Line]] = {}
+    for name, methods in sorted(data.items()):
+        panels[name] = [
+            (f"{method} ({len(seeds)})", *means(list(seeds.values())), {"linestyle": "--" if method == "head" else "-"})
+            for method, seeds in sorted(methods.items())
+        ]
+    draw(panels, "method (seeds)", target)
 
 
 def main() -> None:

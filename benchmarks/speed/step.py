@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.ranks import RankMask
@@ -55,19 +56,10 @@ def step(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, batch: Batch, 
     optimizer.step()
 
 
-def saved_bytes(adapted: AdaptedModel, batch: Batch, cached: bool) -> int:
+def activations(adapted: AdaptedModel, batch: Batch, cached: bool) -> int:
     """Bytes of activations that autograd keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in adapted.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     below = adapted.below(batch) if cached else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_bytes(adapted.model) as kept:
         loss = TASK.loss(adapted.logits(batch, below), batch)
     total = sum(kept.values())
     del loss
@@ -107,7 +99,7 @@ def main() -> None:
             "data": Path(args.data).name or "docstrings",
             "lowest": lowest,
             **{f"ms-{way}": statistics.median(times[lowest, way][1:]) for way in ("without", "first", "kept")},
-            **{f"mb-{way}": saved_bytes(adapted, batches[-1], way == "kept") / 1e6 for way in ("without", "kept")},
+            **{f"mb-{way}": activations(adapted, batches[-1], way == "kept") / 1e6 for way in ("without", "kept")},
             "repeats": args.repeats,
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,6 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_CPU)
 
 
-def peak_memory() -> float:
-    """The most memory that this process has had so far, resident, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free where the model computes: of the GPU, else of the machine."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -61,6 +57,22 @@ def backward_blocks(adapted: AdaptedModel, trains_backbone: bool) -> int:
     return adapted.spec.blocks - adapted.lowest
 
 
+@contextmanager
+def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes that autograd keeps for the backward pass, by storage; the model's own parameters are not among them."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
 def measure(
     adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded, batch_size: int, rank: int
 ) -> dict[str, int | float]:
@@ -76,16 +88,7 @@ def measure(
     adapted.load(arrays, mask, (1.0,) * len(mask.ranks), frozenset(arrays))
     adapted.model.train(False)
     batch = adapted.batch(task, tokenizer, data, range(min(batch_size, len(data))))
-    own = {p.untyped_storage().data_ptr() for p in adapted.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_bytes(adapted.model) as kept:
         with flop_counter() as forward:
             loss = task.loss(adapted.logits(batch), batch)
         with flop_counter() as backward:

@@ -1,8 +1,9 @@
-"""What a real device uses and how warm it gets, as far as its hardware tells. No figure where it does not."""
+"""What a process of a device takes, what the device uses and how warm it gets, as far as it tells. No torch."""
 
 from __future__ import annotations
 
 import logging
+import resource
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,11 @@ import psutil
 
 logger = logging.getLogger(__name__)
 WINDOW = "training"
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had so far, resident, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @lru_cache(maxsize=1)

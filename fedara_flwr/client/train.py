@@ -16,9 +16,9 @@ from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.score import SlotScorer
-from fedara_flwr.client.capacity import backward_blocks, clock, flop_counter, free_memory, peak_memory
+from fedara_flwr.client.capacity import backward_blocks, clock, flop_counter, free_memory
 from fedara_flwr.client.guard import Guard
-from fedara_flwr.client.power import PowerMeter
+from fedara_flwr.client.power import PowerMeter, peak_memory
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order

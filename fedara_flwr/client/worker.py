@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import select
 import socket
 import struct
@@ -37,6 +36,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import get_flwr_home
 
 from fedara_flwr.client.node import NodeSettings
+from fedara_flwr.client.power import peak_memory
 from fedara_flwr.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def serve(handlers: Mapping[str, Handler], listener: socket.socket, launcher: in
                     logger.warning("resident worker: no answer (%s: %s)", type(error).__name__, error)
                     continue
             idle, since = node.worker_idle, time.monotonic()
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            used = peak_memory()
             if node.max_memory_mb and used > node.max_memory_mb:
                 logger.warning("resident worker: ends, it took %.0f MB, max-memory-mb = %g", used, node.max_memory_mb)
                 return

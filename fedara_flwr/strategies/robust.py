@@ -6,6 +6,7 @@ count in "median" and "trimmed-mean"; a number that nobody sent keeps its value.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from fedara_flwr.strategies.aggregation import SlotMean
 from fedara_flwr.wire.plan import Update
 
 
-class KeepAll:
+class KeepAll(ABC):
     """Base of rules that need all updates of a round at once: memory for as many models as there are clients."""
 
     memory = "all"
@@ -32,9 +33,9 @@ class KeepAll:
         """Keep one client's update."""
         self._updates.append((client_key, update, weight))
 
+    @abstractmethod
     def result(self) -> Arrays:
         """The merged model, float32, packed under the same mask."""
-        raise NotImplementedError
 
     def report(self) -> dict[str, object]:
         """Nothing."""
