@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, LABELS, backbone, random_arrays, random_batch
+from peft.tuners.adalora.layer import SVDLinear
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.config import ConfigError
+from fedara_flwr.offsets import Piece
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.spec import SLOT_PARTS
 from fedara_flwr.tasks import TASKS
@@ -202,6 +204,29 @@ def test_lora_is_the_same_layer_with_e_one(tiny_models):
     a = arrays["A"][: RANK * module.d_in].reshape(RANK, module.d_in)
     np.testing.assert_allclose(adapted.layers[0].get_delta_weight("default").detach().numpy(), 2.0 * b @ a, atol=1e-6)
     assert not any(p.requires_grad for p in adapted.parameters("E"))
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_layer_is_the_function_of_pefts_own_with_its_gradients(tiny_models, offset):
+    adapted = AdaptedModel(backbone(tiny_models["bert"]))
+    spec = adapted.spec
+    mask = RankMask.full([RANK] * len(spec.modules))
+    if offset:
+        rng = np.random.default_rng(1)
+        shapes = {"B": sum(m.d_out for m in spec.modules), "A": sum(m.d_in for m in spec.modules)}
+        values = {part: rng.normal(size=size).astype(np.float32) for part, size in shapes.items()}
+        adapted.set_offset(Piece((1,) * len(spec.modules), values))
+    adapted.load(random_arrays(spec, mask), mask, scales(spec), ALL)
+    layer = adapted.layers[3]
+    inputs = torch.randn(2, 5, spec.modules[3].d_in, generator=torch.Generator().manual_seed(0))
+    found = []
+    for forward in (layer.forward, lambda x: SVDLinear.forward(layer, x)):
+        x = inputs.clone().requires_grad_()
+        y = forward(x)
+        wanted = [x, *(held["default"] for held in (layer.lora_B, layer.lora_E, layer.lora_A))]
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
+    for own, pefts in zip(*found, strict=True):
+        torch.testing.assert_close(own, pefts, rtol=1e-5, atol=1e-5 * float(pefts.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

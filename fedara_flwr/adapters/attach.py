@@ -1,4 +1,4 @@
-"""Adapters on a backbone: PEFT's SVDLinear, placed without the AdaLoRA model wrapper, cut to the alive slots.
+"""Adapters on a backbone: PEFT's SVDLinear (layer.py), placed without the AdaLoRA model wrapper, cut to the alive slots.
 
 y = W0·x + s·B·diag(E)·A·x with s fixed for the whole run (methods.md, FedARA 1). LoRA is the same layer with E ≡ 1, frozen.
 Shrinking slices (B, E, A) and nothing else; a module without a slot gives its place back to the bare linear layer, so that
@@ -8,17 +8,18 @@ autograd stops above the lowest living adapter by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import AdaLoraConfig, inject_adapter_in_model
-from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.config import Settings
 from fedara_flwr.offsets import Piece, factors
@@ -28,7 +29,6 @@ from fedara_flwr.tasks import TASKS
 from fedara_flwr.tasks.base import Batch, Encoded, Task
 
 ADAPTER, OFFSET = "default", "offset"
-PEFT_EPSILON = 1e-5  # AdaLoRA divides by (rank + 1e-5)
 
 
 def peft_config(targets: list[str], rank: int, alpha: float, task_type: str | None = None) -> AdaLoraConfig:
@@ -66,17 +66,16 @@ class AdaptedModel:
         self._changed = False
         self._offset: Piece | None = None
         inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
-        self.layers: list[SVDLinear] = []
+        self.layers: list[LowRankLinear] = []
         self._places: list[tuple[nn.Module, str]] = []
         for module in self.spec.modules:
-            layer = self.model.get_submodule(module.name)
-            if not isinstance(layer, SVDLinear):
-                raise TypeError(f"{module.name} did not get an adapter")
             parent, _, child = module.name.rpartition(".")
-            self.layers.append(layer)
+            self.layers.append(LowRankLinear.take_over(self.model.get_submodule(module.name)))
             self._places.append((self.model.get_submodule(parent), child))
         self.head = backbone.head_parameters()
         self.mask = RankMask.full([0] * len(self.layers))
+        self.lowest = self.spec.blocks
+        """The lowest block with a living module; the number of blocks where none lives."""
         self.model.requires_grad_(False)
 
     def set_offset(self, piece: Piece | None) -> None:
@@ -185,6 +184,8 @@ class AdaptedModel:
             positions: numbers of the backbone that `arrays["backbone"]` holds, as `draws.sparse_positions`; None = all.
         """
         self.mask = mask
+        alive = (module.block for module, count in zip(self.spec.modules, mask.alive, strict=True) if count)
+        self.lowest = min(alive, default=self.spec.blocks)
         self._change_backbone(arrays.get("backbone"), positions, "backbone" in trainable)
         factors = self.spec.rows({"E": np.ones(mask.count, dtype=np.float32), **arrays}, mask)
         for rows, layer, place, scale in zip(factors, self.layers, self._places, scales, strict=True):
@@ -202,7 +203,7 @@ class AdaptedModel:
             parameter.requires_grad_("head" in trainable)
             start += parameter.numel()
 
-    def _fill(self, layer: SVDLinear, values: dict[str, torch.Tensor], trainable: frozenset[str], scale: float) -> None:
+    def _fill(self, layer: LowRankLinear, values: dict[str, torch.Tensor], trainable: frozenset[str], scale: float) -> None:
         held = _held(layer)
         if not values:  # nothing of a dead module stays in memory
             for part in SLOT_PARTS:
@@ -258,19 +259,19 @@ class AdaptedModel:
         for parameter in self._frozen:
             parameter.data = parameter.data.float()
         for layer, place in zip(self.layers, self._places, strict=True):
-            if isinstance(getattr(*place), SVDLinear):
+            if isinstance(getattr(*place), LowRankLinear):
                 weight: Any = layer.base_layer.weight
                 weight.data = weight.data + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
                 setattr(*place, layer.base_layer)
 
-    def autocast(self) -> torch.autocast:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """The context in which to run forward passes: bfloat16 where the backbone is."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.backbone.dtype == "bfloat16")
-
-    @property
-    def lowest(self) -> int:
-        """The lowest block with a living module; the number of blocks where none lives."""
-        return min((self.spec.modules[index].block for index, _ in self.alive()), default=self.spec.blocks)
+        on, kind = self.backbone.dtype == "bfloat16", self.device.type
+        # on a processor flash attention's backward pass in bfloat16 takes ten times that of float32
+        plain = on and kind == "cpu" and torch.is_grad_enabled()
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=on), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
 
     def below(self, batch: Batch) -> torch.Tensor | None:
         """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `logits`.
@@ -324,7 +325,7 @@ def _add(parameters: list[nn.Parameter], change: torch.Tensor) -> None:
         parameter.data = parameter.data.float() + piece.view_as(parameter)
 
 
-def _held(layer: SVDLinear) -> dict[str, Any]:
+def _held(layer: LowRankLinear) -> dict[str, Any]:
     """PEFT's parameter dictionaries of one layer, by part."""
     return {"B": layer.lora_B, "E": layer.lora_E, "A": layer.lora_A}
 

@@ -1,0 +1,46 @@
+"""The adapted linear layer: PEFT's SVDLinear with its sum written as one product that adds.
+
+The same function and gradients as PEFT's own forward pass, with a fifth less of a step (benchmarks/speed): scale and E go
+into the small factor A instead of the large result, and the result is written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from torch import nn
+
+PEFT_EPSILON = 1e-5  # AdaLoRA divides by (rank + 1e-5)
+
+
+class LowRankLinear(SVDLinear):
+    """y = W0·x + Σ over active adapters of s·B·diag(E)·A·x; neither merged nor with dropout of its own."""
+
+    @classmethod
+    def take_over(cls, layer: nn.Module) -> LowRankLinear:
+        """Make this class of a layer that PEFT placed; PEFT has no way to name another class for it.
+
+        Raises:
+            TypeError: it is not an SVDLinear.
+        """
+        if type(layer) is not SVDLinear:
+            raise TypeError(f"{type(layer).__name__} is not PEFT's SVDLinear")
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        return layer
+
+    def scale(self, name: str) -> float:
+        """The factor s of one adapter."""
+        return float(self.scaling[name]) / (1.0 + PEFT_EPSILON)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Shape (..., d_in) to (..., d_out)."""
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            factor = self.lora_A[name] * (self.lora_E[name] * self.scale(name))
+            inner = nn.functional.linear(x.reshape(-1, x.shape[-1]), factor)
+            outer: torch.Tensor = self.lora_B[name]  # type: ignore[assignment]
+            y = torch.addmm(y.view(-1, y.shape[-1]), inner, outer.T).view(y.shape)
+        return y
