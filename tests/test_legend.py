@@ -489,7 +489,7 @@ def test_waiting_falls_against_uniform_full_depth(tiny_bert, finished):
     uniform = start(config(tiny_bert, method="fedlora", **ALL))
     assert uniform.state.mask.count == finished.state.mask.count
     for mine, theirs in zip(lines(finished, "round"), lines(uniform, "round"), strict=True):
-        assert mine["sampled"] == theirs["sampled"] and mine["good"] == theirs["good"] == 6
+        assert sorted(mine["sampled"]) == sorted(theirs["sampled"]) and mine["good"] == theirs["good"] == 6
         assert 0 < mine["modelled-waiting"] < 0.7 * theirs["modelled-waiting"]
         assert mine["modelled-seconds"] < theirs["modelled-seconds"]
         assert mine["modelled-joules"] < theirs["modelled-joules"]

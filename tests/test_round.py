@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fedara_flwr.client.terms import TERMS
 from fedara_flwr.config import ConfigError
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.loop import RunFailed
+from fedara_flwr.strategies.allocation import last_blocks
 
 ONE_ROUND = {"num_server_rounds": 1, "method": "fedara-static", "strategy__fraction_train": 1.0}
 
@@ -53,6 +55,30 @@ def test_a_second_reply_of_one_client_does_not_count(tiny_bert):
     assert [(drop.client, drop.reason) for drop in strategy._round.drops] == [(strategy._round.asked[0].key, "duplicate")]
     plain = start(flat)
     assert all(np.array_equal(strategy.state.arrays[part], plain.state.arrays[part]) for part in plain.state.arrays)
+
+
+def test_clients_with_more_to_do_are_asked_first(tiny_bert):
+    """By epochs the work is the client's number of examples; by steps all have the same, and are asked as they were drawn."""
+    for steps, sizes in ((0, True), (2, False)):
+        flat = config(tiny_bert, **ONE_ROUND, train__steps=steps, train__batch_size=1)
+        strategy, grid = prepare(flat)
+        list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
+        work = strategy._round
+        examples = [strategy.roster.examples[node.key] for node in work.asked]
+        assert [message.metadata.dst_node_id for message in work.messages] == [node.node_id for node in work.asked]
+        assert len(set(examples)) > 3 and (examples == sorted(examples, reverse=True)) is sizes
+
+
+def test_work_is_rows_times_blocks_gone_through(tiny_bert):
+    strategy, _ = prepare(config(tiny_bert))
+    spec = strategy.spec
+    plan = replace(strategy.plan(1, "0"), steps=5, batch_size=4)
+    assert spec.blocks == 3
+    assert plan.work(spec, 100) == 5 * 4 * 9 and plan.work(spec, 3) == 5 * 3 * 9
+    shallow = replace(plan, mask=last_blocks(spec, plan.mask, 1))
+    assert shallow.work(spec, 100) == 5 * 4 * (3 + 2)
+    assert replace(shallow, trainable=frozenset({"backbone"})).work(spec, 100) == 5 * 4 * 9
+    assert replace(shallow, steps=0, epochs=2).work(spec, 7) == 14 * 5
 
 
 def test_a_reply_nobody_asked_for_does_not_count(tiny_bert):

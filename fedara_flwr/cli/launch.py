@@ -78,7 +78,7 @@ def launch(
                 _run_in_process(config, int(simulation.get("num-supernodes", 2)))
             elif engine == "flower":
                 with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
-                    _run_flower(app, config, federation.resolve(), Path(neutral), verbose)
+                    run_flower(app, config, federation.resolve(), Path(neutral), verbose)
             else:
                 raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
     except KeyboardInterrupt:
@@ -150,7 +150,17 @@ def _parse_override(text: str) -> dict[str, Scalar]:
     return parsed
 
 
-def _run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path, verbose: bool) -> None:
+def run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path, verbose: bool) -> None:
+    """Run any Flower app in simulation on a SuperLink of its own.
+
+    Args:
+        config: its run configuration, whole.
+        federation: TOML file of Flower's simulation settings.
+        neutral: an empty folder.
+
+    Raises:
+        RunError: the run failed or was stopped.
+    """
     lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
     (neutral / "run.toml").write_text("".join(lines), encoding="utf-8")
     env = os.environ | {

@@ -132,6 +132,10 @@ class RoundLoop(Strategy):
         asked = self.roster.sample(grid, server_round, self.planned)
         self.prepare(server_round, asked)
         plans = [self.plan(server_round, node.key) for node in asked]
+        # longest first: where fewer train at a time than there are, the last to begin should not be the last to end
+        effort = [plan.work(self.spec, self.roster.examples[node.key]) for node, plan in zip(asked, plans, strict=True)]
+        order = sorted(range(len(asked)), key=lambda index: -effort[index])
+        asked, plans = [asked[index] for index in order], [plans[index] for index in order]
         self._broadcast = Broadcast(self.spec)
         private = self.settings.privacy.on  # a bound on lengths would tell of them, and every update is cut anyway
         work = Round(

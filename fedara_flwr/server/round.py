@@ -58,7 +58,7 @@ class Round:
     """The work of one round from sampling to the last reply.
 
     Attributes:
-        asked: nodes in sampling order; `plans` and `messages` go with them.
+        asked: nodes in sampling order, those with more to do before the others; `plans` and `messages` go with them.
         limits: examples that each node declared first.
         norms: judges how far an update may move; `start` gives the values that it started from, under its mask.
         coding: what the arrays that were sent lost in their format.

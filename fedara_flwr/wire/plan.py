@@ -76,6 +76,16 @@ class TrainPlan:
         """Whether what is sent back are differences from what training started from, and not values."""
         return (self.down, self.up) != ("float32", "float32")
 
+    def work(self, spec: ModelSpec, examples: int) -> int:
+        """What a client with so many examples has to do, to compare clients of a round: rows times blocks gone through.
+
+        One for the forward pass through a block, two for the backward pass, which ends at the lowest living module.
+        """
+        rows = self.steps * min(self.batch_size, examples) if self.steps else self.epochs * examples
+        alive = (module.block for module, count in zip(spec.modules, self.mask.alive, strict=True) if count)
+        lowest = 0 if "backbone" in self.trainable else min(alive, default=spec.blocks)
+        return rows * (3 * spec.blocks - 2 * lowest)
+
     def start(self, spec: ModelSpec, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
         """What training starts from, packed under `sub`: `arrays` (packed under `mask`), and what both sides draw."""
         drawn = draw(spec, sub, self.drawn & self.trainable, self.draw_seed, self.entries)
