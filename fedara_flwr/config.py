@@ -145,9 +145,12 @@ class TrainSettings(Group):
     cache: Literal["off", "exact", "half"] = Field(
         "exact",
         description="the output of the blocks below the lowest living adapter: run at every step, or once for each example and "
-        "kept in memory, as it is or as float16; clients and the server's evaluation alike",
+        "kept, as it is or as float16; clients and the server's evaluation alike",
     )
-    cache_mb: int = Field(256, ge=1, description="megabytes that a process keeps so; least recently used rows go")
+    cache_mb: int = Field(256, ge=1, description="megabytes that a process keeps so in memory; least recently used rows go")
+    cache_disk_mb: int = Field(
+        0, ge=0, description="from there to a scratch file of at most so many megabytes (docs/deploy.md); 0 = none"
+    )
     prox_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 times the squared distance from the received values")
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")

@@ -50,14 +50,15 @@ class AdaptedModel:
     The resident backbone's tensors are never written: what changes in it is a frozen extra adapter, or a copy.
     """
 
-    def __init__(self, backbone: Backbone, cache: str = "off", cache_mb: int = 0) -> None:
-        """`cache` and `cache_mb` are `train.cache` and `train.cache-mb`."""
+    def __init__(self, backbone: Backbone, cache: str = "off", cache_mb: int = 0, cache_disk_mb: int = 0) -> None:
+        """`cache`, `cache_mb` and `cache_disk_mb` are the keys of `train`."""
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
         self.device = next(self.model.parameters()).device
         self._prefix: Prefix | None = None
         if cache != "off":
             with self.autocast():
-                prefix = Prefix(self.model, backbone.blocks, backbone.head_parameters(), cache_mb, cache == "half")
+                head = backbone.head_parameters()
+                prefix = Prefix(self.model, backbone.blocks, head, cache_mb, cache == "half", cache_disk_mb)
             self._prefix = prefix if prefix.fits else None
         self._frozen = backbone.frozen_parameters()
         self._resident = [p.data for p in self._frozen]
@@ -311,7 +312,8 @@ def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu")
         pad_token_id=tokenizer.pad_token_id,
     )
     backbone.model.to(device)
-    return AdaptedModel(backbone, settings.train.cache, settings.train.cache_mb), tokenizer
+    train = settings.train
+    return AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb), tokenizer
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedara_flwr.adapters.scratch import Scratch
 from fedara_flwr.tasks.base import Batch
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,19 @@ class _Reached(Exception):
 
 
 class Prefix:
-    """Outputs of the blocks below a boundary, by boundary and example; the least recently used go first."""
+    """Outputs of the blocks below a boundary, by boundary and example.
+
+    The least recently used go first: from memory to a scratch file, from there for good.
+    """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], head: Sequence[nn.Parameter], megabytes: int, half: bool
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: Sequence[nn.Parameter],
+        megabytes: int,
+        half: bool,
+        disk_megabytes: int = 0,
     ) -> None:
         """Try the cut.
 
@@ -43,29 +53,32 @@ class Prefix:
             model: in eval mode, as the pre-trained weights make it, every parameter frozen.
             blocks: the repeated blocks, from the lowest.
             head: parameters that are trained besides adapters.
-            megabytes: bound of what is kept, in 2^20 bytes.
+            megabytes: bound of what is kept in memory, in 2^20 bytes.
             half: keep float32 outputs as float16, where that is finite.
+            disk_megabytes: bound of the scratch file; 0 = none.
         """
         self.model, self.blocks, self.half = model, list(blocks), False  # nothing is rounded while the cut is tried
         self._limit, self._size = megabytes << 20, 0
         self._kept: OrderedDict[tuple[int, bytes], torch.Tensor] = OrderedDict()
+        self._disk = Scratch(0)  # nor does anything go to disk
         self._wrap: Callable[[torch.Tensor], Any] = lambda states: states
         try:
             problem = self._try(head)
         except Exception as error:  # whatever a model that is not built like that may raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.fits, self.half = not problem, half
+        self.fits, self.half, self._disk = not problem, half, Scratch(disk_megabytes)
         if problem:
             logger.info("%s runs without train.cache: %s", type(model).__name__, problem)
 
     def clear(self) -> None:
         """Forget everything: the backbone is another one now."""
         self._kept.clear()
+        self._disk.clear()
         self._size = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
+        """Bytes kept in memory."""
         return self._size
 
     def states(self, inputs: Batch, boundary: int) -> torch.Tensor:
@@ -83,25 +96,36 @@ class Prefix:
     def _row(self, inputs: Batch, boundary: int) -> torch.Tensor:
         """Of one row, shape (length, hidden)."""
         digest = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in inputs.values())).digest()
-        kept = self._kept.get((boundary, digest))
-        if kept is None:
+        states = self._find((boundary, digest))
+        if states is None:
             # the output of a lower block serves as a start, unless it was rounded
-            lower = () if self.half else (start for start in range(boundary - 1, 0, -1) if (start, digest) in self._kept)
-            start = next(iter(lower), 0)
-            kept = self._keep(boundary, digest, self._run(inputs, start, self._kept.get((start, digest)), boundary)[0])
-        else:
-            self._kept.move_to_end((boundary, digest))
-        return kept.float() if kept.dtype == torch.float16 else kept
+            lower = () if self.half else ((i, self._find((i, digest))) for i in range(boundary - 1, 0, -1))
+            start, below = next((found for found in lower if found[1] is not None), (0, None))
+            states = self._rounded(self._run(inputs, start, below, boundary)[0])
+        self._keep((boundary, digest), states)
+        return states.float() if states.dtype == torch.float16 else states
 
-    def _keep(self, boundary: int, digest: bytes, states: torch.Tensor) -> torch.Tensor:
+    def _find(self, key: tuple[int, bytes]) -> torch.Tensor | None:
+        """What is kept, in memory or on disk."""
+        return self._kept[key] if key in self._kept else self._disk.get(key)
+
+    def _rounded(self, states: torch.Tensor) -> torch.Tensor:
+        """As it is kept."""
         if self.half and states.dtype == torch.float32:
             rounded = states.half()
-            states = rounded if bool(rounded.isfinite().all()) else states
-        self._kept[boundary, digest] = states
-        self._size += states.nbytes
-        while self._size > self._limit:
-            self._size -= self._kept.popitem(last=False)[1].nbytes
+            return rounded if bool(rounded.isfinite().all()) else states
         return states
+
+    def _keep(self, key: tuple[int, bytes], states: torch.Tensor) -> None:
+        """In memory, as what was used last."""
+        if key not in self._kept:
+            self._size += states.nbytes
+        self._kept[key] = states
+        self._kept.move_to_end(key)
+        while self._size > self._limit:
+            oldest, gone = self._kept.popitem(last=False)
+            self._size -= gone.nbytes
+            self._disk.put(oldest, gone)
 
     @torch.no_grad()
     def _run(self, inputs: Batch, start: int, states: torch.Tensor | None, boundary: int) -> torch.Tensor:

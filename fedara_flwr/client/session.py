@@ -67,7 +67,8 @@ _resident: dict[str, Session] = {}
 
 def resident(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Session:
     """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
-    matters: Any = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": {"cache", "cache_mb"}}
+    cache = {"cache", "cache_mb", "cache_disk_mb"}
+    matters: Any = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": cache}
     key = f"{settings.model_dump_json(include=matters)} {labels!r} {device}"
     if key not in _resident:
         _resident.clear()
