@@ -126,7 +126,8 @@ def ready(message: Message, context: Context) -> Message:
 
             resident.set_offset((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
-            found = measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, rank)
+            tokens = Settings.from_flat(context.run_config).train.batch_tokens
+            found = measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, tokens, rank)
             metrics |= node.guard.let_out(found)
         shared = not node.data_path
         answer = ConfigRecord(
@@ -212,6 +213,6 @@ def evaluate(message: Message, context: Context) -> Message:
         return received
     resident, data, plan, arrays = received
     load(resident.adapted, plan, arrays)
-    found = run(resident.adapted, resident.task, resident.tokenizer, data)
+    found = run(resident.adapted, resident.task, resident.tokenizer, data, plan.batch_tokens)
     metrics: dict[str, Any] = {"eval-examples": 0} | node.guard.let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -132,6 +132,11 @@ class TrainSettings(Group):
     steps: int = Field(6, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
     batch_size: int = Field(16, ge=1, description="examples per step")
+    batch_tokens: int = Field(
+        0,
+        ge=0,
+        description="most tokens, with padding, in the model at once: a larger batch goes in parts, as one step; 0 = no bound",
+    )
     learning_rate: float = Field(
         0.0, ge=0, description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults)"
     )

@@ -964,7 +964,18 @@ def _read_plan(content: RecordDict) -> str:
 
 def check_plan(plan: TrainPlan) -> None:
     """Types and ranges on which the client's code relies."""
-    for name in ("server_round", "seed", "steps", "epochs", "batch_size", "budget", "warmup_steps", "draw_seed", "entries"):
+    for name in (
+        "server_round",
+        "seed",
+        "steps",
+        "epochs",
+        "batch_size",
+        "budget",
+        "warmup_steps",
+        "draw_seed",
+        "entries",
+        "batch_tokens",
+    ):
         value = getattr(plan, name)
         if type(value) is not int or not 0 <= value < 2**64:
             raise Broken(f"{name} = {value!r}")

@@ -45,7 +45,7 @@ _models: dict[str, ServerModel] = {}
 def prepare(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
     """(strategy, grid) ready to start; server models are shared between tests that use the same model and data."""
     settings = Settings.from_flat(flat)
-    train = {"cache", "cache_mb", "cache_disk_mb"}
+    train = {"cache", "cache_mb", "cache_disk_mb", "batch_tokens"}
     matters = {"model": True, "data": True, "seed": True, "adapter": {"target_modules"}, "train": train}
     key = settings.model_dump_json(include=matters)
     if key not in _models:

@@ -128,9 +128,9 @@ def test_counting_changes_nothing(adapted, changes):
 
 
 # -- the calibration batch ------------------------------------------------------------
-def calibrate(adapted, batch=ROWS, length=LENGTH, rank=RANK, rows=64):
+def calibrate(adapted, batch=ROWS, length=LENGTH, rank=RANK, rows=64, tokens=0):
     ids = np.random.default_rng(0).integers(5, 97, (rows, length)).tolist()
-    return measure(adapted, TASK, PadOnly(), Encoded(ids, [0] * rows), batch, rank)
+    return measure(adapted, TASK, PadOnly(), Encoded(ids, [0] * rows), batch, tokens, rank)
 
 
 def test_calibration_reports_the_formula(adapted):

@@ -135,6 +135,7 @@ WITH_TERMS = replace(
     evaluate=True,
     clip_norm=1.5,
     warmup_steps=2,
+    batch_tokens=512,
     importance="magnitude",
     importance_time="after",
     upload_mask="local",

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.predict import parts
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded, Task
 
@@ -74,38 +75,48 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
 
 def measure(
-    adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded, batch_size: int, rank: int
+    adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded, batch_size: int, batch_tokens: int, rank: int
 ) -> dict[str, int | float]:
-    """One forward and backward pass with adapters of `rank` on every module; what it took, as metrics.
+    """The passes of one step with adapters of `rank` on every module; what they took, as metrics.
+
+    Args:
+        batch_tokens: most tokens that pass through the model at once, as in a TrainPlan.
 
     Returns:
         `seconds-forward`, `seconds-backward`, `flops-forward`, `flops-backward` (per step), `blocks` of the backward pass,
-        `bytes-block` (kept for the backward pass by one block, with gradients and AdamW's moments of its adapters) and
+        `bytes-block` (kept for a backward pass by one block, with gradients and AdamW's moments of its adapters) and
         `bytes-free` (`free_memory`).
     """
     mask = RankMask.full([rank] * len(adapted.spec.modules))
     arrays = {part: np.zeros(adapted.spec.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
     adapted.load(arrays, mask, (1.0,) * len(mask.ranks), frozenset(arrays))
     adapted.model.train(False)
-    batch = adapted.batch(task, tokenizer, data, range(min(batch_size, len(data))))
-    with saved_bytes(adapted.model) as kept:
-        with flop_counter() as forward:
-            loss = task.loss(adapted.logits(batch), batch)
-        with flop_counter() as backward:
-            loss.backward()
-    began = clock(adapted.device)  # a second pass: the first one paid for warming up and for the counters
-    loss = task.loss(adapted.logits(batch), batch)
-    between = clock(adapted.device)
-    loss.backward()
-    ended = clock(adapted.device)
+    lengths = [len(row) for row in data.ids]
+    rows = sorted(range(min(batch_size, len(data))), key=lengths.__getitem__)
+    batches = [adapted.batch(task, tokenizer, data, part) for part in parts(rows, lengths, batch_tokens)]
+    flops, seconds, most = np.zeros(2, dtype=int), np.zeros(2), 0
+    for batch in batches:
+        with saved_bytes(adapted.model) as kept:
+            with flop_counter() as forward:
+                loss = task.loss(adapted.logits(batch), batch)
+            with flop_counter() as backward:
+                loss.backward()
+        flops += forward.get_total_flops(), backward.get_total_flops()
+        most = max(most, sum(kept.values()))
+    for batch in batches:  # once more: the first passes paid for warming up and for the counters
+        began = clock(adapted.device)
+        loss = task.loss(adapted.logits(batch), batch)
+        between = clock(adapted.device)
+        loss.backward()
+        seconds += between - began, clock(adapted.device) - between
     trained = 12 * sum(parameter.numel() for part in ("B", "A") for parameter in adapted.parameters(part))
     blocks = adapted.spec.blocks
     return {
-        "seconds-forward": between - began,
-        "seconds-backward": ended - between,
-        "flops-forward": forward.get_total_flops(),
-        "flops-backward": backward.get_total_flops(),
+        "seconds-forward": float(seconds[0]),
+        "seconds-backward": float(seconds[1]),
+        "flops-forward": int(flops[0]),
+        "flops-backward": int(flops[1]),
         "blocks": blocks,
-        "bytes-block": math.ceil((sum(kept.values()) + trained) / blocks),
+        "bytes-block": math.ceil((most + trained) / blocks),
         "bytes-free": free_memory(adapted.device),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 
 from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.predict import parts, predict
 from fedara_flwr.adapters.score import SlotScorer
-from fedara_flwr.client.capacity import backward_blocks, clock, flop_counter, free_memory
+from fedara_flwr.client.capacity import backward_blocks, free_memory
 from fedara_flwr.client.guard import Guard
 from fedara_flwr.client.power import PowerMeter, peak_memory
+from fedara_flwr.client.step import Spent, backward
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
@@ -40,7 +40,7 @@ class ClientData:
 
 
 def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Row numbers of each step's batch.
+    """Row numbers of each step's batch, in order of length.
 
     By steps: `steps` batches of min(batch_size, n) rows from one permutation after another. By epochs: every row once per
     epoch, the last batch may be short. Within a window of up to 8 batches of one permutation rows go together by length,
@@ -65,11 +65,15 @@ def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> It
                 yield pieces[i]
 
 
-def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData) -> dict[str, float]:
-    """Metrics of the loaded model on the client's own held-out rows, as `eval-...`; none where there are no rows."""
+def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData, batch_tokens: int) -> dict[str, float]:
+    """Metrics of the loaded model on the client's own held-out rows, as `eval-...`; none where there are no rows.
+
+    Args:
+        batch_tokens: as in the plan.
+    """
     if not len(data.held_out):
         return {}
-    scores = predict(adapted, task, tokenizer, data.held_out)
+    scores = predict(adapted, task, tokenizer, data.held_out, batch_tokens)
     return {f"eval-{name}": value for name, value in scores.items()} | {"eval-examples": len(data.held_out)}
 
 
@@ -110,37 +114,27 @@ def train(
     guard = guard or Guard()
     power = None if count_flops else PowerMeter()  # in a simulation the machine is everybody's
     received = load(adapted, plan, arrays)
-    metrics: dict[str, float] = evaluate(adapted, task, tokenizer, data) if plan.evaluate else {}
+    metrics: dict[str, float] = {}
+    if plan.evaluate:
+        metrics |= evaluate(adapted, task, tokenizer, data, plan.batch_tokens)
     terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
     optimizer, scheduler = _make_optimizer(adapted, plan)
     scorer = SlotScorer(adapted, plan.importance) if "votes" in plan.report else None
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     adapted.model.train(plan.dropout)
     started = time.perf_counter()
-    losses, tokens = [], 0
-    spent = {"forward": 0.0, "backward": 0.0}
+    losses, spent = [], Spent()
     flops: dict[str, float] = {}
     gradient_masks = adapted.gradient_masks()
-    steps = list(batches([len(row) for row in data.train.ids], plan, np.random.default_rng(stream)))
+    lengths = [len(row) for row in data.train.ids]
+    steps = list(batches(lengths, plan, np.random.default_rng(stream)))
     for step, rows in enumerate(steps):
-        batch = adapted.batch(task, tokenizer, data.train, rows)
-        tokens += batch["input_ids"].numel()
-        counts: dict[str, Any] = {name: flop_counter() if count_flops and step == 0 else nullcontext() for name in spent}
-        before = clock(adapted.device)
-        below = adapted.below(batch)  # a row's first time is not counted: it would depend on whom this process served before
-        with counts["forward"]:
-            loss = task.loss(adapted.logits(batch, below), batch)
-        spent["forward"] += clock(adapted.device) - before
-        losses.append(loss.detach())
-        for penalty in (term.penalty() for term in terms):
-            loss = loss if penalty is None else loss + penalty
+        cut = parts(rows.tolist(), lengths, plan.batch_tokens)
+        batch = [adapted.batch(task, tokenizer, data.train, part) for part in cut]
         optimizer.zero_grad(set_to_none=True)
-        before = clock(adapted.device)
-        with counts["backward"]:
-            loss.backward()
-        spent["backward"] += clock(adapted.device) - before
+        losses.append(backward(adapted, task, batch, terms, spent, count_flops and step == 0))
         if count_flops and step == 0:
-            flops = {name: counter.get_total_flops() / tokens for name, counter in counts.items()}
+            flops = {name: value / spent.tokens for name, value in spent.flops.items()}
         for parameter, allowed in gradient_masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(allowed)
@@ -168,13 +162,13 @@ def train(
         "loss": float(values.mean()),
         "loss-last": float(values[-1]),
         "steps": len(losses),
-        "tokens": tokens,
+        "tokens": spent.tokens,
         "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
         "seconds-train": time.perf_counter() - started,
         "bytes-free": free_memory(adapted.device),
     }
-    metrics |= {f"seconds-{name}": value for name, value in spent.items()}
-    metrics |= {f"flops-{name}": value * tokens for name, value in flops.items()}
+    metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
+    metrics |= {f"flops-{name}": value * spent.tokens for name, value in flops.items()}
     update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
     metrics["peak-memory-mb"] = peak_memory()
     metrics |= power.read() if power is not None else {}

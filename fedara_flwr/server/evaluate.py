@@ -53,7 +53,7 @@ class ServerModel:
             )
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
         self._load(weights)
-        return predict(self.adapted, self.task, self.tokenizer, self._encoded[split])
+        return predict(self.adapted, self.task, self.tokenizer, self._encoded[split], self.settings.train.batch_tokens)
 
     def expected(self, terms: frozenset[str]) -> Expected:
         """What nodes must agree on."""

@@ -164,6 +164,7 @@ class BaseStrategy(RoundLoop):
             steps=train.steps,
             epochs=train.epochs,
             batch_size=train.batch_size,
+            batch_tokens=train.batch_tokens,
             learning_rate=train.learning_rate or self.learning_rate,
             e_lr_factor=train.e_lr_factor,
             head_learning_rate=train.head_learning_rate,

@@ -58,6 +58,10 @@ class Task(Protocol):
         """Mean loss of a batch; a float32 scalar."""
         ...
 
+    def count(self, batch: Batch) -> int:
+        """Predictions of a batch that `loss` is the mean over: its weight where batches are parts of a larger one."""
+        ...
+
     def metrics(self, logits: Sequence[NDArray[np.float32]], labels: Sequence[Any], names: tuple[str, ...]) -> dict[str, float]:
         """Metrics over a whole split: `accuracy`, `macro-f1`, `loss`, and what the task adds.
 

@@ -49,6 +49,10 @@ class Classification:
         """Mean cross-entropy, in float32 whatever the backbone's type."""
         return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
 
+    def count(self, batch: Batch) -> int:
+        """Its rows."""
+        return len(batch["labels"])
+
     def metrics(self, logits: Sequence[NDArray[np.float32]], labels: Sequence[int], names: tuple[str, ...]) -> dict[str, float]:
         """accuracy, macro-f1 over the labels that occur in truth or prediction, and the mean loss."""
         outputs, truth = np.asarray(logits), np.asarray(labels)

@@ -74,6 +74,10 @@ class TokenClassification:
         )
         return total / (labels != UNLABELLED).sum().clamp(min=1)
 
+    def count(self, batch: Batch) -> int:
+        """Its words."""
+        return int((batch["labels"] != UNLABELLED).sum())
+
     def metrics(
         self, logits: Sequence[NDArray[np.float32]], labels: Sequence[list[int]], names: tuple[str, ...]
     ) -> dict[str, float]:

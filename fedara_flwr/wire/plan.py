@@ -30,6 +30,7 @@ class TrainPlan:
         drawn: parts that both sides draw from `draw_seed` instead (fedara_flwr.draws). An E that is in neither is 1.
         entries: numbers of the backbone that are trained, at positions drawn from `draw_seed`; 0 = all.
         steps: optimiser steps; 0 = `epochs` passes over the client's examples.
+        batch_tokens: most tokens, padding counted, that pass through the model at once; 0 = whole batches.
         learning_rate: AdamW, of A and B; E has `e_lr_factor` times that, the head `head_learning_rate`.
         clip_norm: 0 = gradients are not clipped.
         terms: client-side terms by name, each with its parameters.
@@ -57,6 +58,7 @@ class TrainPlan:
     drawn: frozenset[str] = frozenset()
     draw_seed: int = 0
     entries: int = 0
+    batch_tokens: int = 0
     warmup_steps: int = 0
     clip_norm: float = 0.0
     dropout: bool = False

@@ -32,6 +32,7 @@ _SCALARS = {
     "steps": "steps",
     "epochs": "epochs",
     "batch-size": "batch_size",
+    "batch-tokens": "batch_tokens",
     "learning-rate": "learning_rate",
     "e-lr-factor": "e_lr_factor",
     "head-learning-rate": "head_learning_rate",
