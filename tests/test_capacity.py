@@ -13,7 +13,7 @@ from test_session import PadOnly, client, plan, run
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client import session
-from fedara_flwr.client.capacity import backward_blocks, flop_counter, measure
+from fedara_flwr.client.capacity import FlopCounter, backward_blocks, measure
 from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
@@ -68,11 +68,11 @@ def load(adapted, blocks, parts=frozenset({"B", "A", "head"})):
 
 def counted(adapted):
     batch = random_batch(rows=ROWS, length=LENGTH)
-    with flop_counter() as forward:
+    with FlopCounter() as forward:
         loss = TASK.loss(adapted.logits(batch), batch)
-    with flop_counter() as backward:
+    with FlopCounter() as backward:
         loss.backward()
-    return forward.get_total_flops(), backward.get_total_flops()
+    return forward.total, backward.total
 
 
 # -- FLOPs ------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_training_reports_the_rounds_flops(adapted):
     data = ClientData(Encoded(rows, [0, 1, 2] * 4), Encoded([], []))
     orders = plan(mask, batch_size=ROWS, dropout=False, report=frozenset(), trainable=frozenset({"B", "A", "head"}))
     arrays = random_arrays(adapted.spec, mask)
-    update = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", count_flops=True)
+    update = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", simulated=True)
     assert update.metrics["flops-forward"] == pytest.approx(3 * forward_flops(2))
     assert update.metrics["flops-backward"] == pytest.approx(3 * backward_flops(2))
     assert update.metrics["blocks"] == 2 and update.metrics["tokens"] == 3 * TOKENS
@@ -118,9 +118,7 @@ def test_training_reports_the_rounds_flops(adapted):
 def test_counting_changes_nothing(adapted, changes):
     arrays = random_arrays(adapted.spec, FULL)
     orders = plan(FULL, **changes)
-    plain, other = (
-        train(adapted, TASK, PadOnly(), client(1), orders, arrays, "1", count_flops=count) for count in (False, True)
-    )
+    plain, other = (train(adapted, TASK, PadOnly(), client(1), orders, arrays, "1", simulated=count) for count in (False, True))
     assert all(np.array_equal(plain.arrays[part], other.arrays[part]) for part in plain.arrays)
     assert np.array_equal(plain.vote.ranks, other.vote.ranks)
     assert plain.metrics["loss"] == other.metrics["loss"]

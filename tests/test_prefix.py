@@ -19,7 +19,7 @@ from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.client import session
-from fedara_flwr.client.capacity import backward_blocks, flop_counter
+from fedara_flwr.client.capacity import FlopCounter, backward_blocks
 from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
@@ -114,9 +114,9 @@ def test_a_method_without_adapters_cuts_at_the_top(bert):
     assert bert.lowest == LAYERS
     below = bert.below(batch)
     assert below.shape == (*batch["input_ids"].shape, 16)
-    with flop_counter() as counter, torch.no_grad():
+    with FlopCounter() as counter, torch.no_grad():
         bert.logits(batch, below)
-    assert counter.get_total_flops() == 2 * 6 * (16 * 16 + 16 * len(LABELS))
+    assert counter.total == 2 * 6 * (16 * 16 + 16 * len(LABELS))
 
 
 def test_pairs_of_texts_are_kept_by_their_token_types(bert):
@@ -385,7 +385,7 @@ def test_training_counts_the_blocks_that_run_at_every_step(tiny_models, blocks):
     arrays = random_arrays(adapted.spec, mask)
     block = (forward_flops(0) - 2 * ROWS * (16 * 16 + 16 * len(LABELS))) // LAYERS
     for _ in range(2):
-        metrics = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", count_flops=True).metrics
+        metrics = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", simulated=True).metrics
         assert metrics["flops-forward"] == pytest.approx(3 * (forward_flops(blocks) - (LAYERS - blocks) * block))
         assert metrics["flops-backward"] == pytest.approx(3 * backward_flops(blocks))
         assert metrics["blocks"] == blocks and metrics["tokens"] == 3 * TOKENS

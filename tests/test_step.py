@@ -312,7 +312,7 @@ def test_flops_are_those_of_the_whole_step(bert, tokens):
     trained = frozenset({"B", "A", "head"})
     orders = plan(FULL, batch_size=ROWS, batch_tokens=tokens, dropout=False, report=frozenset(), trainable=trained)
     arrays = random_arrays(bert.spec, FULL)
-    metrics = train(bert, TASKS["classification"], PadOnly(), data, orders, arrays, "1", count_flops=True).metrics
+    metrics = train(bert, TASKS["classification"], PadOnly(), data, orders, arrays, "1", simulated=True).metrics
     assert metrics["flops-forward"] == pytest.approx(3 * forward_flops(LAYERS))
     assert metrics["flops-backward"] == pytest.approx(3 * backward_flops(LAYERS))
     assert metrics["tokens"] == 3 * ROWS * LENGTH

@@ -77,6 +77,8 @@ class AdaptedModel:
         self.mask = RankMask.full([0] * len(self.layers))
         self.lowest = self.spec.blocks
         """The lowest block with a living module; the number of blocks where none lives."""
+        self.costs: dict[Any, tuple[int, int]] = {}
+        """What client/step.count_flops found for a mask; forgotten with the offset, which has a share in it."""
         self.model.requires_grad_(False)
 
     def set_offset(self, piece: Piece | None) -> None:
@@ -86,6 +88,7 @@ class AdaptedModel:
         pairs = factors(piece, self.spec) if piece is not None and piece.ranks else []  # raises before anything is changed
         self._offset = None
         self._release()
+        self.costs.clear()
         if self._prefix is not None:
             self._prefix.clear()
         for layer in self.layers:
@@ -274,19 +277,24 @@ class AdaptedModel:
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=on), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             yield
 
+    @property
+    def boundary(self) -> int:
+        """Blocks whose output `below` keeps: those under `lowest`; 0 where that differs by client, or without cache."""
+        return 0 if self._prefix is None or self._changed else self.lowest
+
     def below(self, batch: Batch) -> torch.Tensor | None:
         """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `logits`.
 
-        None where nothing below is frozen alike for all clients and rounds, or nothing is kept (`train.cache`).
+        None where `boundary` is 0.
         """
-        if self._prefix is None or not self.lowest or self._changed:
+        if self._prefix is None or not self.boundary:
             return None
         with self.autocast():
-            return self._prefix.states(_inputs(batch), self.lowest)
+            return self._prefix.states(_inputs(batch), self.boundary)
 
     def logits(self, batch: Batch, below: torch.Tensor | None = None) -> torch.Tensor:
         """Forward pass without labels, of all blocks or from what `below` gave for this batch; float32 logits."""
-        above = nullcontext() if self._prefix is None else self._prefix.above(below, self.lowest)
+        above = nullcontext() if self._prefix is None else self._prefix.above(below, self.boundary)
         with self.autocast(), above:
             return self.model(**_inputs(batch)).logits.float()
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.client.capacity import clock, flop_counter
+from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
 from fedara_flwr.tasks.base import Batch, Task
 
 PASSES = ("forward", "backward")
+
+
+LENGTH = 16  # tokens; FLOPs are counted at whole lengths up to here and at multiples of it beyond
+KEPT = 256  # costs
 
 
 @dataclass
@@ -22,19 +25,17 @@ class Spent:
     """What steps took, added up.
 
     Attributes:
-        tokens: through the model, padding too.
+        rows: through the model.
+        tokens: likewise, padding too.
         seconds: of forward and backward passes.
-        flops: of both, of the steps that were counted.
     """
 
+    rows: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PASSES, 0.0))
-    flops: dict[str, int] = field(default_factory=dict)
 
 
-def backward(
-    adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent, count_flops: bool = False
-) -> torch.Tensor:
+def backward(adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent) -> torch.Tensor:
     """Add up the gradients of a batch that comes in parts: the same, to rounding, as if it came whole.
 
     Each part's mean loss counts by its share of the batch's predictions, every term's penalty once. Autograd keeps what one
@@ -43,7 +44,6 @@ def backward(
     Args:
         batches: the parts, at least one.
         spent: gets what this took.
-        count_flops: count floating-point operations.
 
     Returns:
         The batch's mean loss without penalties, detached.
@@ -52,21 +52,48 @@ def backward(
     total = max(sum(counts), 1)
     mean = torch.zeros((), device=adapted.device)
     for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        spent.rows += len(batch["input_ids"])
         spent.tokens += batch["input_ids"].numel()
-        counters: dict[str, Any] = {name: flop_counter() if count_flops else nullcontext() for name in PASSES}
         before = clock(adapted.device)
-        below = adapted.below(batch)  # a row's first time is not counted: it would depend on whom this process served before
-        with counters["forward"]:
-            loss = task.loss(adapted.logits(batch, below), batch) * (count / total)
+        below = adapted.below(batch)
+        loss = task.loss(adapted.logits(batch, below), batch) * (count / total)
         spent.seconds["forward"] += clock(adapted.device) - before
         mean += loss.detach()
         for penalty in (term.penalty() for term in terms if i == 0):
             loss = loss if penalty is None else loss + penalty
         before = clock(adapted.device)
-        with counters["backward"]:
-            loss.backward()
+        loss.backward()
         spent.seconds["backward"] += clock(adapted.device) - before
-        if count_flops:
-            for name, counter in counters.items():
-                spent.flops[name] = spent.flops.get(name, 0) + counter.get_total_flops()
     return mean
+
+
+def count_flops(adapted: AdaptedModel, trainable: frozenset[str], spent: Spent) -> dict[str, float]:
+    """Floating-point operations of the forward and backward passes that were `spent`, by the loaded model's cost per token.
+
+    That is counted as it runs, on one row as long as theirs were on average; once for each mask and length, since nothing else
+    matters. What `AdaptedModel.below` runs once per example is left out: it depends on whom this process served before.
+    Gradients are gone afterwards.
+    """
+    length = max(1, round(spent.tokens / max(spent.rows, 1)))
+    length = length if length <= LENGTH else -(-length // LENGTH) * LENGTH
+    key = (length, adapted.mask, trainable, adapted.boundary)
+    if key not in adapted.costs:
+        if len(adapted.costs) >= KEPT:
+            adapted.costs.clear()
+        adapted.costs[key] = _cost(adapted, length)
+    return {name: cost * spent.tokens / length for name, cost in zip(PASSES, adapted.costs[key], strict=True)}
+
+
+def _cost(adapted: AdaptedModel, length: int) -> tuple[int, int]:
+    """Of one row."""
+    config: Any = adapted.model.config
+    tokens = torch.arange(length, device=adapted.device)[None] % config.get_text_config().vocab_size
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    adapted.model.eval()
+    below = adapted.below(batch)
+    with FlopCounter() as forward:
+        logits = adapted.logits(batch, below)
+    with FlopCounter() as backward_pass:
+        logits.sum().backward()
+    adapted.model.zero_grad(set_to_none=True)
+    return forward.total, backward_pass.total

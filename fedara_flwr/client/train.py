@@ -18,7 +18,7 @@ from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, free_memory
 from fedara_flwr.client.guard import Guard
 from fedara_flwr.client.power import PowerMeter, peak_memory
-from fedara_flwr.client.step import Spent, backward
+from fedara_flwr.client.step import Spent, backward, count_flops
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
@@ -85,21 +85,20 @@ def train(
     plan: TrainPlan,
     arrays: Arrays,
     client_key: str,
-    count_flops: bool = False,
+    simulated: bool = False,
     guard: Guard | None = None,
 ) -> Update:
     """Run one client's round.
 
     Args:
-        count_flops: count floating-point operations on the first step, for the modelled clock of simulated devices.
+        simulated: the machine is not this client's: floating-point operations are counted, for the modelled clock, not power.
         guard: what the client lets out; by default everything below.
 
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
         `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (client/power);
-        `flops-forward`, `flops-backward` (of the whole round: the first step's per token, times the tokens; what
-        `AdaptedModel.below` runs once per example is left out) where they are counted; `eval-accuracy`, `eval-macro-f1`,
+        of a simulated one `flops-forward` and `flops-backward` (client/step.count_flops); `eval-accuracy`, `eval-macro-f1`,
         `eval-loss`, `eval-examples` of the received model where the plan asks for it.
 
     Raises:
@@ -112,7 +111,7 @@ def train(
     stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
     torch.manual_seed(stream)
     guard = guard or Guard()
-    power = None if count_flops else PowerMeter()  # in a simulation the machine is everybody's
+    power = None if simulated else PowerMeter()
     received = load(adapted, plan, arrays)
     metrics: dict[str, float] = {}
     if plan.evaluate:
@@ -124,7 +123,6 @@ def train(
     adapted.model.train(plan.dropout)
     started = time.perf_counter()
     losses, spent = [], Spent()
-    flops: dict[str, float] = {}
     gradient_masks = adapted.gradient_masks()
     lengths = [len(row) for row in data.train.ids]
     steps = list(batches(lengths, plan, np.random.default_rng(stream)))
@@ -132,9 +130,7 @@ def train(
         cut = parts(rows.tolist(), lengths, plan.batch_tokens)
         batch = [adapted.batch(task, tokenizer, data.train, part) for part in cut]
         optimizer.zero_grad(set_to_none=True)
-        losses.append(backward(adapted, task, batch, terms, spent, count_flops and step == 0))
-        if count_flops and step == 0:
-            flops = {name: value / spent.tokens for name, value in spent.flops.items()}
+        losses.append(backward(adapted, task, batch, terms, spent))
         for parameter, allowed in gradient_masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(allowed)
@@ -168,7 +164,8 @@ def train(
         "bytes-free": free_memory(adapted.device),
     }
     metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
-    metrics |= {f"flops-{name}": value * spent.tokens for name, value in flops.items()}
+    if simulated:
+        metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trainable, spent).items()}
     update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
     metrics["peak-memory-mb"] = peak_memory()
     metrics |= power.read() if power is not None else {}
