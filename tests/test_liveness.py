@@ -125,12 +125,13 @@ def test_a_straggler_is_left_behind_and_its_late_reply_ignored(fleet):
     node.order("before", "hold")
     number = node.reached("before")
     line = fleet.round(number)
-    assert drop_of(line, node)["reason"] == "timeout" and line["seconds"] < fleet.deadline + 10
+    # the message ends with the round: who notices first, we or Flower, is all that differs
+    assert drop_of(line, node)["reason"] in ("timeout", "error-3") and line["seconds"] < fleet.deadline + 10
     sent = node.said("Sending: train message")
     node.release()
     after = fleet.round(number + 1)
     assert node.said("Sending: train message") > sent, "the late reply was sent"
-    assert {drop["reason"] for drop in after["dropped"]} <= {"timeout"} and after["good"] >= 1
+    assert {drop["reason"] for drop in after["dropped"]} <= {"timeout", "error-3"} and after["good"] >= 1
     fleet.recovers(after=number)
 
 

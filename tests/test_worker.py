@@ -541,7 +541,7 @@ def test_one_worker_serves_all_rounds_and_ends_with_its_supernode(tiny_bert, tmp
         owner.nodes[1].config["worker"] = False
         owner.nodes[1].end(TERM)
         owner.nodes[1].start()
-        run = owner.submit("three", **{"num-server-rounds": 3})
+        run = owner.submit("three", **{"num-server-rounds": 3, "strategy.round-timeout": 300.0})
         seen = []
         for number in (1, 2, 3):
             assert run.round(number)["good"] == 2
