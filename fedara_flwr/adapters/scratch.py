@@ -50,9 +50,6 @@ class Scratch:
         self._free: list[int] = []
         self._end = 0  # slots from here on were never used
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._held
-
     @property
     def nbytes(self) -> int:
         """Bytes of the file that are taken."""
@@ -106,7 +103,8 @@ class Scratch:
         except OSError as error:
             self._give_up(error)
             return None
-        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape).to(entry.device)
+        # copied: memory that is aligned as torch's own, since the last bits of matrix products may depend on it
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape).to(entry.device, copy=True)
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
