@@ -181,12 +181,14 @@ def _take_offset(message: Message, context: Context, node: NodeSettings, residen
 @_resident
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan, or why not now."""
-    from fedara_flwr.wire.records import busy, code_update, update_to_content
+    from fedara_flwr.wire.records import busy, update_to_content
 
     node = NodeSettings.read(context.node_config)
     if why := node.busy():
         return Message(busy(why), reply_to=message)
+    from fedara_flwr.client.residues import ResidueStore
     from fedara_flwr.client.train import train as run
+    from fedara_flwr.wire.upload import Residue, code_update
 
     received = _receive(message, context, node)
     if isinstance(received, Message):
@@ -195,7 +197,12 @@ def train(message: Message, context: Context) -> Message:
     key, simulated = client_key(context), in_simulation(context)
     update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, node.guard)
     _check_memory(node)
-    coded, said = code_update(update, plan, resident.adapted.spec, arrays, key)
+    spec, kept, residue = resident.adapted.spec, ResidueStore(node.store / "residues", plan.run, key), None
+    if plan.feedback and not node.guard.clip:  # what a guard has cut, and noised, is all that may leave
+        residue = (kept.take(plan.server_round) or Residue({}, plan.mask)).fit(plan, spec)
+    coded, said = code_update(update, plan, spec, arrays, key, residue)
+    if residue is not None:
+        kept.put(residue, plan.server_round)
     update = replace(update, metrics={**update.metrics, **node.guard.let_out(said)})
     return Message(update_to_content(update, plan, coded), reply_to=message)
 

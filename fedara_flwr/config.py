@@ -126,6 +126,9 @@ class WireSettings(Group):
     up: Format = Field(
         "float32", description="numbers that clients send back; where one of both is not float32, as differences from what came"
     )
+    feedback: bool = Field(
+        False, description="error feedback: a node keeps what rounding took from its upload and adds it to its next one"
+    )
 
 
 class TrainSettings(Group):
@@ -259,6 +262,9 @@ class Settings(Group):
         tracker_names(self.run.track)
         if self.data.partition == "natural" and not self.data.id_column:
             raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
+        if self.wire.feedback and self.wire.up == "float32":
+            allowed = [form for form in get_args(Format) if form != "float32"]
+            raise ConfigError(f"wire.up = 'float32': with wire.feedback allowed are {allowed}, nothing is rounded otherwise")
         self._check_privacy()
 
     def _check_privacy(self) -> None:

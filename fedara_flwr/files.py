@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what tells that one was damaged later."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -22,3 +26,12 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def tensors_digest(tensors: Mapping[str, np.ndarray], text: str) -> str:
+    """The sha256 of a safetensors file's content: arrays by name, and the text that goes with them. Shapes are not in it."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return total.hexdigest()

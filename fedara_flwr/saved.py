@@ -35,6 +35,7 @@ class Keeper:
         self._began = time.monotonic()
         self._trackers = Trackers({})
         strategy.write, strategy.save = self.write, self.save
+        strategy.run_id = directory.facts["id"]
 
     def restore(self) -> None:
         """Put the strategy where the run's newest good checkpoint was; later lines of metrics.jsonl are taken back.

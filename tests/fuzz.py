@@ -56,7 +56,6 @@ from fedara_flwr.wire.records import (
     MAX_NAME,
     MAX_VALUE,
     Rejected,
-    code_update,
     need_offset,
     plan_from_content,
     plan_to_content,
@@ -66,6 +65,7 @@ from fedara_flwr.wire.records import (
     to_record,
     update_to_content,
 )
+from fedara_flwr.wire.upload import code_update
 
 SPEC = ModelSpec(
     "f" * 64,
@@ -129,7 +129,13 @@ PLANS = {
         PLAN, trainable=frozenset({"head", "backbone"}), drawn=frozenset({"backbone"}), entries=9, draw_seed=3, up="int8"
     ),
     "hetlora": replace(
-        PLAN, report=frozenset({"kept"}), terms={"tail-penalty": {"weight": 0.01, "gamma": 0.85}}, down="int4", up="float16"
+        PLAN,
+        report=frozenset({"kept"}),
+        terms={"tail-penalty": {"weight": 0.01, "gamma": 0.85}},
+        down="int4",
+        up="float16",
+        feedback=PLAN.trainable,
+        run="5" * 32,
     ),
     "flora": replace(PLAN, terms={"prox": {"mu": 0.1}}),
 }

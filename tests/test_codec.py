@@ -19,13 +19,13 @@ from fedara_flwr.wire.meter import payload
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.records import (
     Rejected,
-    code_update,
     plan_to_content,
     read_arrays,
     sent_parts,
     update_from_content,
     update_to_content,
 )
+from fedara_flwr.wire.upload import code_update
 
 laws = settings(deadline=None, max_examples=200)
 CODED = ("float16", "int8", "int4")

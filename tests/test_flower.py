@@ -65,7 +65,7 @@ def metrics(run: Path) -> list[dict]:
     [
         ("fedara", {}),
         *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("federa", "flora", "legend")),
-        pytest.param("hetlora", {"wire.down": "int8", "wire.up": "int4"}, marks=pytest.mark.slow),
+        pytest.param("hetlora", {"wire.down": "int8", "wire.up": "int4", "wire.feedback": True}, marks=pytest.mark.slow),
     ],
 )
 def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method, wire):

@@ -157,6 +157,7 @@ PLANS = {
     "all-dead": ALL_DEAD,
     "no-slots": NO_SLOTS,
     "nothing-trained": NOTHING_TRAINED,
+    "feedback": replace(PLAN, up="int4", feedback=frozenset({"B", "head"}), run="5" * 32),
 }
 
 
@@ -247,6 +248,12 @@ def test_plan_that_lacks_a_key(key):
         {"scales": 1.0},
         {"scales": ["a", "b", "c"]},
         {"term.prox.mu": "much"},
+        {"run": "5"},
+        {"feedback": "B"},
+        {"feedback": "B", "run": ""},
+        {"feedback": "B", "run": 5},
+        {"feedback": "B", "run": "5" * 65},
+        {"feedback": "B,X", "run": "5"},
     ],
     ids=str,
 )

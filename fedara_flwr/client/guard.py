@@ -33,6 +33,7 @@ METRICS = (
     "flops-forward",
     "flops-backward",
     "coding-error",
+    "feedback-norm",
     "eval-loss",
     "eval-accuracy",
     "eval-macro-f1",

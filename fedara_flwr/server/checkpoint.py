@@ -6,7 +6,6 @@ on from, whenever the server dies.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedara_flwr.files import write_whole
+from fedara_flwr.files import tensors_digest, write_whole
 from fedara_flwr.offsets import Holding, OffsetLog
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.state import ServerState
@@ -51,7 +50,7 @@ class Checkpoints:
         facts = {**facts, "identity": self.identity, "metrics-bytes": lines}
         text = json.dumps(facts)
         path = self.folder / f"round-{state.server_round:06d}.safetensors"
-        write_whole(path, save(tensors, metadata={"state": text, "sha256": _digest(tensors, text)}))
+        write_whole(path, save(tensors, metadata={"state": text, "sha256": tensors_digest(tensors, text)}))
         for old in self._files()[KEPT:]:
             old.unlink()
         return path
@@ -84,7 +83,7 @@ class Checkpoints:
             raise BadCheckpoint(f"it is cut off or no checkpoint ({type(error).__name__}: {str(error)[:120]})") from None
         if facts.get("format") != FORMAT:
             raise BadCheckpoint(f"it has format {facts.get('format')!r}, this version reads {FORMAT}")
-        if found.get("sha256") != _digest(tensors, text):
+        if found.get("sha256") != tensors_digest(tensors, text):
             raise BadCheckpoint("its content is not what was written (sha256 differs)")
         for name, mine in self.identity.items():
             if facts["identity"].get(name) != mine:
@@ -95,14 +94,6 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         """Newest first."""
         return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
-
-
-def _digest(tensors: Tensors, text: str) -> str:
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return total.hexdigest()
 
 
 def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:

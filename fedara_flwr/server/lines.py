@@ -45,6 +45,7 @@ def client_means(lines: Sequence[Record]) -> dict[str, float]:
     for name, count in [
         ("loss", "num-examples"),
         ("coding-error", "num-examples"),
+        ("feedback-norm", "num-examples"),
         *((name, "eval-examples") for name in evaluated),
     ]:
         pairs = [(float(line[count]), float(line[name])) for line in lines if name in line and count in line]  # type: ignore[arg-type]

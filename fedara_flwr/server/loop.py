@@ -10,6 +10,7 @@ import logging
 import math
 import statistics
 import time
+import uuid
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ class RoundLoop(Strategy):
         self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, self.calibration)
         self.fleet = read_profiles(settings.fleet.profiles)
         self.planned = 0
+        self.run_id = uuid.uuid4().hex  # nodes keep things under it: no other run may have it
         self._round: Round | None = None
 
     def profile(self, node: Node) -> Profile | None:
@@ -77,6 +79,9 @@ class RoundLoop(Strategy):
     # -- hooks ------------------------------------------------------------------------------------------------------
     calibration: ClassVar[Mapping[str, int]] = {}
     """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+
+    remade: ClassVar[frozenset[str]] = frozenset()
+    """Parts whose numbers mean something else after each round (fresh or split anew): nodes keep no rounding error of them."""
 
     @abstractmethod
     def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
@@ -185,7 +190,9 @@ class RoundLoop(Strategy):
         there, pieces = state.offset.fetch(have)
         slots = plan.mask.count > 0
         carries = frozenset(p for p in state.arrays if p not in plan.drawn and (slots or p not in SLOT_PARTS))
-        plan = replace(plan, carries=carries, offset=there.digests)
+        feedback = plan.trainable - self.remade if self.settings.wire.feedback else frozenset()
+        run = self.run_id if feedback else ""
+        plan = replace(plan, carries=carries, offset=there.digests, feedback=feedback, run=run)
         sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
         return plan, plan_to_content(plan, self._broadcast.encode(plan, {part: sliced[part] for part in carries}), pieces)
 

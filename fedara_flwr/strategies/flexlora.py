@@ -53,6 +53,7 @@ class FlexLoRA(ClientRanks):
     name = "flexlora"
     title = "LoRA with a rank per client; the server averages products and splits them by SVD"
     paper = "arXiv 2402.11505"
+    remade = frozenset({"A", "B"})
 
     def merger(self) -> SplitStack:
         """Products, not factors."""

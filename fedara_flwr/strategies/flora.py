@@ -29,6 +29,7 @@ class FLoRA(ClientRanks):
     name = "flora"
     title = "stacked LoRA: the exact sum of the clients' adapters, merged into the backbone each round"
     paper = "arXiv 2409.05976"
+    remade = frozenset({"A", "B"})
 
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
         """A and B are drawn, not sent."""

@@ -8,7 +8,7 @@ Values go down rounded once a round for all clients. What comes back are differe
 adds them to its own, unrounded ones: its model, and all that compares updates with it (norm bound, robust rules, clipping for
 privacy), sees what a client changed and never the rounding of the broadcast, which so cannot add up over the rounds.
 
-Sizes follow from the mask alone; nothing is kept on a node between rounds.
+Sizes follow from the mask alone, with error feedback (wire/upload) or without.
 """
 
 from __future__ import annotations

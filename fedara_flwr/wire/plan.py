@@ -41,6 +41,8 @@ class TrainPlan:
         offset: digests of the pieces whose sum the client must add to its backbone (fedara_flwr.offsets).
         down: format of the arrays that travel with the plan (wire/codec).
         up: format of those that are sent back.
+        feedback: parts to which the node adds what rounding took before, keeping what it takes now (wire/upload).
+        run: a name for the run, under which it keeps that; '' without `feedback`.
     """
 
     server_round: int
@@ -72,6 +74,8 @@ class TrainPlan:
     offset: tuple[str, ...] = ()
     down: str = "float32"
     up: str = "float32"
+    feedback: frozenset[str] = frozenset()
+    run: str = ""
 
     @property
     def differences(self) -> bool:

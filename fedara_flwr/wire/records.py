@@ -16,14 +16,13 @@ from typing import Any, get_args
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedara_flwr import seeds
 from fedara_flwr.config import Format, StrategySettings
 from fedara_flwr.log import printable
 from fedara_flwr.offsets import Piece, dense_size, piece_lengths
 from fedara_flwr.ranks import Bools, Ints, RankMask, pack_bits, unpack_bits
 from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
 from fedara_flwr.wire import PROTOCOL
-from fedara_flwr.wire.codec import CODECS, Coded, CodingError, Numbers
+from fedara_flwr.wire.codec import CODECS, Coded, Numbers
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
 
 _SCALARS = {
@@ -49,7 +48,7 @@ _SCALARS = {
     "down": "down",
     "up": "up",
 }
-_SETS = {"trainable": PARTS, "carries": PARTS, "drawn": PARTS, "report": REPORTS}
+_SETS = {"trainable": PARTS, "carries": PARTS, "drawn": PARTS, "report": REPORTS, "feedback": PARTS}
 _KINDS = {key: TrainPlan.__annotations__[name] for key, name in _SCALARS.items()}
 _CHOICES = {
     key: get_args(StrategySettings.model_fields[_SCALARS[key]].annotation)
@@ -158,6 +157,8 @@ def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Pi
         config["mask"] = plan.mask.to_bytes()
     if plan.offset:
         config["offset"] = list(plan.offset)
+    if plan.feedback:
+        config["run"] = plan.run
     for term, parameters in plan.terms.items():
         config[f"term.{term}"] = True
         config |= {f"term.{term}.{name}": float(value) for name, value in parameters.items()}
@@ -224,6 +225,7 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
             mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
             scales=tuple(_lengthen([_read_scalar("scales", s, "float") for s in config["scales"]], modules)),
             offset=tuple(str(digest) for digest in config.get("offset", ())),
+            run=_read_run(config),
             terms=terms,
         )
     except (KeyError, ValueError, TypeError, OverflowError) as error:
@@ -248,6 +250,13 @@ def _read_set(config: ConfigRecord, key: str, allowed: Sequence[str]) -> frozens
     return names
 
 
+def _read_run(config: ConfigRecord) -> str:
+    run = config.get("run", "")
+    if not isinstance(run, str) or len(run) > MAX_NAME or bool(run) != ("feedback" in config):
+        raise ValueError(f"run is {str(run)[:MAX_NAME]!r}, allowed with feedback, and only there, is a name up to {MAX_NAME}")
+    return run
+
+
 def sent_parts(plan: TrainPlan) -> frozenset[str]:
     """Parts that an update must carry: the trainable ones, without slot parts where no slot is alive."""
     return frozenset(p for p in plan.trainable if p not in SLOT_PARTS or plan.mask.count)
@@ -265,34 +274,6 @@ def _lengthen(values: list[Any], length: int) -> list[Any]:
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
-def code_update(
-    update: Update, plan: TrainPlan, spec: ModelSpec, received: Arrays, client_key: str
-) -> tuple[Coded | Arrays, dict[str, float]]:
-    """An update's arrays as the plan wants them sent.
-
-    Args:
-        received: the arrays that came with the plan, decoded.
-
-    Returns:
-        The arrays, and where they are coded `coding-error`, ‖decoded - true‖ / ‖true‖ of the differences.
-
-    Raises:
-        FloatingPointError: a difference is not finite.
-    """
-    if not plan.differences:
-        return update.arrays, {}
-    start, codec = plan.start(spec, received, plan.mask, update.mask), CODECS[plan.up]
-    coded, error = {}, CodingError()
-    for part, values in sorted(update.arrays.items()):
-        change, rows = values - start[part], spec.row_lengths(part, update.mask, plan.entries)
-        if not np.isfinite(change).all():
-            raise FloatingPointError(f"{part} is not finite after training: lower the learning rates")
-        rng = seeds.generator(plan.seed, "wire-up", plan.server_round, client_key, part)
-        coded[part] = codec.encode(change, rows, rng)
-        error.add(change, codec.decode(coded[part], rows))
-    return coded, {"coding-error": error.value}
-
-
 def update_to_content(update: Update, plan: TrainPlan, coded: Coded | Arrays | None = None) -> RecordDict:
     """The reply to TRAIN; `coded` is what travels in place of the update's arrays."""
     config: dict[str, Any] = {"protocol": PROTOCOL, "round": plan.server_round}
