@@ -29,7 +29,7 @@ class NodeSettings(Group):
     partition_id: int | None = Field(None, ge=0, description="its share of the built-in data, and its name without client-key")
     num_partitions: int = Field(0, ge=0, description="number of shares")
     engine: Literal["", "inprocess"] = Field("", description="set by the in-process engine")
-    store_dir: str = Field("", description="folder of the offset's pieces; '' = FLWR_HOME/fedara-store")
+    store_dir: str = Field("", description="folder of what is kept between rounds; '' = FLWR_HOME/fedara-store")
     models: str = Field(
         ModelSettings().name,
         description="backbones it takes part with, comma-separated: the run's model.name, or NAME=PATH where it lies elsewhere",
@@ -110,7 +110,7 @@ class NodeSettings(Group):
 
     @property
     def store(self) -> Path:
-        """Folder of the offset's pieces."""
+        """Folder of what is kept between rounds: the offset's pieces, and below it the residues of uploads."""
         home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
         return Path(self.store_dir).expanduser() if self.store_dir else home / "fedara-store"
 
