@@ -179,6 +179,7 @@ def test_no_run_and_no_client_sees_anothers(tmp_path):
         ResidueStore(tmp_path / "a", run, key).put(residue_of(seed, seed), 1)
     assert [ResidueStore(tmp_path / "a", run, key).take(2).entries for run, key in names] == list(range(5))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 5
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o700}
 
 
 def test_what_is_lost_or_damaged_is_zero(tmp_path):

@@ -55,7 +55,7 @@ class ResidueStore:
         try:
             if not self.folder.exists():
                 self._make_room(KEPT * sum(values.nbytes for values in residue.arrays.values()))
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells of the client's own data
             part = self.folder / f"{server_round}.part"
             part.write_bytes(_packed(residue))
             os.replace(part, self.folder / f"{server_round}.safetensors")
