@@ -29,6 +29,7 @@ import psutil
 from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
+from fedara_flwr.cli import cluster
 from fedara_flwr.config import ConfigError, Scalar, Settings, check_options
 from fedara_flwr.runs import new_name
 from fedara_flwr.runs import read_config as run_config
@@ -40,7 +41,7 @@ HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
 # Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, and what is said of every run; other warnings and
 # errors are shown
 NOISE = re.compile(
-    r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+\)|Using SuperLink: |Successfully installed |warnings\.warn\($|$"
+    r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+(, ip=\S+)?\)|Using SuperLink: |Successfully installed |warnings\.warn\($|$"
     r"|WARNING.*Since flwr 1\.32, default|.*FutureWarning: Tip: In future versions of Ray)"
 )
 
@@ -78,7 +79,7 @@ def launch(
                 _run_in_process(config, int(simulation.get("num-supernodes", 2)))
             elif engine == "flower":
                 with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
-                    run_flower(app, config, federation.resolve(), Path(neutral), verbose)
+                    run_flower(app, config, federation.resolve(), simulation, Path(neutral), verbose)
             else:
                 raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
     except KeyboardInterrupt:
@@ -150,15 +151,18 @@ def _parse_override(text: str) -> dict[str, Scalar]:
     return parsed
 
 
-def run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: Path, verbose: bool) -> None:
+def run_flower(
+    app: Path, config: dict[str, Scalar], federation: Path, simulation: dict[str, Any], neutral: Path, verbose: bool
+) -> None:
     """Run any Flower app in simulation on a SuperLink of its own.
 
     Args:
         config: its run configuration, whole.
-        federation: TOML file of Flower's simulation settings.
+        federation: TOML file of Flower's simulation settings; `simulation` is what it says.
         neutral: an empty folder.
 
     Raises:
+        ConfigError: the Ray cluster of RAY_ADDRESS is not fit for it.
         RunError: the run failed or was stopped.
     """
     lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
@@ -172,7 +176,10 @@ def run_flower(app: Path, config: dict[str, Scalar], federation: Path, neutral: 
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         TAG: uuid.uuid4().hex,
+        **cluster.environment(app, app / ".flwr"),
     }
+    if env[cluster.ADDRESS] != cluster.LOCAL:
+        print(cluster.check(config, simulation, env, neutral), flush=True)
     with _superlink(env, neutral) as (superlink, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]

@@ -1,0 +1,218 @@
+"""The Ray cluster that a run joins: what its machines need, given to them or checked before anything starts.
+
+Flower calls `ray.init` without an address, which then joins what RAY_ADDRESS names. Flower's actors on the other machines
+import the app by name, and have the environment of their `ray start`. So Ray is told to bring them the app's package and
+FLWR_HOME. Model, data and installed packages stay where they are: a client may run on any machine, so all must have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fedara_flwr
+from fedara_flwr.config import ConfigError, Scalar, Settings
+from fedara_flwr.runs import PACKAGES
+
+ADDRESS = "RAY_ADDRESS"
+LOCAL = "local"
+CONNECT_SECONDS = 5
+CHECK_SECONDS = 300  # for the slowest machine to load its data
+JOIN_SECONDS = 120  # for Ray to let this machine in
+FLOWER_THREADS = 32  # Flower runs min(32, cores + 4) clients at once (a ThreadPoolExecutor's default), whatever the cluster has
+
+
+def environment(app: Path, home: Path) -> dict[str, str]:
+    """What Flower's processes need in their environment to join the cluster of RAY_ADDRESS, or to start a Ray of their own.
+
+    Args:
+        app: folder of the Flower app, whose package is brought to all machines.
+        home: FLWR_HOME of the run, on every machine.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is no address that Flower's Ray backend can join.
+    """
+    address = os.environ.get(ADDRESS, "")
+    if address in ("", LOCAL):
+        return {ADDRESS: LOCAL}  # without it Ray joins whatever was last started on this machine, by whomever
+    if address != "auto" and not re.fullmatch(r"[^/]+:\d+", address):
+        raise ConfigError(f"{ADDRESS} = {address!r}: allowed are 'HOST:PORT' of a cluster's head, 'auto', '{LOCAL}'")
+    components = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
+    package = app / components["clientapp"].partition(":")[0].partition(".")[0]
+    runtime = {"py_modules": [str(package)], "excludes": ["__pycache__"], "env_vars": {"FLWR_HOME": str(home)}}
+    # where Ray looks for more of a job's runtime environment than the program itself gives; Flower gives PYTHONPATH
+    return {ADDRESS: address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime})}
+
+
+def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[str, str], cwd: Path) -> str:
+    """A line on the cluster that `env` names, once it is reached and all its machines have what the run needs.
+
+    Args:
+        config: the flat run configuration.
+        simulation: what federation.toml says.
+        env: of Flower's processes, with `environment`.
+        cwd: a folder without modules of its own.
+
+    Raises:
+        ConfigError: the cluster cannot be reached or has no room, or a machine lacks something or differs from this one.
+    """
+    address = env[ADDRESS]
+    for key in ("init-args-num-cpus", "init-args-num-gpus"):
+        if key in simulation:
+            raise ConfigError(f"{key} = {simulation[key]}: not with {ADDRESS} = {address!r}, a cluster says what it has")
+    if address != "auto":
+        _reach(address)
+    home = Path(env["FLWR_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=home, prefix=".cluster-") as mark:
+        question = {
+            "config": config,
+            "mark": mark.name,
+            "cpus": simulation.get("client-resources-num-cpus", 2),  # Flower's defaults
+            "gpus": simulation.get("client-resources-num-gpus", 0.0),
+        }
+        # a process of its own: ray.init takes over signal handlers, and ends the process when the head dies
+        search = [str(Path(fedara_flwr.__file__).parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", "from fedara_flwr.cli.cluster import main; main()"],
+                input=json.dumps(question),
+                env=env | {"PYTHONPATH": os.pathsep.join(search)},
+                cwd=cwd,
+                capture_output=True,
+                text=True,
+                timeout=JOIN_SECONDS + CHECK_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"{ADDRESS} = {address!r}: the cluster does not let this machine in") from None
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise ConfigError(f"{ADDRESS} = {address!r}: {' '.join(done.stderr[-500:].split())}") from None
+    return judge(answer, address, question["cpus"], question["gpus"])
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{ADDRESS} = {address!r}: no Ray head answers there ({error})") from None
+
+
+def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> str:
+    """What `main` found, as one line.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    if "error" in answer:
+        raise ConfigError(f"{ADDRESS} = {address!r}: {answer['error']}")
+    here, machines = answer["here"], answer["machines"]
+    room = sum(machine["room"] for machine in machines)
+    if not room:
+        raise ConfigError(
+            f"client-resources-num-cpus = {cpus:g}, client-resources-num-gpus = {gpus:g}: "
+            f"no machine of the Ray cluster at {address} has as much"
+        )
+    for machine in machines:
+        name, found = f"machine {machine['address']} of the Ray cluster at {address}", machine["found"]
+        if "error" in found:
+            raise ConfigError(f"{name}: {found['error']}")
+        if differs := [key for key in here if key != "shared" and found[key] != here[key]]:
+            key = differs[0]
+            raise ConfigError(f"{name}: {key} is {found[key]}, on this machine {here[key]}; all must have the same")
+    line = f"Ray cluster {address}: {len(machines)} machines, {room} clients at once"
+    if room > (threads := min(FLOWER_THREADS, (os.cpu_count() or 1) + 4)):
+        line += f" would fit, {threads} is the most that Flower runs from this machine"
+    if answer["taken"]:
+        line += f"; other jobs hold {answer['taken']:g} CPUs, the run waits for them"
+    if alone := [machine["address"] for machine in machines if not machine["found"]["shared"]]:
+        line += f"; FLWR_HOME is not shared with {', '.join(alone)}: what changes the backbone is sent again there, and counted"
+    return line
+
+
+def look(config: dict[str, Scalar], mark: str) -> dict[str, Any]:
+    """What this machine has of what a run needs everywhere; `error` where something is missing.
+
+    Args:
+        config: the flat run configuration.
+        mark: a file that the asking machine put into FLWR_HOME.
+    """
+    from fedara_flwr.adapters.backbone import locate
+    from fedara_flwr.data.federation import federation
+
+    try:
+        found: dict[str, Any] = {name: version(name) for name in PACKAGES if name != "fedara-flwr"}  # the app's code is brought
+        found = {name: number.partition("+")[0] for name, number in found.items()}  # builds for CPU and CUDA may meet
+        settings = Settings.from_flat(config)
+        model, home = Path(locate(settings.model.name)), Path(mark).parent
+        if model.is_dir():  # else each machine has it from the Hub
+            files = sorted((str(file.relative_to(model)), file.stat().st_size) for file in model.rglob("*") if file.is_file())
+            found[f"the folder of model.name = {settings.model.name!r}"] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
+        found["the digest of the data"] = federation(settings.data, settings.seed).digest[:12]
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            return {"error": f"FLWR_HOME = {str(home)!r}: cannot be written"}
+        return {**found, "shared": Path(mark).exists()}
+    except PackageNotFoundError as error:
+        return {"error": f"package {error.name} is not installed"}
+    except (ConfigError, OSError) as error:
+        return {"error": str(error)}
+
+
+def main() -> None:
+    """Join the cluster, let every machine with room for a client look, print what was found as JSON."""
+    question = json.loads(sys.stdin.read())
+    try:
+        answer = _ask(question)
+    except Exception as error:  # Ray raises what it likes
+        answer = {"error": " ".join(str(error).split())[:500]}
+    print("\n" + json.dumps(answer))
+
+
+def _ask(question: dict[str, Any]) -> dict[str, Any]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    remote = ray.remote(num_cpus=0, max_retries=0)(look)
+    machines, replies = [], []
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        if room := _room(has, question["cpus"], question["gpus"]):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            replies.append(remote.options(scheduling_strategy=there).remote(question["config"], question["mark"]))
+            machines.append({"address": node["NodeManagerAddress"], "room": room})
+    taken = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
+    here = look(question["config"], question["mark"])
+    if "error" in here:
+        return {"error": f"this machine: {here['error']}"}
+    done, _ = ray.wait(replies, num_returns=len(replies), timeout=CHECK_SECONDS) if replies else ([], [])
+    for machine, reply in zip(machines, replies, strict=True):
+        try:
+            found = ray.get(reply) if reply in done else {"error": f"no answer in {CHECK_SECONDS} s"}
+        except Exception as error:  # its worker cannot start, or the machine left
+            found = {"error": " ".join(str(error).split())[-500:]}
+        machine["found"] = found
+    return {"here": here, "machines": machines, "taken": taken}
+
+
+def _room(has: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many clients a machine with these resources takes, as Flower counts."""
+    room = has.get("CPU", 0) / cpus
+    return math.floor(min(room, has.get("GPU", 0) / gpus) if gpus else room)

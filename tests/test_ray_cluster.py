@@ -1,0 +1,295 @@
+"""A run on a Ray cluster: two Ray nodes on this machine, each with an address, a raylet and one CPU of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import pytest
+from deployment import wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+from runs_helper import config
+from test_flower import FEDARA, clone, leftovers, metrics, overrides
+
+from fedara_flwr.cli import cluster
+from fedara_flwr.cli.launch import NOISE, TAG, _free_port, _tagged
+from fedara_flwr.config import ConfigError
+from fedara_flwr.runs import read_facts
+
+RAY = str(Path(sys.executable).parent / "ray")
+SECOND = "127.0.0.2"  # Linux answers on all of 127.0.0.0/8
+SECONDS = 900  # for a run, on a busy machine
+PROBE = '''
+import os
+from pathlib import Path
+
+import ray
+
+import fedara_flwr
+
+
+def probe(message, context, call_next):
+    """Notes on which Ray node a client trains, and with whose code."""
+    if message.metadata.message_type == "train":
+        with (Path(os.environ["FLWR_HOME"]) / "trained").open("a") as file:
+            file.write(f"{ray.get_runtime_context().get_node_id()} {ray.util.get_node_ip_address()} {fedara_flwr.__file__}\\n")
+    return call_next(message, context)
+'''
+
+
+class Cluster:
+    """A head and a second Ray node; all their processes carry a tag in their environment."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets are below it
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "RAY_"))}
+        self.env |= {TAG: uuid.uuid4().hex, "OMP_NUM_THREADS": "1"}
+
+    def start(self) -> None:
+        port = self.address.rpartition(":")[2]
+        self._ray("start", "--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
+        self._ray("start", f"--address={self.address}", f"--node-ip-address={SECOND}")
+
+    def _ray(self, *words: str) -> None:
+        common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        log = self.folder / "start.log"
+        with log.open("a") as file:
+            started = subprocess.run([RAY, *words, *common], env=self.env, cwd="/", stdout=file, stderr=file, timeout=300)
+        assert started.returncode == 0, log.read_text()[-3000:]
+
+    def kill_second(self) -> None:
+        """Power off the second node: its raylet, and every worker that the raylet started."""
+        for process in _tagged(self.env[TAG]):
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if f"--node_ip_address={SECOND}" in words or f"--node-ip-address={SECOND}" in words:
+                    process.kill()
+
+    def close(self) -> None:
+        for _ in range(20):
+            mine = _tagged(self.env[TAG])
+            if not mine:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+            for process in mine:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(mine, timeout=5)
+        raise AssertionError(f"still there: {[process.pid for process in mine]}")
+
+    def command(self, app: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+        env = {key: value for key, value in self.env.items() if key != TAG} | {"RAY_ADDRESS": self.address}
+        return [*FEDARA, "run", str(app), *arguments], env
+
+    def run(self, app: Path, *arguments: str) -> subprocess.CompletedProcess:
+        command, env = self.command(app, *arguments)
+        return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    if not sys.platform.startswith("linux"):
+        pytest.skip(f"this system has no second loopback address {SECOND}")
+    found = Cluster()
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+
+
+def probed(target: Path) -> Path:
+    """A clone of the app whose clients note where they train."""
+    app = clone(target)
+    (app / "fedara_flwr" / "probe.py").write_text(PROBE)
+    source = app / "fedara_flwr" / "client_app.py"
+    text = source.read_text()
+    changed = text.replace("\napp = ClientApp()\n", "\nfrom fedara_flwr.probe import probe\napp = ClientApp(mods=[probe])\n")
+    assert changed != text
+    source.write_text(changed)
+    return app
+
+
+def trained(app: Path) -> list[list[str]]:
+    """(Ray node, its address, file of the package) of every call."""
+    return [line.split() for line in (app / ".flwr" / "trained").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize("method", ["fedara", "flora"])
+def test_a_run_on_two_ray_nodes_is_bit_equal_to_one_in_process(two_nodes, tiny_bert, tmp_path, method):
+    """Clients train on both; arrays, masks, bytes and metrics are those of one process. `flora` has pieces of an offset."""
+    app = probed(tmp_path / "app")
+    done = two_nodes.run(app, *overrides(tiny_bert, **{"run.name": "cluster", "method": method}))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert f"Ray cluster {two_nodes.address}: 2 machines, 2 clients at once" in done.stdout
+    assert "not shared" not in done.stdout and "ClientAppActor pid" not in done.stdout
+    nodes, addresses, files = (set(column) for column in zip(*trained(app), strict=True))
+    assert len(nodes) == len(addresses) == 2 and SECOND in addresses
+    assert all(str(two_nodes.folder) in file for file in files)  # brought by Ray, not found on this machine
+    whole = two_nodes.run(app, *overrides(tiny_bert, **{"run.name": "whole", "method": method}), "--engine", "inprocess")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    first, second = app / "runs" / "cluster", app / "runs" / "whole"
+    (weights,) = [*first.glob("adapter/*.safetensors"), *first.glob("model/*.safetensors")]
+    assert weights.read_bytes() == (second / weights.relative_to(first)).read_bytes()
+    assert metrics(first) == metrics(second) and len(metrics(first)) > 6
+    facts = [read_facts(run) for run in (first, second)]
+    assert facts[0]["mask"] == facts[1]["mask"] and facts[0]["bytes"] == facts[1]["bytes"]
+    wait_for(lambda: not leftovers(app), 60, lambda: str(leftovers(app)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
+def test_a_ray_node_that_dies_ends_the_run_which_then_goes_on(two_nodes, tiny_bert, tmp_path):
+    """Last: the second node does not come back."""
+    app = probed(tmp_path / "app")
+    options = overrides(tiny_bert, **{"num-server-rounds": 60})
+    command, env = two_nodes.command(app, *options, "-c", "run.name='died'")
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+    watchdog = threading.Timer(SECONDS, process.kill)
+    watchdog.start()
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.lstrip().startswith("3/"):
+                two_nodes.kill_second()
+        assert process.wait() == 1 and "a client process of the simulation died" in said, said[-3000:]
+    finally:
+        watchdog.cancel()
+        process.send_signal(signal.SIGTERM)  # ends what it started; nothing where it has ended
+        process.wait(120)
+    run = app / "runs" / "died"
+    assert 3 <= read_facts(run)["rounds"] < 60
+    resumed = two_nodes.run(app, "--resume", str(run))
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-2000:]
+    assert "1 machines, 1 clients at once" in resumed.stdout and read_facts(run)["rounds"] == 60
+
+
+# -- without a cluster ----------------------------------------------------------------------------------------------
+def test_without_an_address_ray_starts_afresh(monkeypatch, tmp_path):
+    """Else Ray would join what somebody started on this machine last."""
+    for value in (None, "", "local"):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("RAY_ADDRESS", value)
+        assert cluster.environment(tmp_path, tmp_path) == {"RAY_ADDRESS": "local"}
+
+
+def test_a_cluster_is_brought_the_app_and_its_home(monkeypatch, tmp_path):
+    app = clone(tmp_path / "app")
+    monkeypatch.setenv("RAY_ADDRESS", "head.example:6379")
+    found = cluster.environment(app, tmp_path / "home")
+    runtime = json.loads(found["RAY_JOB_CONFIG_JSON_ENV_VAR"])["runtime_env"]
+    assert found["RAY_ADDRESS"] == "head.example:6379"
+    assert runtime["py_modules"] == [str(app / "fedara_flwr")] and runtime["env_vars"] == {"FLWR_HOME": str(tmp_path / "home")}
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", "6379"])
+def test_an_address_that_flower_cannot_join_is_refused(monkeypatch, tmp_path, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS = .*allowed are 'HOST:PORT'"):
+        cluster.environment(tmp_path, tmp_path)
+
+
+def test_a_head_that_does_not_answer_ends_the_run_at_once(tiny_bert, tmp_path, monkeypatch):
+    """Ray tries for minutes. A port that is bound, but not listened on, refuses every connection."""
+    app = clone(tmp_path / "app")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        command = [*FEDARA, "run", str(app), *overrides(tiny_bert)]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")} | {"RAY_ADDRESS": address}
+        done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"RAY_ADDRESS = '{address}': no Ray head answers there" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (app / "runs").exists()
+
+
+def test_resources_that_only_a_new_ray_can_be_given_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="init-args-num-cpus = 4: not with RAY_ADDRESS = 'auto'"):
+        cluster.check({}, {"init-args-num-cpus": 4}, {"RAY_ADDRESS": "auto", "FLWR_HOME": str(tmp_path)}, tmp_path)
+
+
+HERE = {"torch": "2.13.0", "the digest of the data": "aa", "shared": True}
+
+
+def answer(*machines: dict, taken: float = 0.0) -> dict:
+    named = [{"address": f"10.0.0.{i}", "room": 2, "found": HERE} | machine for i, machine in enumerate(machines, start=1)]
+    return {"here": HERE, "machines": named, "taken": taken}
+
+
+def test_what_is_said_of_a_cluster(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    say = lambda found: cluster.judge(found, "head:6379", 1, 0.0)  # noqa: E731
+    assert say(answer({}, {})) == "Ray cluster head:6379: 2 machines, 4 clients at once"
+    assert say(answer({"room": 20})).endswith("20 clients at once")  # 16 + 4
+    assert say(answer({"room": 21})).endswith("21 clients at once would fit, 20 is the most that Flower runs from this machine")
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert say(answer({"room": 33})).endswith("would fit, 32 is the most that Flower runs from this machine")
+    assert say(answer({}, taken=3.0)).endswith("; other jobs hold 3 CPUs, the run waits for them")
+    assert "FLWR_HOME is not shared with 10.0.0.2:" in say(answer({}, {"found": HERE | {"shared": False}}))
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (answer(), "client-resources-num-cpus = 2, client-resources-num-gpus = 0.5: no machine of the Ray cluster"),
+        (answer({}, {"found": {"error": "data.path = '/x': no such file"}}), "machine 10.0.0.2 .*: data.path = '/x': no such"),
+        (answer({}, {"found": HERE | {"torch": "2.9.1"}}), r"10.0.0.2 .*: torch is 2.9.1, on this machine 2.13.0"),
+        ({"error": "Version mismatch"}, "RAY_ADDRESS = 'head:6379': Version mismatch"),
+    ],
+)
+def test_a_cluster_that_does_not_do_is_refused_with_the_machine_and_why(found, words):
+    with pytest.raises(ConfigError, match=words):
+        cluster.judge(found, "head:6379", 2, 0.5)
+
+
+def test_what_a_machine_finds(tiny_bert, tmp_path):
+    """The same twice; another digest for other data; a word for what is not there; whether FLWR_HOME is the asker's."""
+    mark = tmp_path / "home" / "mark"
+    flat = config(tiny_bert)
+    first, again = (cluster.look(flat, str(mark)) for _ in range(2))
+    assert first == again and first["shared"] is False and first["torch"] == version("torch").partition("+")[0]
+    mark.touch()
+    other = cluster.look(flat | {"data.validation": 0.02}, str(mark))
+    assert other["shared"] is True and {key for key in first if first[key] != other[key]} == {
+        "the digest of the data",
+        "shared",
+    }
+    copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    (copy / "config.json").write_text("{}")
+    name = f"the folder of model.name = {str(copy)!r}"
+    assert cluster.look(flat | {"model.name": str(copy)}, str(mark))[name] not in first.values()
+    assert "no such directory" in cluster.look(flat | {"model.name": "/nowhere"}, str(mark))["error"]
+
+
+@given(cpus=st.integers(0, 64), gpus=st.integers(0, 8), one=st.integers(1, 8), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_the_room_of_a_machine_is_what_flower_counts(cpus, gpus, one, share):
+    """Clients are placed one by one until CPUs or GPUs run out."""
+    expected, used_cpus, used_gpus = 0, one, share
+    while used_cpus <= cpus and (share == 0 or used_gpus <= gpus):
+        expected, used_cpus, used_gpus = expected + 1, used_cpus + one, used_gpus + share
+    assert cluster._room({"CPU": cpus, "GPU": gpus}, one, share) == expected
+
+
+@pytest.mark.parametrize(
+    "line", ["(ClientAppActor pid=7) x", "(ClientAppActor pid=7, ip=10.0.0.2) x", "\x1b[36m(f pid=7, ip=::1) x"]
+)
+def test_what_clients_print_is_hidden_on_whatever_machine(line):
+    assert NOISE.match(line) and not NOISE.match(line.replace(" pid=", " id="))
