@@ -1,4 +1,7 @@
-"""A run on a Ray cluster: two Ray nodes on this machine, each with an address, a raylet and one CPU of its own."""
+"""A run on a Ray cluster: two Ray nodes on this machine, each with an address, a raylet and one CPU of its own.
+
+The second one does not see the cluster's folder: an app in there is on the first machine only.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,6 @@ RAY = str(Path(sys.executable).parent / "ray")
 SECOND = "127.0.0.2"  # Linux answers on all of 127.0.0.0/8
 SECONDS = 900  # for a run, on a busy machine
 PROBE = '''
-import os
 from pathlib import Path
 
 import ray
@@ -45,8 +47,9 @@ import fedara_flwr
 def probe(message, context, call_next):
     """Notes on which Ray node a client trains, and with whose code."""
     if message.metadata.message_type == "train":
-        with (Path(os.environ["FLWR_HOME"]) / "trained").open("a") as file:
-            file.write(f"{ray.get_runtime_context().get_node_id()} {ray.util.get_node_ip_address()} {fedara_flwr.__file__}\\n")
+        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        with Path({file!r}).open("a") as file:
+            file.write(f"{{node}} {{address}} {{fedara_flwr.__file__}}\\n")
     return call_next(message, context)
 '''
 
@@ -62,14 +65,16 @@ class Cluster:
 
     def start(self) -> None:
         port = self.address.rpartition(":")[2]
-        self._ray("start", "--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
-        self._ray("start", f"--address={self.address}", f"--node-ip-address={SECOND}")
+        self._ray([RAY], "--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
+        apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self.folder), RAY]
+        self._ray(apart, f"--address={self.address}", f"--node-ip-address={SECOND}")
 
-    def _ray(self, *words: str) -> None:
+    def _ray(self, command: list[str], *words: str) -> None:
         common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
         log = self.folder / "start.log"
         with log.open("a") as file:
-            started = subprocess.run([RAY, *words, *common], env=self.env, cwd="/", stdout=file, stderr=file, timeout=300)
+            command = [*command, "start", *words, *common]
+            started = subprocess.run(command, env=self.env, cwd="/", stdout=file, stderr=file, timeout=300)
         assert started.returncode == 0, log.read_text()[-3000:]
 
     def kill_second(self) -> None:
@@ -103,8 +108,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Cluster]:
-    if not sys.platform.startswith("linux"):
-        pytest.skip(f"this system has no second loopback address {SECOND}")
+    if not shutil.which("unshare") or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("no `unshare --mount` here: it needs Linux and its administrator's rights")
     found = Cluster()
     try:
         found.start()
@@ -113,10 +118,10 @@ def two_nodes() -> Iterator[Cluster]:
         found.close()
 
 
-def probed(target: Path) -> Path:
-    """A clone of the app whose clients note where they train."""
+def probed(target: Path, notes: Path) -> Path:
+    """A clone of the app whose clients note in a file where they train."""
     app = clone(target)
-    (app / "fedara_flwr" / "probe.py").write_text(PROBE)
+    (app / "fedara_flwr" / "probe.py").write_text(PROBE.format(file=str(notes)))
     source = app / "fedara_flwr" / "client_app.py"
     text = source.read_text()
     changed = text.replace("\napp = ClientApp()\n", "\nfrom fedara_flwr.probe import probe\napp = ClientApp(mods=[probe])\n")
@@ -125,24 +130,25 @@ def probed(target: Path) -> Path:
     return app
 
 
-def trained(app: Path) -> list[list[str]]:
-    """(Ray node, its address, file of the package) of every call."""
-    return [line.split() for line in (app / ".flwr" / "trained").read_text().splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS)
-@pytest.mark.parametrize("method", ["fedara", "flora"])
-def test_a_run_on_two_ray_nodes_is_bit_equal_to_one_in_process(two_nodes, tiny_bert, tmp_path, method):
-    """Clients train on both; arrays, masks, bytes and metrics are those of one process. `flora` has pieces of an offset."""
-    app = probed(tmp_path / "app")
+@pytest.mark.parametrize("method, shared", [("fedara", False), ("flora", True)])
+def test_a_run_on_two_ray_nodes_is_bit_equal_to_one_in_process(two_nodes, tiny_bert, tmp_path, method, shared):
+    """Clients train on both; arrays, masks, bytes and metrics are those of one process.
+
+    The app and FLWR_HOME are on the first machine only, or on both as on a shared file system, which `flora` needs to keep
+    pieces of its offset in.
+    """
+    app = probed((tmp_path if shared else two_nodes.folder) / "app", tmp_path / "trained")
     done = two_nodes.run(app, *overrides(tiny_bert, **{"run.name": "cluster", "method": method}))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert f"Ray cluster {two_nodes.address}: 2 machines, 2 clients at once" in done.stdout
-    assert "not shared" not in done.stdout and "ClientAppActor pid" not in done.stdout
-    nodes, addresses, files = (set(column) for column in zip(*trained(app), strict=True))
+    assert f"Ray cluster {two_nodes.address}: machines: 2, clients at once: 2" in done.stdout
+    assert (f"FLWR_HOME is not shared with {SECOND}:" in done.stdout) is not shared
+    assert "ClientAppActor pid" not in done.stdout
+    lines = (tmp_path / "trained").read_text().splitlines()
+    nodes, addresses, files = (set(column) for column in zip(*map(str.split, lines), strict=True))
     assert len(nodes) == len(addresses) == 2 and SECOND in addresses
-    assert all(str(two_nodes.folder) in file for file in files)  # brought by Ray, not found on this machine
+    assert all("runtime_resources" in file for file in files)  # brought by Ray
     whole = two_nodes.run(app, *overrides(tiny_bert, **{"run.name": "whole", "method": method}), "--engine", "inprocess")
     assert whole.returncode == 0, whole.stderr[-2000:]
     first, second = app / "runs" / "cluster", app / "runs" / "whole"
@@ -155,10 +161,21 @@ def test_a_run_on_two_ray_nodes_is_bit_equal_to_one_in_process(two_nodes, tiny_b
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+def test_a_machine_without_the_model_is_named_before_anything_starts(two_nodes, tiny_bert, tmp_path):
+    app = clone(tmp_path / "app")
+    model = shutil.copytree(tiny_bert, two_nodes.folder / "bert")
+    done = two_nodes.run(app, *overrides(model))
+    said = f"machine {SECOND} of the Ray cluster at {two_nodes.address}: model.name = '{model}': there is no such directory"
+    assert done.returncode == 1 and said in done.stderr, done.stdout[-1000:] + done.stderr[-1000:]
+    assert not (app / "runs").exists() and leftovers(app) == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
 def test_a_ray_node_that_dies_ends_the_run_which_then_goes_on(two_nodes, tiny_bert, tmp_path):
     """Last: the second node does not come back."""
-    app = probed(tmp_path / "app")
+    app = clone(tmp_path / "app")
     options = overrides(tiny_bert, **{"num-server-rounds": 60})
     command, env = two_nodes.command(app, *options, "-c", "run.name='died'")
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
@@ -179,7 +196,7 @@ def test_a_ray_node_that_dies_ends_the_run_which_then_goes_on(two_nodes, tiny_be
     assert 3 <= read_facts(run)["rounds"] < 60
     resumed = two_nodes.run(app, "--resume", str(run))
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-2000:]
-    assert "1 machines, 1 clients at once" in resumed.stdout and read_facts(run)["rounds"] == 60
+    assert "machines: 1, clients at once: 1" in resumed.stdout and read_facts(run)["rounds"] == 60
 
 
 # -- without a cluster ----------------------------------------------------------------------------------------------
@@ -237,11 +254,11 @@ def answer(*machines: dict, taken: float = 0.0) -> dict:
 def test_what_is_said_of_a_cluster(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     say = lambda found: cluster.judge(found, "head:6379", 1, 0.0)  # noqa: E731
-    assert say(answer({}, {})) == "Ray cluster head:6379: 2 machines, 4 clients at once"
-    assert say(answer({"room": 20})).endswith("20 clients at once")  # 16 + 4
-    assert say(answer({"room": 21})).endswith("21 clients at once would fit, 20 is the most that Flower runs from this machine")
+    assert say(answer({}, {})) == "Ray cluster head:6379: machines: 2, clients at once: 4"
+    assert say(answer({"room": 20})).endswith("clients at once: 20")  # 16 + 4
+    assert say(answer({"room": 21})).endswith("clients at once: 21, of which Flower runs 20 from this machine")
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert say(answer({"room": 33})).endswith("would fit, 32 is the most that Flower runs from this machine")
+    assert say(answer({"room": 33})).endswith("of which Flower runs 32 from this machine")
     assert say(answer({}, taken=3.0)).endswith("; other jobs hold 3 CPUs, the run waits for them")
     assert "FLWR_HOME is not shared with 10.0.0.2:" in say(answer({}, {"found": HERE | {"shared": False}}))
 

@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import fedara_flwr
 from fedara_flwr.config import ConfigError, Scalar, Settings
 from fedara_flwr.runs import PACKAGES
 
@@ -43,15 +42,18 @@ def environment(app: Path, home: Path) -> dict[str, str]:
         home: FLWR_HOME of the run, on every machine.
 
     Raises:
-        ConfigError: RAY_ADDRESS is no address that Flower's Ray backend can join.
+        ConfigError: RAY_ADDRESS is no address that Flower's Ray backend can join, or `app` has no ClientApp.
     """
     address = os.environ.get(ADDRESS, "")
     if address in ("", LOCAL):
         return {ADDRESS: LOCAL}  # without it Ray joins whatever was last started on this machine, by whomever
     if address != "auto" and not re.fullmatch(r"[^/]+:\d+", address):
         raise ConfigError(f"{ADDRESS} = {address!r}: allowed are 'HOST:PORT' of a cluster's head, 'auto', '{LOCAL}'")
-    components = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
-    package = app / components["clientapp"].partition(":")[0].partition(".")[0]
+    try:
+        client_app = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]["clientapp"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{app}: no Flower app ({error!r})") from None
+    package = app / client_app.partition(":")[0].partition(".")[0]
     runtime = {"py_modules": [str(package)], "excludes": ["__pycache__"], "env_vars": {"FLWR_HOME": str(home)}}
     # where Ray looks for more of a job's runtime environment than the program itself gives; Flower gives PYTHONPATH
     return {ADDRESS: address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime})}
@@ -85,7 +87,7 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
             "gpus": simulation.get("client-resources-num-gpus", 0.0),
         }
         # a process of its own: ray.init takes over signal handlers, and ends the process when the head dies
-        search = [str(Path(fedara_flwr.__file__).parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+        search = [str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])]
         try:
             done = subprocess.run(
                 [sys.executable, "-c", "from fedara_flwr.cli.cluster import main; main()"],
@@ -136,9 +138,9 @@ def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> 
         if differs := [key for key in here if key != "shared" and found[key] != here[key]]:
             key = differs[0]
             raise ConfigError(f"{name}: {key} is {found[key]}, on this machine {here[key]}; all must have the same")
-    line = f"Ray cluster {address}: {len(machines)} machines, {room} clients at once"
+    line = f"Ray cluster {address}: machines: {len(machines)}, clients at once: {room}"
     if room > (threads := min(FLOWER_THREADS, (os.cpu_count() or 1) + 4)):
-        line += f" would fit, {threads} is the most that Flower runs from this machine"
+        line += f", of which Flower runs {threads} from this machine"
     if answer["taken"]:
         line += f"; other jobs hold {answer['taken']:g} CPUs, the run waits for them"
     if alone := [machine["address"] for machine in machines if not machine["found"]["shared"]]:
