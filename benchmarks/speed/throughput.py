@@ -237,7 +237,7 @@ def wall(rounds: list[tuple[int, float]]) -> dict[str, float]:
 
 def _run(app: Path, config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as neutral:
-        run_flower(app, config, ROOT / "federation.toml", Path(neutral), verbose=False)
+        run_flower(app, config, ROOT / "federation.toml", {}, Path(neutral), verbose=False)
 
 
 def report(out: Path, line: dict[str, Any]) -> None:
