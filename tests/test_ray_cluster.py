@@ -171,6 +171,31 @@ def test_a_machine_without_the_model_is_named_before_anything_starts(two_nodes, 
     assert not (app / "runs").exists() and leftovers(app) == []
 
 
+HOLD = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+holder = ray.remote(num_cpus=1)(type("Holder", (), {"there": lambda self: True})).remote()
+print(ray.get(holder.there.remote()), flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+def test_a_cluster_in_use_is_refused(two_nodes, tiny_bert, tmp_path):
+    """Flower would give half of the messages to an actor that never starts, and could not be stopped by its own deadline."""
+    app = clone(tmp_path / "app")
+    command = [sys.executable, "-c", HOLD, two_nodes.address]
+    with subprocess.Popen(command, env=two_nodes.env, cwd="/", stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "True\n"
+            done = two_nodes.run(app, *overrides(tiny_bert))
+        finally:
+            holder.kill()
+    assert done.returncode == 1 and "other jobs hold 1 of 2 CPU" in done.stderr, done.stdout[-1000:] + done.stderr[-1000:]
+    assert not (app / "runs").exists() and leftovers(app) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
 def test_a_ray_node_that_dies_ends_the_run_which_then_goes_on(two_nodes, tiny_bert, tmp_path):
@@ -246,9 +271,9 @@ def test_resources_that_only_a_new_ray_can_be_given_are_refused(tmp_path):
 HERE = {"torch": "2.13.0", "the digest of the data": "aa", "shared": True}
 
 
-def answer(*machines: dict, taken: float = 0.0) -> dict:
+def answer(*machines: dict, short: str = "") -> dict:
     named = [{"address": f"10.0.0.{i}", "room": 2, "found": HERE} | machine for i, machine in enumerate(machines, start=1)]
-    return {"here": HERE, "machines": named, "taken": taken}
+    return {"here": HERE, "machines": named, "short": short}
 
 
 def test_what_is_said_of_a_cluster(monkeypatch):
@@ -259,7 +284,6 @@ def test_what_is_said_of_a_cluster(monkeypatch):
     assert say(answer({"room": 21})).endswith("clients at once: 21, of which Flower runs 20 from this machine")
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert say(answer({"room": 33})).endswith("of which Flower runs 32 from this machine")
-    assert say(answer({}, taken=3.0)).endswith("; other jobs hold 3 CPUs, the run waits for them")
     assert "FLWR_HOME is not shared with 10.0.0.2:" in say(answer({}, {"found": HERE | {"shared": False}}))
 
 
@@ -269,6 +293,7 @@ def test_what_is_said_of_a_cluster(monkeypatch):
         (answer(), "client-resources-num-cpus = 2, client-resources-num-gpus = 0.5: no machine of the Ray cluster"),
         (answer({}, {"found": {"error": "data.path = '/x': no such file"}}), "machine 10.0.0.2 .*: data.path = '/x': no such"),
         (answer({}, {"found": HERE | {"torch": "2.9.1"}}), r"10.0.0.2 .*: torch is 2.9.1, on this machine 2.13.0"),
+        (answer({}, short="3 of 4 CPU"), "RAY_ADDRESS = 'head:6379': other jobs hold 3 of 4 CPU"),
         ({"error": "Version mismatch"}, "RAY_ADDRESS = 'head:6379': Version mismatch"),
     ],
 )

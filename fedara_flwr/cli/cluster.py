@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ LOCAL = "local"
 CONNECT_SECONDS = 5
 CHECK_SECONDS = 300  # for the slowest machine to load its data
 JOIN_SECONDS = 120  # for Ray to let this machine in
+FREE_SECONDS = 30  # for Ray to notice that a run before this one has ended
 FLOWER_THREADS = 32  # Flower runs min(32, cores + 4) clients at once (a ThreadPoolExecutor's default), whatever the cluster has
 
 
@@ -69,7 +71,8 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
         cwd: a folder without modules of its own.
 
     Raises:
-        ConfigError: the cluster cannot be reached or has no room, or a machine lacks something or differs from this one.
+        ConfigError: the cluster cannot be reached, has no room or is in use, or a machine lacks something or differs from
+            this one.
     """
     address = env[ADDRESS]
     for key in ("init-args-num-cpus", "init-args-num-gpus"):
@@ -131,6 +134,8 @@ def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> 
             f"client-resources-num-cpus = {cpus:g}, client-resources-num-gpus = {gpus:g}: "
             f"no machine of the Ray cluster at {address} has as much"
         )
+    if short := answer["short"]:
+        raise ConfigError(f"{ADDRESS} = {address!r}: other jobs hold {short}, Flower would wait for them without end")
     for machine in machines:
         name, found = f"machine {machine['address']} of the Ray cluster at {address}", machine["found"]
         if "error" in found:
@@ -141,8 +146,6 @@ def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> 
     line = f"Ray cluster {address}: machines: {len(machines)}, clients at once: {room}"
     if room > (threads := min(FLOWER_THREADS, (os.cpu_count() or 1) + 4)):
         line += f", of which Flower runs {threads} from this machine"
-    if answer["taken"]:
-        line += f"; other jobs hold {answer['taken']:g} CPUs, the run waits for them"
     if alone := [machine["address"] for machine in machines if not machine["found"]["shared"]]:
         line += f"; FLWR_HOME is not shared with {', '.join(alone)}: what changes the backbone is sent again there, and counted"
     return line
@@ -200,7 +203,6 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             replies.append(remote.options(scheduling_strategy=there).remote(question["config"], question["mark"]))
             machines.append({"address": node["NodeManagerAddress"], "room": room})
-    taken = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
     here = look(question["config"], question["mark"])
     if "error" in here:
         return {"error": f"this machine: {here['error']}"}
@@ -211,7 +213,18 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # its worker cannot start, or the machine left
             found = {"error": " ".join(str(error).split())[-500:]}
         machine["found"] = found
-    return {"here": here, "machines": machines, "taken": taken}
+    room = sum(machine["room"] for machine in machines)
+    wanted = {"CPU": room * question["cpus"], "GPU": room * question["gpus"]}
+    deadline = time.monotonic() + FREE_SECONDS
+    while (short := _short(ray.available_resources(), wanted)) and time.monotonic() < deadline:
+        time.sleep(1)
+    return {"here": here, "machines": machines, "short": short}
+
+
+def _short(free: Mapping[str, float], wanted: Mapping[str, float]) -> str:
+    """What is not free of what Flower, which counts all that there is, will ask for; '' where all is."""
+    held = {name: amount - free.get(name, 0) for name, amount in wanted.items()}
+    return " and ".join(f"{lack:g} of {wanted[name]:g} {name}" for name, lack in held.items() if lack > 1e-3)
 
 
 def _room(has: Mapping[str, float], cpus: float, gpus: float) -> int:
