@@ -264,7 +264,7 @@ class Settings(Group):
             raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
         if self.wire.feedback and self.wire.up == "float32":
             allowed = [form for form in get_args(Format) if form != "float32"]
-            raise ConfigError(f"wire.up = 'float32': with wire.feedback allowed are {allowed}, nothing is rounded otherwise")
+            raise ConfigError(f"wire.feedback = True: wire.up = 'float32' rounds nothing, allowed with it are {allowed}")
         self._check_privacy()
 
     def _check_privacy(self) -> None:
