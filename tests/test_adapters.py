@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -314,3 +318,13 @@ def test_a_model_that_is_nowhere_is_one_line():
         with pytest.raises(ConfigError, match=r"^model.name = 'nobody/no-such-model': cannot be loaded") as error:
             load("nobody/no-such-model")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_onednn_keeps_few_shapes_unless_told_otherwise(given):
+    code = "import os; import fedara_flwr.adapters.backbone; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    env = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == (
+        given or "64"
+    )

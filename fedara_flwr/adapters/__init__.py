@@ -1,1 +1,7 @@
 """What a client trains: PEFT's B·diag(E)·A layers on a frozen backbone. torch and peft, no flwr."""
+
+import os
+
+# oneDNN keeps a compiled product for each of the last 1024 shapes it saw: with texts of all lengths hundreds of MB in bfloat16.
+# Compiling one again takes no time that could be measured.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
