@@ -60,6 +60,7 @@ def main() -> None:
             "num-server-rounds": args.rounds,
             "data.path": str(Path(args.data).resolve()),
             "data.partition": "iid",
+            "data.validation": 0.01,
             "train.steps": 1,
             "train.batch-size": 4,
             "strategy.fraction-train": args.per_round / args.clients,
