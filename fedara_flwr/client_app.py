@@ -111,7 +111,6 @@ def ready(message: Message, context: Context) -> Message:
         node = NodeSettings.read(context.node_config)
         if why := node.busy():
             return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
-        from fedara_flwr.adapters.backbone import tokenizer_digest
         from fedara_flwr.data.federation import federation
 
         resident, data = _open(context, node, tuple(question["labels"]))
@@ -133,7 +132,7 @@ def ready(message: Message, context: Context) -> Message:
         answer = ConfigRecord(
             {
                 "fingerprint": resident.adapted.spec.fingerprint,
-                "tokenizer": tokenizer_digest(resident.tokenizer),
+                "tokenizer": resident.tokenizer_digest,
                 "data": federation(resident.settings.data, resident.settings.seed).digest if shared else "own",
             }
         )

@@ -5,12 +5,13 @@ In a simulation one process serves many clients in turn; on a device it serves o
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from fedara_flwr.adapters.attach import open_model
+from fedara_flwr.adapters.backbone import tokenizer_digest
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.store import NodeStore
 from fedara_flwr.client.train import ClientData
@@ -33,6 +34,11 @@ class Session:
         self.adapted, self.tokenizer = open_model(settings, labels, device)
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
         self._offset: tuple[str, ...] = ()
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """As every node is asked for it; making it takes longer than a step of a small client."""
+        return tokenizer_digest(self.tokenizer)
 
     def set_offset(self, digests: tuple[str, ...], store: NodeStore) -> None:
         """Add the sum of these pieces to the backbone, in place of the one before.

@@ -7,7 +7,8 @@ tells its terms' names without loading it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,16 +63,21 @@ def register(name: str) -> Callable[[type[Term]], type[Term]]:
 
 def names() -> list[str]:
     """Names of all terms of this node, built in and from installed packages."""
-    return sorted(set(TERMS) | {point.name for point in entry_points(group=GROUP)})
+    return sorted(set(TERMS) | set(_installed()))
+
+
+@lru_cache
+def _installed() -> dict[str, EntryPoint]:
+    """Terms of other packages; finding them reads a file of every package there is."""
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def find(name: str) -> type[Term]:
     """The term `name`; ValueError where this node has none."""
     if name not in TERMS:
-        found = [point for point in entry_points(group=GROUP) if point.name == name]
-        if not found:
+        if name not in _installed():
             raise ValueError(f"unknown term {name!r}, this node has {names()}")
-        TERMS[name] = found[0].load()
+        TERMS[name] = _installed()[name].load()
     return TERMS[name]
 
 
