@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
     from fedara_flwr.client.train import ClientData
     from fedara_flwr.spec import Arrays
-    from fedara_flwr.wire.plan import TrainPlan
+    from fedara_flwr.wire.plan import TrainPlan, Update
 
 logger = logging.getLogger(__name__)
 app = ClientApp()
@@ -141,19 +141,59 @@ def ready(message: Message, context: Context) -> Message:
     return Message(RecordDict({"ready": answer, "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def _receive(message: Message, context: Context, node: NodeSettings) -> tuple[Session, ClientData, TrainPlan, Arrays] | Message:
-    """What TRAIN and EVALUATE bring, checked against this node's model; or the reply that says what is missing."""
-    from fedara_flwr.client.store import MissingPieces
-    from fedara_flwr.wire.records import need_offset, plan_from_content, read_arrays
+@dataclass(frozen=True)
+class Received:
+    """What TRAIN and EVALUATE bring, checked against this node's model."""
 
-    resident, data = _open(context, node)
-    spec = resident.adapted.spec
-    plan = plan_from_content(message.content, len(spec.modules))
+    message: Message
+    node: NodeSettings
+    session: Session
+    data: ClientData
+    plan: TrainPlan
+    client_key: str
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that this client would do."""
+        return self.plan.updates(len(self.data.train))
+
+    def arrays(self) -> Arrays:
+        """The values that came with the plan."""
+        from fedara_flwr.wire.records import read_arrays
+
+        plan = self.plan
+        return read_arrays(self.message.content, self.session.adapted.spec, plan.mask, plan.carries, plan.entries, plan.down)
+
+    def answer(self, update: Update, arrays: Arrays) -> Message:
+        """The reply to TRAIN; `arrays` are what `arrays()` gave."""
+        from fedara_flwr.client.residues import ResidueStore
+        from fedara_flwr.wire.records import update_to_content
+        from fedara_flwr.wire.upload import Residue, code_update
+
+        _check_memory(self.node)
+        plan, spec, guard = self.plan, self.session.adapted.spec, self.node.guard
+        kept, residue = ResidueStore(self.node.store / "residues", plan.run, self.client_key), None
+        if plan.feedback and not guard.clip:  # what a guard has cut, and noised, is all that may leave
+            residue = (kept.take(plan.server_round) or Residue({}, plan.mask)).fit(plan, spec)
+        coded, said = code_update(update, plan, spec, arrays, self.client_key, residue)
+        if residue is not None:
+            kept.put(residue, plan.server_round)
+        update = replace(update, metrics={**update.metrics, **guard.let_out(said)})
+        return Message(update_to_content(update, plan, coded), reply_to=self.message)
+
+
+def receive(message: Message, context: Context, node: NodeSettings) -> Received | Message:
+    """What came; or the reply that says what is missing."""
+    from fedara_flwr.client.store import MissingPieces
+    from fedara_flwr.wire.records import need_offset, plan_from_content
+
+    session, data = _open(context, node)
+    plan = plan_from_content(message.content, len(session.adapted.spec.modules))
     try:
-        _take_offset(message, context, node, resident, plan)
+        _take_offset(message, context, node, session, plan)
     except MissingPieces as error:
         return Message(need_offset(error.digests, plan.server_round), reply_to=message)
-    return resident, data, plan, read_arrays(message.content, spec, plan.mask, plan.carries, plan.entries, plan.down)
+    return Received(message, node, session, data, plan, client_key(context))
 
 
 def _take_offset(message: Message, context: Context, node: NodeSettings, resident: Session, plan: TrainPlan) -> None:
@@ -180,45 +220,34 @@ def _take_offset(message: Message, context: Context, node: NodeSettings, residen
 @_resident
 def train(message: Message, context: Context) -> Message:
     """One round of local training by the plan, or why not now."""
-    from fedara_flwr.wire.records import busy, update_to_content
+    from fedara_flwr.wire.records import busy
 
     node = NodeSettings.read(context.node_config)
     if why := node.busy():
         return Message(busy(why), reply_to=message)
-    from fedara_flwr.client.residues import ResidueStore
-    from fedara_flwr.client.train import train as run
-    from fedara_flwr.wire.upload import Residue, code_update
-
-    received = _receive(message, context, node)
+    received = receive(message, context, node)
     if isinstance(received, Message):
         return received
-    resident, data, plan, arrays = received
-    key, simulated = client_key(context), in_simulation(context)
-    update = run(resident.adapted, resident.task, resident.tokenizer, data, plan, arrays, key, simulated, node.guard)
-    _check_memory(node)
-    spec, kept, residue = resident.adapted.spec, ResidueStore(node.store / "residues", plan.run, key), None
-    if plan.feedback and not node.guard.clip:  # what a guard has cut, and noised, is all that may leave
-        residue = (kept.take(plan.server_round) or Residue({}, plan.mask)).fit(plan, spec)
-    coded, said = code_update(update, plan, spec, arrays, key, residue)
-    if residue is not None:
-        kept.put(residue, plan.server_round)
-    update = replace(update, metrics={**update.metrics, **node.guard.let_out(said)})
-    return Message(update_to_content(update, plan, coded), reply_to=message)
+    from fedara_flwr.client.train import train as run
+
+    model, simulated = received.session, in_simulation(context)
+    data, plan, arrays, key = received.data, received.plan, received.arrays(), received.client_key
+    update = run(model.adapted, model.task, model.tokenizer, data, plan, arrays, key, simulated, node.guard)
+    return received.answer(update, arrays)
 
 
 @app.evaluate()
 @_resident
 def evaluate(message: Message, context: Context) -> Message:
     """The received model on this client's own held-out rows."""
+    received = receive(message, context, NodeSettings.read(context.node_config))
+    if isinstance(received, Message):
+        return received
     from fedara_flwr.client.train import evaluate as run
     from fedara_flwr.client.train import load
 
-    node = NodeSettings.read(context.node_config)
-    received = _receive(message, context, node)
-    if isinstance(received, Message):
-        return received
-    resident, data, plan, arrays = received
-    load(resident.adapted, plan, arrays)
-    found = run(resident.adapted, resident.task, resident.tokenizer, data, plan.batch_tokens)
-    metrics: dict[str, Any] = {"eval-examples": 0} | node.guard.let_out(found)
+    model, plan = received.session, received.plan
+    load(model.adapted, plan, received.arrays())
+    found = run(model.adapted, model.task, model.tokenizer, received.data, plan.batch_tokens)
+    metrics: dict[str, Any] = {"eval-examples": 0} | received.node.guard.let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -204,6 +204,14 @@ class OutputSettings(Group):
     checkpoint_every: int = Field(1, ge=0, description="rounds between checkpoints; the last round has one; 0 = none at all")
     track: str = Field("", description="where metrics go besides: tensorboard, wandb, mlflow, trackio, comma-separated")
     threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="in-process engine: where clients train; elsewhere nodes say it")
+    together: int = Field(
+        1,
+        ge=1,
+        description="in-process engine: most clients whose steps are one pass over the shared backbone; pays on a GPU. Needs "
+        "equal masks and numbers of steps, no dropout, no train.batch-tokens; else, and by Flower, one after the other. The "
+        "results are equal to float tolerance, not bit for bit",
+    )
 
 
 class Settings(Group):

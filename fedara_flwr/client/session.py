@@ -12,6 +12,7 @@ import torch
 
 from fedara_flwr.adapters.attach import open_model
 from fedara_flwr.adapters.backbone import tokenizer_digest
+from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.store import NodeStore
 from fedara_flwr.client.train import ClientData
@@ -49,6 +50,11 @@ class Session:
         if digests != self._offset:
             self.adapted.set_offset(compose(store.get(digests), self.adapted.spec))
             self._offset = digests
+
+    @cached_property
+    def apart(self) -> str:
+        """Why several clients cannot go through the model together; '' where they can. Asking drops what is loaded."""
+        return problem(self.adapted)
 
     def _encode_client(self, client_key: str, partition: int, partitions: int, path: str) -> ClientData:
         data, seed = self.settings.data, self.settings.seed

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.stack import Stack
 from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
 from fedara_flwr.tasks.base import Batch, Task
 
 PASSES = ("forward", "backward")
-
+Passes = tuple[torch.Tensor, dict[str, float]]
 
 LENGTH = 16  # tokens; FLOPs are counted at whole lengths up to here and at multiples of it beyond
 KEPT = 256  # costs
@@ -65,6 +66,28 @@ def backward(adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms:
         loss.backward()
         spent.seconds["backward"] += clock(adapted.device) - before
     return mean
+
+
+def backward_together(adapted: AdaptedModel, stack: Stack, task: Task, batch: Batch, counts: Sequence[int]) -> Passes:
+    """Gradients of one step of several clients, each of its own mean loss.
+
+    Args:
+        batch: each client's rows in turn, as many of every client.
+        counts: of each client, how many of its first rows count.
+
+    Returns:
+        Mean losses, shape (clients,), detached; seconds of all clients' passes by name.
+    """
+    before = clock(adapted.device)
+    below = adapted.below(batch)
+    with stack.whole():
+        logits = adapted.logits(batch, below)
+    places = range(0, len(logits), len(logits) // len(counts))
+    own = [slice(start, start + count) for start, count in zip(places, counts, strict=True)]
+    losses = torch.stack([task.loss(logits[rows], {name: values[rows] for name, values in batch.items()}) for rows in own])
+    between = clock(adapted.device)
+    losses.sum().backward()
+    return losses.detach(), dict(zip(PASSES, (between - before, clock(adapted.device) - between), strict=True))
 
 
 def count_flops(adapted: AdaptedModel, trainable: frozenset[str], spent: Spent) -> dict[str, float]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import parts, predict
 from fedara_flwr.adapters.score import SlotScorer
-from fedara_flwr.client.capacity import backward_blocks, free_memory
+from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.guard import Guard
 from fedara_flwr.client.power import PowerMeter, peak_memory
 from fedara_flwr.client.step import Spent, backward, count_flops
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.draws import draw, sparse_positions
 from fedara_flwr.ranks import rank_order
-from fedara_flwr.spec import Arrays
+from fedara_flwr.spec import PARTS, Arrays
 from fedara_flwr.tasks.base import Encoded, Task
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import sent_parts
@@ -77,6 +78,112 @@ def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData
     return {f"eval-{name}": value for name, value in scores.items()} | {"eval-examples": len(data.held_out)}
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one client is to do in one round.
+
+    Attributes:
+        arrays: what came with the plan.
+        guard: what the client lets out.
+    """
+
+    data: ClientData
+    plan: TrainPlan
+    arrays: Arrays
+    client_key: str
+    guard: Guard = Guard()
+
+
+class Trainee:
+    """One client while it trains, all but the passes and the optimiser's steps. Its values must be the model's own."""
+
+    def __init__(self, adapted: AdaptedModel, task: Task, tokenizer: Any, job: Job, simulated: bool) -> None:
+        """Load what the client received, and evaluate that where the plan asks for it."""
+        if not len(job.data.train):
+            raise ValueError("no example to train on")
+        self.adapted, self.job, self.plan, self.simulated = adapted, job, job.plan, simulated
+        self.stream = seeds.derive(self.plan.seed, "train", self.plan.server_round, job.client_key)
+        torch.manual_seed(self.stream)
+        self.power = None if simulated else PowerMeter()
+        self.received = load(adapted, self.plan, job.arrays)
+        self.metrics: dict[str, float] = {}
+        if self.plan.evaluate:
+            self.metrics |= evaluate(adapted, task, tokenizer, job.data, self.plan.batch_tokens)
+
+    def begin(self) -> None:
+        """Set up what goes from step to step."""
+        adapted, plan = self.adapted, self.plan
+        self.terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
+        self.scorer = SlotScorer(adapted, plan.importance) if "votes" in plan.report else None
+        self.trainable = [p for part in PARTS if part in plan.trainable for p in adapted.parameters(part)]
+        self.gradient_masks = adapted.gradient_masks()
+        self.lengths = [len(row) for row in self.job.data.train.ids]
+        self.steps = list(batches(self.lengths, plan, np.random.default_rng(self.stream)))
+        self.losses: list[torch.Tensor] = []
+        self.spent = Spent()
+        self._gradients: list[list[torch.Tensor | None]] = []
+
+    def _scored(self, step: int) -> SlotScorer | None:
+        # with E = 0 the first step gives A and B no gradient, so it is scored only where it is the only one
+        return self.scorer if step > 0 or len(self.steps) == 1 else None
+
+    def before_update(self, step: int) -> None:
+        """Between the backward pass and the optimiser's step."""
+        for parameter, allowed in self.gradient_masks:
+            if parameter.grad is not None:
+                parameter.grad.mul_(allowed)
+        if scorer := self._scored(step):
+            self._gradients = scorer.gradients(copy=self.plan.clip_norm > 0)
+            if self.plan.importance_time == "before":
+                scorer.observe(self._gradients)
+        for term in self.terms:
+            term.after_backward()
+        if self.plan.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.plan.clip_norm)
+
+    def after_update(self, step: int) -> None:
+        """After the optimiser's step."""
+        if (scorer := self._scored(step)) and self.plan.importance_time == "after":
+            scorer.observe(self._gradients)
+        for term in self.terms:
+            term.after_step()
+
+    def update(self, before: float, trained: float) -> Update:
+        """What the client sends back.
+
+        Args:
+            before: seconds before the first step.
+            trained: seconds of the steps.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite.
+        """
+        began = time.perf_counter()
+        adapted, plan, spent = self.adapted, self.plan, self.spent
+        for term in self.terms:
+            term.finish()
+        values = torch.stack(self.losses)
+        if not bool(torch.isfinite(values).all()):
+            raise FloatingPointError(f"the loss is not finite after {len(values)} steps: lower the learning rates")
+        metrics = self.metrics | {
+            "loss": float(values.mean()),
+            "loss-last": float(values[-1]),
+            "steps": len(values),
+            "tokens": spent.tokens,
+            "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
+            "seconds-train": trained,
+            "bytes-free": free_memory(adapted.device),
+        }
+        metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
+        if self.simulated:
+            metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trainable, spent).items()}
+        found = _collect(adapted, plan, self.scorer, self.terms, len(self.job.data.train), self.job.guard, self.received)
+        metrics["peak-memory-mb"] = peak_memory()
+        metrics |= self.power.read() if self.power is not None else {}
+        metrics["seconds-all"] = before + trained + time.perf_counter() - began
+        return replace(found, metrics=self.job.guard.let_out(metrics))
+
+
 def train(
     adapted: AdaptedModel,
     task: Task,
@@ -106,71 +213,21 @@ def train(
         ValueError: an unknown term, or no example to train on.
     """
     began = time.perf_counter()
-    if not len(data.train):
-        raise ValueError("no example to train on")
-    stream = seeds.derive(plan.seed, "train", plan.server_round, client_key)
-    torch.manual_seed(stream)
-    guard = guard or Guard()
-    power = None if simulated else PowerMeter()
-    received = load(adapted, plan, arrays)
-    metrics: dict[str, float] = {}
-    if plan.evaluate:
-        metrics |= evaluate(adapted, task, tokenizer, data, plan.batch_tokens)
-    terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
-    optimizer, scheduler = _make_optimizer(adapted, plan)
-    scorer = SlotScorer(adapted, plan.importance) if "votes" in plan.report else None
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    trainee = Trainee(adapted, task, tokenizer, Job(data, plan, arrays, client_key, guard or Guard()), simulated)
+    trainee.begin()
+    optimizer, scheduler = make_optimizer(plan, adapted.parameters)
     adapted.model.train(plan.dropout)
-    started = time.perf_counter()
-    losses, spent = [], Spent()
-    gradient_masks = adapted.gradient_masks()
-    lengths = [len(row) for row in data.train.ids]
-    steps = list(batches(lengths, plan, np.random.default_rng(stream)))
-    for step, rows in enumerate(steps):
-        cut = parts(rows.tolist(), lengths, plan.batch_tokens)
+    started = clock(adapted.device)
+    for step, rows in enumerate(trainee.steps):
+        cut = parts(rows.tolist(), trainee.lengths, plan.batch_tokens)
         batch = [adapted.batch(task, tokenizer, data.train, part) for part in cut]
         optimizer.zero_grad(set_to_none=True)
-        losses.append(backward(adapted, task, batch, terms, spent))
-        for parameter, allowed in gradient_masks:
-            if parameter.grad is not None:
-                parameter.grad.mul_(allowed)
-        # with E = 0 the first step gives A and B no gradient, so it is scored only where it is the only one
-        scored = scorer is not None and (step > 0 or len(steps) == 1)
-        gradients = scorer.gradients(copy=plan.clip_norm > 0) if scorer is not None and scored else []
-        if scorer is not None and scored and plan.importance_time == "before":
-            scorer.observe(gradients)
-        for term in terms:
-            term.after_backward()
-        if plan.clip_norm:
-            torch.nn.utils.clip_grad_norm_(trainable, plan.clip_norm)
+        trainee.losses.append(backward(adapted, task, batch, trainee.terms, trainee.spent))
+        trainee.before_update(step)
         optimizer.step()
         scheduler.step()
-        if scorer is not None and scored and plan.importance_time == "after":
-            scorer.observe(gradients)
-        for term in terms:
-            term.after_step()
-    for term in terms:
-        term.finish()
-    values = torch.stack(losses)
-    if not bool(torch.isfinite(values).all()):
-        raise FloatingPointError(f"the loss is not finite after {len(losses)} steps: lower the learning rates")
-    metrics |= {
-        "loss": float(values.mean()),
-        "loss-last": float(values[-1]),
-        "steps": len(losses),
-        "tokens": spent.tokens,
-        "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
-        "seconds-train": time.perf_counter() - started,
-        "bytes-free": free_memory(adapted.device),
-    }
-    metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
-    if simulated:
-        metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trainable, spent).items()}
-    update = _collect(adapted, plan, scorer, terms, len(data.train), guard, received)
-    metrics["peak-memory-mb"] = peak_memory()
-    metrics |= power.read() if power is not None else {}
-    metrics["seconds-all"] = time.perf_counter() - began
-    return replace(update, metrics=guard.let_out(metrics))
+        trainee.after_update(step)
+    return trainee.update(started - began, clock(adapted.device) - started)
 
 
 def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> Arrays:
@@ -182,8 +239,12 @@ def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> Arrays:
     return arrays | drawn
 
 
-def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW without weight decay, new each round; linear warm-up over the first `warmup_steps` steps."""
+def make_optimizer(plan: TrainPlan, parameters: Callable[[str], list[nn.Parameter]]) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW without weight decay, new each round; linear warm-up over the first `warmup_steps` steps.
+
+    Args:
+        parameters: of one part.
+    """
     rates = {
         "B": plan.learning_rate,
         "E": plan.learning_rate * plan.e_lr_factor,
@@ -192,9 +253,9 @@ def _make_optimizer(adapted: AdaptedModel, plan: TrainPlan) -> tuple[torch.optim
         "backbone": plan.learning_rate,
     }
     groups = [
-        {"params": parameters, "lr": rate}
+        {"params": trained, "lr": rate}
         for part, rate in rates.items()
-        if part in plan.trainable and (parameters := adapted.parameters(part))
+        if part in plan.trainable and (trained := parameters(part))
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     warmup = plan.warmup_steps

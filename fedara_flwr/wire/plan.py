@@ -82,6 +82,10 @@ class TrainPlan:
         """Whether what is sent back are differences from what training started from, and not values."""
         return (self.down, self.up) != ("float32", "float32")
 
+    def updates(self, examples: int) -> int:
+        """Optimiser steps of a client with so many examples, at least one."""
+        return self.steps or self.epochs * -(-examples // min(self.batch_size, examples))
+
     def work(self, spec: ModelSpec, examples: int) -> int:
         """What a client with so many examples has to do, to compare clients of a round: rows times blocks gone through.
 
