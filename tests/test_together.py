@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from runs_helper import WALL_CLOCK, config, prepare, start
+from runs_helper import WALL_CLOCK, config, start
 from test_session import PadOnly, plan
 
 from fedara_flwr.adapters import stack as stacks
@@ -28,6 +28,7 @@ from fedara_flwr.client.train import ClientData, Job, train
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.offsets import Piece
 from fedara_flwr.ranks import RankMask
+from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
 
@@ -52,12 +53,8 @@ def rows(seed, task, count):
 def jobs(adapted, task, mask, counts=ROWS, **changes):
     """Clients that differ in their rows and in what they received."""
     orders = plan(mask, **{"dropout": False, "e_lr_factor": 0.5, **changes})
-    parts = {"B", "A", "head", "E"}
-    arrays = [{p: v for p, v in random_arrays(adapted.spec, mask, seed).items() if p in parts} for seed in range(len(counts))]
-    return [
-        Job(ClientData(rows(i, task, count), rows(i + 50, task, 5)), orders, arrays[i], str(i))
-        for i, count in enumerate(counts)
-    ]
+    data = [ClientData(rows(i, task, count), rows(i + 50, task, 5)) for i, count in enumerate(counts)]
+    return [Job(own, orders, random_arrays(adapted.spec, mask, i), str(i)) for i, own in enumerate(data)]
 
 
 def alone(adapted, task, job):
@@ -82,8 +79,7 @@ def compare(adapted, task, orders, atol=2e-5):
     expected = [alone(adapted, task, job) for job in orders]
     for job, first, second in zip(orders, found, expected, strict=True):
         agree(first, second, atol)
-        moved = max(float(np.abs(second.arrays[part] - job.arrays[part]).max()) for part in ("head",))
-        assert moved > 100 * atol, "training did something to compare"
+        assert np.abs(second.arrays["head"] - job.arrays["head"]).max() > 100 * atol, "training did something to compare"
     assert len({update.metrics["loss"] for update in found}) == len(found)
     return found
 
@@ -196,7 +192,7 @@ def test_above_a_kept_prefix_and_an_offset(tiny_models):
     rng = np.random.default_rng(0)
     ranks = tuple(int(i % 2) for i in range(len(spec.modules)))
     arrays = {p: rng.normal(0, 0.3, spec.length(p, RankMask.full(ranks))).astype(np.float32) for p in ("B", "A")}
-    adapted.set_offset(Piece(arrays, ranks))
+    adapted.set_offset(Piece(ranks, arrays))
     assert not problem(adapted)
     mask = last_blocks(spec, RankMask.full([2] * len(spec.modules)), 2)
     found = compare(adapted, "classification", jobs(adapted, "classification", mask))
@@ -247,13 +243,13 @@ def test_frozen_layers_run_once_for_all(tiny_models):
     orders = jobs(adapted, "classification", some(adapted))
     ran: list[int] = []
     hooks = [layer.base_layer.register_forward_hook(lambda _, args, y: ran.append(len(y))) for layer in adapted.layers]
-    adapted.costs.clear()
     train_together(adapted, TASKS["classification"], PadOnly(), orders)
     for hook in hooks:
         hook.remove()
-    counting = len(adapted.layers)  # one row, for the floating-point operations
-    assert len(ran) == 3 * len(adapted.layers) + counting
-    assert set(ran) == {3 * 4, 1}, "each time three clients' four rows"
+    # passes of one row count the floating-point operations
+    assert [count for count in ran if count > 1] == [3 * 4] * 3 * len(adapted.layers), (
+        "three clients' four rows, in three steps"
+    )
 
 
 def test_a_bad_client_costs_the_others_nothing(tiny_models):
@@ -403,7 +399,7 @@ def test_a_model_that_cannot_says_so_once(tiny_bert, groups, monkeypatch, caplog
     assert [record.message for record in caplog.records] == ["run.together = 3: one after the other instead: it is odd"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_clients_compute_where_the_run_says(tiny_bert):
-    """Without a GPU, `cuda` is refused by every client before anything is sent."""
-    _, grid = prepare(config(tiny_bert, run__device="cuda"))
-    assert {context.node_config["device"] for context in grid.contexts.values()} == {"cuda"}
+    with pytest.raises(RunFailed, match="device = 'cuda': torch sees no GPU here"):
+        start(config(tiny_bert, run__device="cuda"))

@@ -1,0 +1,137 @@
+"""Clients of one round trained together (`run.together`) against one after the other: milliseconds of a client's step.
+
+    python benchmarks/speed/together.py [--device cuda] [--model minilm|distilbert|bert-base] [--clients 5] [--steps 3]
+        [--repeats 3] [--dtype float32] [--out FILE]
+
+Docstrings, rank 12 on every module, batches of 16; DistilBERT and BERT-base by their sizes, with random weights. Medians of
+interleaved repetitions, the first left out: on a processor of the process's own CPU time with one thread, on a GPU of the
+wall clock. Everything a client's round takes is in it: loading, batches, steps, collecting. `tokens` are those that go through
+the model, padding counted.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, BertConfig, DistilBertConfig, PretrainedConfig
+
+from fedara_flwr.adapters.attach import open_model
+from fedara_flwr.adapters.backbone import PACKAGED, load_tokenizer
+from fedara_flwr.adapters.stack import problem
+from fedara_flwr.client.capacity import clock
+from fedara_flwr.client.together import train_together
+from fedara_flwr.client.train import ClientData, Job, train
+from fedara_flwr.config import Settings
+from fedara_flwr.data.federation import federation
+from fedara_flwr.ranks import RankMask
+from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.wire.plan import TrainPlan
+
+RANK, SIZE, ROWS = 12, 16, 64
+TASK = TASKS["classification"]
+PARTS = frozenset({"B", "E", "A", "head"})
+MINILM = next(iter(PACKAGED))
+SIZES: dict[str, type[PretrainedConfig]] = {"distilbert": DistilBertConfig, "bert-base": BertConfig}
+
+
+def folder(model: str, root: Path) -> str:
+    """What `model.name` is to be: MiniLM, or a folder with a random model of another size and MiniLM's tokenizer."""
+    if model == "minilm":
+        return MINILM
+    tokenizer = load_tokenizer(MINILM)
+    torch.manual_seed(0)
+    AutoModel.from_config(SIZES[model](vocab_size=len(tokenizer))).save_pretrained(root)
+    tokenizer.save_pretrained(root)
+    return str(root)
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=("minilm", *SIZES), default="minilm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "together.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        settings = Settings.from_flat({"model.name": folder(args.model, Path(root)), "model.dtype": args.dtype})
+        data = federation(settings.data, settings.seed)
+        adapted, tokenizer = open_model(settings, data.labels, args.device)
+    if why := problem(adapted):
+        raise SystemExit(f"{args.model} cannot be trained together: {why}")
+    spec = adapted.spec
+    mask = RankMask.full([RANK] * len(spec.modules))
+    plan = TrainPlan(
+        server_round=1,
+        seed=0,
+        mask=mask,
+        scales=(2.0,) * len(mask.ranks),
+        trainable=PARTS,
+        steps=args.steps,
+        epochs=1,
+        batch_size=SIZE,
+        learning_rate=1e-3,
+        e_lr_factor=1.0,
+        head_learning_rate=1e-2,
+        report=frozenset({"votes"}),
+        budget=mask.count // 2,
+    )
+    rng = np.random.default_rng(0)
+    arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}
+    chosen = rng.permutation(len(data.pool)).reshape(-1)[: args.clients * ROWS].reshape(args.clients, ROWS)
+    jobs = []
+    for number, rows in enumerate(chosen):
+        own = TASK.encode(tokenizer, data.pool.take(rows), settings.data.max_length)
+        jobs.append(Job(ClientData(own, Encoded([], [])), plan, arrays, str(number)))
+
+    def one_by_one() -> None:
+        for job in jobs:
+            train(adapted, TASK, tokenizer, job.data, plan, arrays, job.client_key, simulated=True)
+
+    def together() -> None:
+        train_together(adapted, TASK, tokenizer, jobs)
+
+    ways: dict[str, Callable[[], None]] = {"alone": one_by_one, "together": together}
+    now = time.process_time if args.device == "cpu" else lambda: clock(adapted.device)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    tokens: dict[str, float] = {}
+    seen: list[int] = []
+    adapted.model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
+    for _ in range(args.repeats + 1):
+        for way, call in ways.items():
+            seen.clear()
+            began = now()
+            call()
+            times[way].append(1000 * (now() - began) / (args.clients * args.steps))
+            tokens[way] = sum(seen) / (args.clients * args.steps)
+    there = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    line = {
+        **{name: getattr(args, name) for name in ("device", "model", "dtype", "clients", "steps", "repeats")},
+        **{f"ms-{way}": statistics.median(found[1:]) for way, found in times.items()},
+        **{f"tokens-{way}": round(count) for way, count in tokens.items()},
+        "machine": f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+    }
+    with args.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
