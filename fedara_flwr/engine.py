@@ -59,6 +59,7 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._alone: set[str] = set()
+        self._updates: dict[str, int] = {}
 
     def set_run(self, run: Run) -> None:
         """Not needed: there is one run."""
@@ -96,10 +97,12 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _reply(self, message_id: str) -> Message:
-        if self.together > 1 and message_id not in self._replies and message_id not in self._alone:
-            self._train_together(self._waiting[message_id])
-        message = self._waiting.pop(message_id)
+        message, tried = self._waiting[message_id], message_id in self._replies or message_id in self._alone
+        if self.together > 1 and message.metadata.message_type == MessageType.TRAIN and not tried:
+            self._train_together(message)
+        del self._waiting[message_id]
         self._alone.discard(message_id)
+        self._updates.pop(message_id, None)
         return self._replies.pop(message_id, None) or self._call(message)
 
     def _train_together(self, message: Message) -> None:
@@ -136,6 +139,8 @@ class InProcessGrid(Grid):
                 break
             if other.metadata.message_type != MessageType.TRAIN or other.content.config_records.get("plan") != plan:
                 continue
+            if group and self._updates.get(other.metadata.message_id, group[0][0].updates) != group[0][0].updates:
+                continue
             found = self._receive(other, group[0][0] if group else None)
             if found is not None:
                 group.append(found)
@@ -152,6 +157,7 @@ class InProcessGrid(Grid):
             received = receive(message, context, NodeSettings.read(context.node_config))
             if not isinstance(received, Received) or not allows(received.plan) or not len(received.data.train):
                 return None
+            self._updates[message.metadata.message_id] = received.updates
             if first is not None:
                 return (received, received.arrays()) if received.updates == first.updates else None
             if not received.session.apart:

@@ -38,7 +38,7 @@ class Term:
         return None
 
     def after_backward(self) -> None:
-        """Before the optimiser's step, for example to change gradients."""
+        """Before the optimiser's step, for example to change gradients, in place."""
 
     def after_step(self) -> None:
         """After the optimiser's step, for example to project values."""

@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.stack import Stack, loaded
 from fedara_flwr.client.capacity import clock
@@ -59,9 +57,9 @@ def train_together(adapted: AdaptedModel, task: Task, tokenizer: Any, jobs: Sequ
             trainee.spent.tokens += len(own) * max(trainee.lengths[row] for row in own)
             for name, value in seconds.items():
                 trainee.spent.seconds[name] += value / len(jobs)
-            penalties = [penalty for term in trainee.terms if (penalty := term.penalty()) is not None]
-            if penalties:
-                torch.stack(penalties).sum().backward()
+            for term in trainee.terms:
+                if (penalty := term.penalty()) is not None and penalty.requires_grad:
+                    penalty.backward()
             trainee.before_update(step)
         optimizer.step()
         scheduler.step()
