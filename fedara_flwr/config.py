@@ -208,7 +208,7 @@ class OutputSettings(Group):
     together: int = Field(
         1,
         ge=1,
-        description="in-process engine: most clients whose steps are one pass over the shared backbone; pays on a GPU. Needs "
+        description="in-process engine: most clients whose steps are one pass over the shared backbone; meant for a GPU. Needs "
         "equal masks and numbers of steps, no dropout, no train.batch-tokens; else, and by Flower, one after the other. The "
         "results are equal to float tolerance, not bit for bit",
     )
