@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client_app import Received, receive
 from fedara_flwr.client_app import app as client_app
-from fedara_flwr.config import Settings
+from fedara_flwr.config import OutputSettings, Settings
 from fedara_flwr.runs import RunDirectory
 from fedara_flwr.server_app import run as run_server
 from fedara_flwr.spec import Arrays
@@ -44,13 +44,14 @@ class InProcessGrid(Grid):
         # Message refuses to be made outside a Flower process unless these are set
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self.app = app
-        settings = Settings.from_flat(run_config)
-        self.together = settings.run.together if app is client_app else 1
+        # another app has keys of its own
+        ours = Settings.from_flat(run_config).run if app is client_app else OutputSettings()
+        self.together = ours.together
         self.contexts = {
             node_id: Context(
                 run_id=1,
                 node_id=node_id,
-                node_config={"partition-id": i, "num-partitions": nodes, "engine": "inprocess", "device": settings.run.device},
+                node_config={"partition-id": i, "num-partitions": nodes, "engine": "inprocess", "device": ours.device},
                 state=RecordDict(),
                 run_config=run_config,
             )
