@@ -1,6 +1,6 @@
 """What one training step costs by the lowest living block, with and without the frozen prefix kept (`train.cache`).
 
-    python benchmarks/speed/step.py [--data DIR] [--out FILE] [--repeats 5]
+    python benchmarks/speed/step.py [--data DIR] [--dtype bfloat16] [--out FILE] [--repeats 5]
 
 MiniLM, rank 12 on every module from the lowest living block up, batches of 16 as in training, one thread. Milliseconds are of
 the process's own CPU time, medians of interleaved repetitions, so that other work on the machine counts less.
@@ -70,11 +70,12 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="folder of a data set; by default the built-in docstrings")
+    parser.add_argument("--dtype", default="float32", help="of the backbone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings.from_flat({"data.path": args.data, "train.cache-mb": 1024})
+    settings = Settings.from_flat({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
     data = federation(settings.data, settings.seed)
     adapted, tokenizer = open_model(settings, data.labels)
     chosen = np.random.default_rng(0).permutation(len(data.pool))[: BATCHES * SIZE]
@@ -97,6 +98,7 @@ def main() -> None:
         load(adapted, lowest)
         line = {
             "data": Path(args.data).name or "docstrings",
+            "dtype": args.dtype,
             "lowest": lowest,
             **{f"ms-{way}": statistics.median(times[lowest, way][1:]) for way in ("without", "first", "kept")},
             **{f"mb-{way}": activations(adapted, batches[-1], way == "kept") / 1e6 for way in ("without", "kept")},
