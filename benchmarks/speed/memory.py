@@ -66,6 +66,7 @@ def main() -> None:
             "strategy.fraction-train": args.per_round / args.clients,
             "strategy.node-timeout": 3600.0,
             "strategy.round-timeout": 3600.0,
+            "run.threads": 1,
             "run.dir": folder,
             "run.name": "run",
         }
