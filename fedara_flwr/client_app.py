@@ -111,6 +111,8 @@ def ready(message: Message, context: Context) -> Message:
         node = NodeSettings.read(context.node_config)
         if why := node.busy():
             return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
+        if "changes-backbone" in question:
+            node.check_frozen(Settings.from_flat(context.run_config).method)
         from fedara_flwr.data.federation import federation
 
         resident, data = _open(context, node, tuple(question["labels"]))

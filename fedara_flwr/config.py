@@ -17,6 +17,8 @@ Scalar = str | int | float | bool
 OptionsModel = type[BaseModel]
 Format = Literal["float32", "float16", "int8", "int4"]
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+QUANTISED = ("int8", "int4")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -43,8 +45,10 @@ class ModelSettings(Group):
         min_length=1,
         description="backbone: a local directory or a Hugging Face id of an architecture with a head for data.task",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="number type of the frozen backbone; adapters, head and optimiser are always float32"
+    dtype: Dtype = Field(
+        "float32",
+        description="number type of the frozen backbone; adapters, head and optimiser are always float32; int8, int4: of the "
+        "blocks' linear layers, the rest in bfloat16, by the extra `quantised`, for GPUs",
     )
     pooling: Literal["pretrained", "identity"] = Field(
         "identity",

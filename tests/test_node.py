@@ -64,7 +64,7 @@ def test_every_key_stands_in_the_docs_with_its_default():
         ({"data-path": 7}, "node-config data-path = 7: input should be a valid string"),
         ({"device": "gpu"}, "node-config device = 'gpu': input should be 'auto', 'cpu' or 'cuda'"),
         ({"device": "cudda"}, "did you mean 'cuda'?"),
-        ({"dtype": "float16"}, "node-config dtype = 'float16': input should be '', 'float32' or 'bfloat16'"),
+        ({"dtype": "float16"}, "node-config dtype = 'float16': input should be '', 'float32', 'bfloat16', 'int8' or 'int4'"),
         ({"threads": 1.5}, "node-config threads = 1.5: input should be a valid integer"),
         ({"threads": True}, "node-config threads = True: input should be a valid integer"),
         ({"max-memory-mb": -1}, "node-config max-memory-mb = -1: input should be greater than or equal to 0"),

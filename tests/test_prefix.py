@@ -315,6 +315,19 @@ def refused(path, task="token-classification"):
     return adapted
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_what_may_differ_by_roundings_under_autocast(tiny_models, rounded):
+    """One row alone is 1 % off what it is in a batch: as bfloat16 products on a GPU may be, and float32 ones never are."""
+    loaded = backbone(tiny_models["bert"])
+
+    def off(block, args, states):
+        return states + 0.01 * states.flip(-1) if len(states) == 1 else states
+
+    loaded.blocks[0].register_forward_hook(off)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        assert Prefix(loaded.model, loaded.blocks, loaded.head_parameters(), 64, False).fits == rounded
+
+
 def test_one_block_that_runs_again_and_again_is_not_cut(tmp_path, caplog):
     """ALBERT."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "embedding_size": 8}

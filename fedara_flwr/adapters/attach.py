@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
 from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.prefix import Prefix
-from fedara_flwr.config import Settings
+from fedara_flwr.adapters.quantise import dequantised
+from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.offsets import Piece, factors
 from fedara_flwr.ranks import Ints, RankMask
 from fedara_flwr.spec import SLOT_PARTS, Arrays, Vector
@@ -60,7 +61,7 @@ class AdaptedModel:
                 head = backbone.head_parameters()
                 prefix = Prefix(self.model, backbone.blocks, head, cache_mb, cache == "half", cache_disk_mb)
             self._prefix = prefix if prefix.fits else None
-        self._frozen = backbone.frozen_parameters()
+        self._frozen = [] if backbone.quantised else backbone.frozen_parameters()  # what may change
         self._resident = [p.data for p in self._frozen]
         self._base = self._resident
         self._positions: Ints | None = None
@@ -82,9 +83,15 @@ class AdaptedModel:
         self.model.requires_grad_(False)
 
     def set_offset(self, piece: Piece | None) -> None:
-        """Add `piece` to the backbone in place of the one before: a frozen adapter, or, where dense, a copy of the weights."""
+        """Add `piece` to the backbone in place of the one before: a frozen adapter, or, where dense, a copy of the weights.
+
+        Raises:
+            ConfigError: it is dense, and the backbone quantised.
+        """
         if piece is self._offset or (piece is not None and self._offset is not None and piece.digest == self._offset.digest):
             return
+        if piece is not None and not piece.ranks:
+            self._check_frozen()
         pairs = factors(piece, self.spec) if piece is not None and piece.ranks else []  # raises before anything is changed
         self._offset = None
         self._release()
@@ -118,8 +125,13 @@ class AdaptedModel:
         return {name: values.to(self.device) for name, values in batch.items()}
 
     def resident_weight(self, name: str) -> NDArray[np.float32]:
-        """A module's weight as it was loaded, float32, shape (d_out, d_in); read-only."""
+        """A module's weight as it was loaded, or the one that its quantised layer stands for.
+
+        Float32, shape (d_out, d_in); read-only.
+        """
         index = [module.name for module in self.spec.modules].index(name)
+        if self.backbone.quantised:
+            return dequantised(self.layers[index].base_layer)
         weight = self._weights()[index]
         data = next(data for p, data in zip(self._frozen, self._resident, strict=True) if p is weight)
         array: NDArray[np.float32] = data.float().numpy().view()
@@ -129,6 +141,11 @@ class AdaptedModel:
     def _weights(self) -> list[nn.Parameter]:
         """The adapted layers' own weights."""
         return [layer.base_layer.get_parameter("weight") for layer in self.layers]
+
+    def _check_frozen(self) -> None:
+        if self.backbone.quantised:
+            line = "quantised weights cannot change, allowed are 'float32' and 'bfloat16'"
+            raise ConfigError(f"model.dtype = {self.backbone.dtype!r} (or node-config dtype): {line}")
 
     def _release(self) -> None:
         """The backbone as it is resident, every copy dropped."""
@@ -186,7 +203,12 @@ class AdaptedModel:
             scales: s, one per module.
             trainable: parts that get gradients.
             positions: numbers of the backbone that `arrays["backbone"]` holds, as `draws.sparse_positions`; None = all.
+
+        Raises:
+            ConfigError: there is a backbone among the arrays, and it is quantised.
         """
+        if "backbone" in arrays:
+            self._check_frozen()
         self.mask = mask
         alive = (module.block for module, count in zip(self.spec.modules, mask.alive, strict=True) if count)
         self.lowest = min(alive, default=self.spec.blocks)
@@ -259,7 +281,11 @@ class AdaptedModel:
 
         The model is then one of stock transformers, until the next `load`; all of it float32, since transformers loads a whole
         model in one type, and bfloat16 would round what was trained.
+
+        Raises:
+            ConfigError: the backbone is quantised.
         """
+        self._check_frozen()
         for parameter in self._frozen:
             parameter.data = parameter.data.float()
         for layer, place in zip(self.layers, self._places, strict=True):
@@ -270,8 +296,8 @@ class AdaptedModel:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The context in which to run forward passes: bfloat16 where the backbone is."""
-        on, kind = self.backbone.dtype == "bfloat16", self.device.type
+        """The context in which to run forward passes: bfloat16 unless the backbone is float32."""
+        on, kind = self.backbone.dtype != "float32", self.device.type
         # on a processor flash attention's backward pass in bfloat16 takes ten times that of float32
         plain = on and kind == "cpu" and torch.is_grad_enabled()
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=on), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
@@ -318,8 +344,8 @@ def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu")
         pooling=settings.model.pooling,
         target_modules=settings.adapter.target_modules,
         pad_token_id=tokenizer.pad_token_id,
+        device=device,
     )
-    backbone.model.to(device)
     train = settings.train
     return AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb), tokenizer
 

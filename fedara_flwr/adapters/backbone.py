@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.adapters.quantise import library, quantise
+from fedara_flwr.config import QUANTISED, ConfigError
 from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.tasks.base import Task
 
@@ -107,21 +108,25 @@ class Backbone:
         pooling: str = "pretrained",
         target_modules: str = "",
         pad_token_id: int | None = None,
+        device: str = "cpu",
     ) -> None:
         """Load and inspect.
 
         Args:
             name: as `model.name`.
             labels: label names, in order.
-            dtype: of the frozen weights: "float32" or "bfloat16".
+            dtype: of the frozen weights, as `model.dtype`.
             pooling: as `model.pooling`.
             target_modules: as `adapter.target-modules`.
             pad_token_id: for architectures whose classification needs it (decoders).
+            device: where the model goes.
 
         Raises:
-            ConfigError: the model cannot be loaded, or does not fit.
+            ConfigError: the model cannot be loaded, or does not fit; bitsandbytes is needed and missing.
         """
         self.name, self.labels, self.dtype = name, labels, dtype
+        if self.quantised:
+            library(dtype)  # before minutes of loading
         source = locate(name)
         try:
             config = AutoConfig.from_pretrained(
@@ -150,10 +155,19 @@ class Backbone:
         heads = {p.name for p in head}
         rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in heads)
         self.spec = ModelSpec(self._fingerprint(head), modules, head, rest)
-        if dtype == "bfloat16":
-            self.model.to(torch.bfloat16)
+        if dtype != "float32":
+            for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
+                parameter.data = parameter.data.bfloat16()
+        if self.quantised:
+            quantise(self.model, [m.name for m in _linear_modules(self.model, blocks, "")], dtype, device)
         for parameter in self.head_parameters():
             parameter.data = parameter.data.float()
+        self.model.to(device)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the blocks' linear layers are in 8 or 4 bits: they cannot change then."""
+        return self.dtype in QUANTISED
 
     def _split_head(self, task: Task, missing: set[str], blocks: str) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
         """Head: what the checkpoint lacks and the task layer, whole top-level modules (contracts.md §3)."""

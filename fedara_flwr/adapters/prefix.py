@@ -195,7 +195,9 @@ class Prefix:
             if any(item is not None for item in output[1:]):
                 return "a block returns more than hidden states"
             self._wrap = lambda states: (states, *output[1:])
-        bound = TOLERANCE[whole.dtype] * float(whole.abs().max())
+        kind = whole.device.type  # under autocast the products are rounded even where the norms give float32, as on GPUs
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else whole.dtype
+        bound = TOLERANCE[dtype] * float(whole.abs().max())
         for boundary in range(1, len(self.blocks) + 1):
             states = self.states(inputs, boundary)
             with self.above(states, boundary):

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from fedara_flwr import track
 from fedara_flwr.cli.launch import read_config
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import QUANTISED, ConfigError, Settings
 from fedara_flwr.runs import PACKAGES
 from fedara_flwr.strategies import methods, plugins
 
@@ -395,10 +395,16 @@ def model(settings: Settings) -> Finding:
     name = settings.model.name
     try:
         from fedara_flwr.adapters.backbone import locate
+        from fedara_flwr.adapters.quantise import library
 
         source = Path(locate(name))
     except ConfigError as error:
         return Finding("problem", _line(error), "reinstall the model's package, or name another model")
+    if settings.model.dtype in QUANTISED:
+        try:
+            library(settings.model.dtype)
+        except ConfigError as error:
+            return Finding("problem", _line(error), "install it, or choose another model.dtype")
     if source.is_dir():
         files = ("config.json", *WEIGHTS)
         there = [file for file in files if (source / file).is_file()]

@@ -36,6 +36,13 @@ _CPU = {  # torch counts attention on GPUs alone
 
 
 _FORMULAS = FlopCounterMode(display=False, custom_mapping=_CPU).flop_registry
+_QUANTISED = ("gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm")  # bitsandbytes' products with quantised weights
+
+
+def _quantised(x: torch.Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
+    """Of inputs (..., d_in): as many as a plain product with the dequantised weight."""
+    y = out_val[0] if isinstance(out_val, tuple) else out_val
+    return int(2 * x.numel() * y.shape[-1])
 
 
 class FlopCounter(TorchDispatchMode):
@@ -47,11 +54,13 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        quantised = (getattr(torch.ops.bitsandbytes, name, None) for name in _QUANTISED)  # there once it is imported
+        self._formulas = _FORMULAS | {op: _quantised for op in quantised if op is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and add what it costs."""
         out = func(*args, **(kwargs or {}))
-        if formula := _FORMULAS.get(func._overloadpacket):
+        if formula := self._formulas.get(func._overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

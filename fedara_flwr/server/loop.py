@@ -66,7 +66,8 @@ class RoundLoop(Strategy):
         self.settings, self.spec, self.write = settings, spec, write
         self.save: Callable[[ServerState], None] = lambda state: None
         self.meter = ByteMeter()
-        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, self.calibration)
+        asked = {**self.calibration, **({"changes-backbone": 1} if self.changes_backbone else {})}
+        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, asked)
         self.fleet = read_profiles(settings.fleet.profiles)
         self.planned = 0
         self.run_id = uuid.uuid4().hex  # nodes keep things under it: no other run may have it
@@ -79,6 +80,9 @@ class RoundLoop(Strategy):
     # -- hooks ------------------------------------------------------------------------------------------------------
     calibration: ClassVar[Mapping[str, int]] = {}
     """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+
+    changes_backbone: ClassVar[bool] = False
+    """Whether the frozen weights change during the run, as quantised ones cannot: nodes that have such are left out."""
 
     remade: ClassVar[frozenset[str]] = frozenset()
     """Parts whose numbers mean something else after each round (fresh or split anew): nodes keep no rounding error of them."""

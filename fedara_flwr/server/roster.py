@@ -62,11 +62,11 @@ class Roster:
         expected: Expected,
         meter: ByteMeter,
         ready: Callable[[Node, Mapping[str, float]], None] = lambda node, metrics: None,
-        calibration: Mapping[str, int] | None = None,
+        asked: Mapping[str, int] | None = None,
     ) -> None:
-        """`ready` sees what a node that can train says of itself; `calibration` is added to the question (client/capacity)."""
+        """`ready` sees what a node that can train says of itself; `asked` is added to the question (RoundLoop)."""
         self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
-        self._ready, self._calibration = ready, dict(calibration or {})
+        self._ready, self._more = ready, dict(asked or {})
         self.nodes: dict[str, Node] = {}
         self.examples: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
@@ -211,7 +211,7 @@ class Roster:
         if not nodes:
             return
         by_id = {node.node_id: node.key for node in nodes}
-        asked: dict[str, Any] = {"protocol": PROTOCOL, "labels": list(self.expected.labels), **self._calibration}
+        asked: dict[str, Any] = {"protocol": PROTOCOL, "labels": list(self.expected.labels), **self._more}
         questions = {}
         for node in nodes:
             had = (holdings or {}).get(node.key)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, Group, Settings, check_options
+from fedara_flwr.config import QUANTISED, ConfigError, Group, Settings, check_options
 from fedara_flwr.offsets import OffsetLog, Piece, Weights
 from fedara_flwr.ranks import RankMask
 from fedara_flwr.server.loop import RoundLoop
@@ -68,6 +68,11 @@ class BaseStrategy(RoundLoop):
         if settings.strategy.robust != "mean" and type(self).merger is not BaseStrategy.merger:
             raise ConfigError(
                 f"strategy.robust = {settings.strategy.robust!r}: method {self.name!r} merges in its own way, allowed is 'mean'"
+            )
+        if self.changes_backbone and settings.model.dtype in QUANTISED:
+            raise ConfigError(
+                f"model.dtype = {settings.model.dtype!r}: method {self.name!r} changes the backbone, "
+                "allowed are 'float32' and 'bfloat16'"
             )
         if settings.privacy.on:
             self._check_private()

@@ -21,6 +21,7 @@ class FedExLoRA(ClientRanks):
     name = "fedex-lora"
     title = "LoRA, FedAvg of A and B, and the exact residual of that average in the backbone"
     paper = "arXiv 2410.09432"
+    changes_backbone = True
 
     def merger(self) -> Stack:
         """Means, and all factors for the residual."""

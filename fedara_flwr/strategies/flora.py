@@ -30,6 +30,7 @@ class FLoRA(ClientRanks):
     title = "stacked LoRA: the exact sum of the clients' adapters, merged into the backbone each round"
     paper = "arXiv 2409.05976"
     remade = frozenset({"A", "B"})
+    changes_backbone = True
 
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
         """A and B are drawn, not sent."""

@@ -25,6 +25,7 @@ class Full(BaseStrategy):
     title = "full fine-tuning: every parameter, FedAvg"
     paper = "arXiv 1602.05629"
     learning_rate = 2e-4
+    changes_backbone = True
     trainable = frozenset({"backbone", "head"})
 
     def start_mask(self) -> RankMask:

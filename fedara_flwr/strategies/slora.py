@@ -38,6 +38,7 @@ class SLoRA(FedLoRA):
     name = "slora"
     title = "sparse full fine-tuning first, then LoRA started from the SVD of its update"
     paper = "arXiv 2308.06522"
+    changes_backbone = True
     Options = SLoRAOptions
     options: SLoRAOptions
 
