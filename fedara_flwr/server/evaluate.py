@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.adapters.attach import open_model
 from fedara_flwr.adapters.backbone import tokenizer_digest
 from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
 from fedara_flwr.adapters.predict import predict
@@ -52,7 +52,7 @@ class ServerModel:
                 self.tokenizer, getattr(self.federation, split), self.settings.data.max_length
             )
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
-        _load(self.adapted, weights)
+        self._load(weights)
         return predict(self.adapted, self.task, self.tokenizer, self._encoded[split], self.settings.train.batch_tokens)
 
     def expected(self, terms: frozenset[str]) -> Expected:
@@ -65,10 +65,9 @@ class ServerModel:
             terms,
         )
 
-    def _unquantised(self) -> AdaptedModel:
-        """The same model as it was published: nothing can be merged into quantised weights."""
-        flat = self.settings.to_flat() | {"model.dtype": "float32", "train.cache": "off"}
-        return open_model(Settings.from_flat(flat), self.labels)[0]
+    def _load(self, weights: Weights) -> None:
+        self.adapted.set_offset(weights.offset)
+        self.adapted.load(weights.arrays, weights.mask, weights.scales, positions=weights.positions)
 
     def export(self, folder: Path, weights: Weights) -> Path:
         """`adapter/` for stock PEFT in `folder`, or a merged `model/` where the backbone changed or no slot lives."""
@@ -87,9 +86,11 @@ class ServerModel:
             ConfigError: the weights are not those of adapters on the unchanged backbone, as `kind` needs.
         """
         if kind == "merged":
-            adapted = self._unquantised() if self.backbone.quantised else self.adapted
-            _load(adapted, weights)
-            save_model(folder, adapted)
+            if self.backbone.quantised:  # nothing can be merged into it: into the model as it was published, then
+                flat = self.settings.to_flat() | {"model.dtype": "float32", "train.cache": "off"}
+                return ServerModel(Settings.from_flat(flat), self.labels).save(folder, weights, kind)
+            self._load(weights)
+            save_model(folder, self.adapted)
         elif why := _unfit(weights):
             raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
         else:
@@ -101,11 +102,6 @@ class ServerModel:
     def revision(self) -> str | None:
         """The Hub's commit that the backbone was loaded from; None for a local folder."""
         return revision(self.backbone)
-
-
-def _load(adapted: AdaptedModel, weights: Weights) -> None:
-    adapted.set_offset(weights.offset)
-    adapted.load(weights.arrays, weights.mask, weights.scales, positions=weights.positions)
 
 
 def _unfit(weights: Weights) -> str:
