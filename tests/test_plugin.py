@@ -71,8 +71,10 @@ def in_process(monkeypatch):
             monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(terms, "TERMS", dict(terms.TERMS))  # loaded terms stay in it
         monkeypatch.syspath_prepend(str(target))
+        terms._installed.cache_clear()
 
-    return add
+    yield add
+    terms._installed.cache_clear()
 
 
 # -- the tutorial ------------------------------------------------------------
