@@ -20,7 +20,7 @@ TARGET = "fedlora float32-float32"
 
 
 def curves(files: list[Path]) -> dict[str, Curves]:
-    """By data set; seeds that are not finished are left out."""
+    """By data set."""
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in (line for file in files for line in read(file)):
         name = f"{line['method']} {line['setting']['wire.down']}-{line['setting']['wire.up']}"
@@ -29,8 +29,7 @@ def curves(files: list[Path]) -> dict[str, Curves]:
     for data, names in found.items():
         for name, seeds in names.items():
             whole = [sorted(curve, key=lambda line: line["round"]) for _, curve in sorted(seeds.items())]
-            if whole := [curve for curve in whole if "test-accuracy" in curve[-1]]:
-                chosen.setdefault(data, {})[name] = whole
+            chosen.setdefault(data, {})[name] = whole
     return chosen
 
 
@@ -49,7 +48,7 @@ def table(data: str, names: Curves) -> str:
             *name.split(" "),
             f"{len(cs)} × {cs[0][-1]['round']}",
             spread([smooth(c, len(c) - 1) for c in cs]),
-            spread([c[-1]["test-accuracy"] for c in cs]),
+            spread([c[-1]["test-accuracy"] for c in cs]) if all("test-accuracy" in c[-1] for c in cs) else "–",
             f"{statistics.mean(c[-1]['mb'] for c in cs):.1f}",
             f"{statistics.mean(mb):.1f}" if reached else "not reached",
             f"{statistics.mean(reference) / statistics.mean(mb):.1f}" if reached else "–",
