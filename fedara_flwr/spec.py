@@ -62,6 +62,11 @@ class ModelSpec:
         """How many repeated blocks the backbone has."""
         return 1 + max(m.block for m in self.modules)
 
+    def lowest(self, mask: RankMask) -> int:
+        """The lowest block with a living module; the number of blocks where none lives."""
+        alive = (module.block for module, count in zip(self.modules, mask.alive, strict=True) if count)
+        return min(alive, default=self.blocks)
+
     @property
     def head_size(self) -> int:
         """Numbers in the head."""

@@ -433,17 +433,22 @@ class Deployment:
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in self.root.glob("*.log"))
 
     def close(self) -> None:
-        """End every process of this deployment, those that were stopped by a signal, too."""
-        for _ in range(20):
-            mine = _tagged(self.env[TAG])
-            if not mine:
-                shutil.rmtree(self.env["XDG_RUNTIME_DIR"], ignore_errors=True)
-                return
-            for process in mine:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            psutil.wait_procs(mine, timeout=5)
-        raise AssertionError(f"still there: {[process.pid for process in mine]}")
+        """End every process of this deployment."""
+        kill_tagged(self.env[TAG])
+        shutil.rmtree(self.env["XDG_RUNTIME_DIR"], ignore_errors=True)
+
+
+def kill_tagged(tag: str) -> None:
+    """Every process that carries the tag, those that were stopped by a signal, too, and those that start meanwhile."""
+    for _ in range(20):
+        mine = _tagged(tag)
+        if not mine:
+            return
+        for process in mine:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(mine, timeout=5)
+    raise AssertionError(f"still there: {[process.pid for process in mine]}")
 
 
 @contextlib.contextmanager

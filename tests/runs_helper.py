@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from flwr.app import Message
 
 from fedara_flwr import strategies
 from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.server.loop import RoundLoop
 
 PHASES = ("all", "backward", "elapsed", "evaluate", "forward", "train")
 WALL_CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" for phase in PHASES)}
@@ -61,6 +64,21 @@ def start(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: 
     strategy, grid = prepare(flat, grid_class, clients, **grid_options)
     strategy.start(grid, strategy.initial_arrays(), strategy.settings.num_server_rounds)
     return strategy
+
+
+@contextmanager
+def stopped_in_round(monkeypatch, number: int) -> Iterator[None]:
+    """The run inside is interrupted when clients have trained this round and it is about to be written down."""
+    record = RoundLoop._record
+
+    def stop(self, server_round, *rest):
+        if server_round == number:
+            raise KeyboardInterrupt
+        return record(self, server_round, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RoundLoop, "_record", stop)
+        yield
 
 
 class ShuffledGrid(InProcessGrid):

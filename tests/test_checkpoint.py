@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_helper import CLIENTS, WALL_CLOCK, config, prepare
+from runs_helper import CLIENTS, WALL_CLOCK, config, prepare, stopped_in_round
 from safetensors.numpy import load_file
 
 from fedara_flwr import engine
@@ -19,7 +19,6 @@ from fedara_flwr.config import ConfigError
 from fedara_flwr.runs import RunDirectory, read_facts
 from fedara_flwr.saved import conclude_stopped, open_run
 from fedara_flwr.server.checkpoint import BadCheckpoint, Checkpoints, decode, encode
-from fedara_flwr.server.loop import RoundLoop
 
 METHODS = ["fedara", "legend", "federa", "flora", "fedex-lora", "hetlora", "slora", "full"]
 OPTIONS = {"hetlora": "ranks = [1, 2, 4]", "flora": "ranks = [1, 2, 4]", "slora": "sparse-rounds = 0.5"}
@@ -74,15 +73,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tiny_bert, tmp_path, monkeypatch, method):
     """Stopped after round 2: masks, clients' reports, offsets and what nodes hold of them are all in the checkpoint."""
     engine.run(settings(tiny_bert, tmp_path, "whole", method), CLIENTS)
-    record = RoundLoop._record
-
-    def stop(self, server_round, *rest):
-        if server_round == 3:
-            raise KeyboardInterrupt
-        return record(self, server_round, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RoundLoop, "_record", stop)
+    with stopped_in_round(monkeypatch, 3):
         engine.run(settings(tiny_bert, tmp_path, "cut", method), CLIENTS)
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"type": "round", "rou')
     engine.run(settings(tiny_bert, tmp_path, "", method, run__resume="cut"), CLIENTS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs_helper import CLIENTS, ShuffledGrid, TamperedGrid, config, prepare, start
+from runs_helper import CLIENTS, ShuffledGrid, TamperedGrid, config, prepare, start, stopped_in_round
 from test_checkpoint import assert_same_end, lines
 from test_wire import MASK, PLAN, SPEC, random_arrays
 
@@ -18,7 +18,6 @@ from fedara_flwr import engine, strategies
 from fedara_flwr.client.residues import ResidueStore
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.ranks import RankMask
-from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.spec import PARTS, SLOT_PARTS
 from fedara_flwr.strategies.private import PrivateMean
 from fedara_flwr.wire.codec import CODECS
@@ -286,15 +285,7 @@ def test_a_run_that_goes_on_and_another_beside_it(tiny_bert, tmp_path, monkeypat
         return flat(tiny_bert, "fedara", run__dir=str(tmp_path), run__name=name, **more)
 
     engine.run(named("whole"), CLIENTS)
-    record = RoundLoop._record
-
-    def stop(self, server_round, *rest):
-        if server_round == 3:
-            raise KeyboardInterrupt
-        return record(self, server_round, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RoundLoop, "_record", stop)
+    with stopped_in_round(monkeypatch, 3):
         engine.run(named("cut"), CLIENTS)
     engine.run(named("", run__resume="cut"), CLIENTS)
     assert_same_end(tmp_path / "cut", tmp_path / "whole")

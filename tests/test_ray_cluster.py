@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployment import wait_for
+from deployment import kill_tagged, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from runs_helper import config
@@ -86,16 +86,8 @@ class Cluster:
                     process.kill()
 
     def close(self) -> None:
-        for _ in range(20):
-            mine = _tagged(self.env[TAG])
-            if not mine:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                return
-            for process in mine:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            psutil.wait_procs(mine, timeout=5)
-        raise AssertionError(f"still there: {[process.pid for process in mine]}")
+        kill_tagged(self.env[TAG])
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, app: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
         env = {key: value for key, value in self.env.items() if key != TAG} | {"RAY_ADDRESS": self.address}

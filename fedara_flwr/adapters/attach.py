@@ -77,7 +77,7 @@ class AdaptedModel:
         self.head = backbone.head_parameters()
         self.mask = RankMask.full([0] * len(self.layers))
         self.lowest = self.spec.blocks
-        """The lowest block with a living module; the number of blocks where none lives."""
+        """As `ModelSpec.lowest` of the mask."""
         self.costs: dict[Any, tuple[int, int]] = {}
         """What client/step.count_flops found for a mask; forgotten with the offset, which has a share in it."""
         self.model.requires_grad_(False)
@@ -210,8 +210,7 @@ class AdaptedModel:
         if "backbone" in arrays:
             self._check_frozen()
         self.mask = mask
-        alive = (module.block for module, count in zip(self.spec.modules, mask.alive, strict=True) if count)
-        self.lowest = min(alive, default=self.spec.blocks)
+        self.lowest = self.spec.lowest(mask)
         self._change_backbone(arrays.get("backbone"), positions, "backbone" in trainable)
         factors = self.spec.rows({"E": np.ones(mask.count, dtype=np.float32), **arrays}, mask)
         for rows, layer, place, scale in zip(factors, self.layers, self._places, scales, strict=True):

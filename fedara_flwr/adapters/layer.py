@@ -1,6 +1,6 @@
 """The adapted linear layer: PEFT's SVDLinear with its sum written as one product that adds.
 
-The same function and gradients as PEFT's own forward pass, with a fifth less of a step (benchmarks/speed): scale and E go
+The same function and gradients as PEFT's own forward pass, in 0.84 to 0.94 of a step's time (benchmarks/speed): scale and E go
 into the small factor A instead of the large result, and the result is written once.
 """
 

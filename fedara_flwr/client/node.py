@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from fedara_flwr.client.guard import METRICS, Guard
-from fedara_flwr.config import QUANTISED, ConfigError, Group, ModelSettings, nearest, one_line
+from fedara_flwr.config import QUANTISED, ConfigError, Dtype, Group, ModelSettings, nearest, one_line
 from fedara_flwr.log import printable
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
@@ -34,9 +34,7 @@ class NodeSettings(Group):
         ModelSettings().name,
         description="backbones it takes part with, comma-separated: the run's model.name, or NAME=PATH where it lies elsewhere",
     )
-    dtype: Literal["", "float32", "bfloat16", "int8", "int4"] = Field(
-        "", description="number type of the frozen backbone; '' = the run's"
-    )
+    dtype: Literal["", Dtype] = Field("", description="number type of the frozen backbone; '' = the run's")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
     max_memory_mb: float = Field(

@@ -92,8 +92,7 @@ class TrainPlan:
         One for the forward pass through a block, two for the backward pass, which ends at the lowest living module.
         """
         rows = self.steps * min(self.batch_size, examples) if self.steps else self.epochs * examples
-        alive = (module.block for module, count in zip(spec.modules, self.mask.alive, strict=True) if count)
-        lowest = 0 if "backbone" in self.trainable else min(alive, default=spec.blocks)
+        lowest = 0 if "backbone" in self.trainable else spec.lowest(self.mask)
         return rows * (3 * spec.blocks - 2 * lowest)
 
     def start(self, spec: ModelSpec, arrays: Arrays, mask: RankMask, sub: RankMask) -> Arrays:
