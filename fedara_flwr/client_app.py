@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedara_flwr.client import power, terms, worker
-from fedara_flwr.client.node import NodeSettings
+from fedara_flwr.client import terms
 from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.node import power, worker
+from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
     from fedara_flwr.client.train import ClientData
-    from fedara_flwr.spec import Arrays
+    from fedara_flwr.model.spec import Arrays
     from fedara_flwr.wire.plan import TrainPlan, Update
 
 logger = logging.getLogger(__name__)
@@ -119,13 +120,13 @@ def ready(message: Message, context: Context) -> Message:
         if data.skipped:
             logger.warning("node-config data-path = %r: %s", node.data_path, data.skipped)
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
-            context.state["offset"] = ConfigRecord({"digests": list(question["holds"])})
+            context.state["delta"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)
         if "calibrate-rank" in question and len(data.train):
             from fedara_flwr.client.capacity import measure
-            from fedara_flwr.client.store import NodeStore
+            from fedara_flwr.node.store import NodeStore
 
-            resident.set_offset((), NodeStore(node.store))  # a run before this one may have left its own
+            resident.set_delta((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
             tokens = Settings.from_flat(context.run_config).train.batch_tokens
             found = measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, tokens, rank)
@@ -168,7 +169,7 @@ class Received:
 
     def answer(self, update: Update, arrays: Arrays) -> Message:
         """The reply to TRAIN; `arrays` are what `arrays()` gave."""
-        from fedara_flwr.client.residues import ResidueStore
+        from fedara_flwr.node.residues import ResidueStore
         from fedara_flwr.wire.records import update_to_content
         from fedara_flwr.wire.upload import Residue, code_update
 
@@ -186,36 +187,36 @@ class Received:
 
 def receive(message: Message, context: Context, node: NodeSettings) -> Received | Message:
     """What came; or the reply that says what is missing."""
-    from fedara_flwr.client.store import MissingPieces
-    from fedara_flwr.wire.records import need_offset, plan_from_content
+    from fedara_flwr.node.store import MissingPieces
+    from fedara_flwr.wire.records import need_delta, plan_from_content
 
     session, data = _open(context, node)
     plan = plan_from_content(message.content, len(session.adapted.spec.modules))
     try:
-        _take_offset(message, context, node, session, plan)
+        _take_delta(message, context, node, session, plan)
     except MissingPieces as error:
-        return Message(need_offset(error.digests, plan.server_round), reply_to=message)
+        return Message(need_delta(error.digests, plan.server_round), reply_to=message)
     return Received(message, node, session, data, plan, client_key(context))
 
 
-def _take_offset(message: Message, context: Context, node: NodeSettings, resident: Session, plan: TrainPlan) -> None:
-    """Keep the pieces of the offset that came, and set the one that the plan names."""
-    from fedara_flwr.client.store import MissingPieces, NodeStore
+def _take_delta(message: Message, context: Context, node: NodeSettings, resident: Session, plan: TrainPlan) -> None:
+    """Keep the pieces of the delta that came, and set the one that the plan names."""
+    from fedara_flwr.node.store import MissingPieces, NodeStore
     from fedara_flwr.wire.records import read_pieces
 
     store = NodeStore(node.store)
     came = read_pieces(message.content, resident.adapted.spec)
     for piece in came:
         store.put(piece)
-    if plan.offset and in_simulation(context):
+    if plan.delta and in_simulation(context):
         # simulated nodes share a folder, but not what they were sent
-        known: Any = context.state.config_records.get("offset", ConfigRecord()).get("digests", [])
-        have = {*known, *(piece.digest for piece in came)} & set(plan.offset)
+        known: Any = context.state.config_records.get("delta", ConfigRecord()).get("digests", [])
+        have = {*known, *(piece.digest for piece in came)} & set(plan.delta)
         if have:
-            context.state["offset"] = ConfigRecord({"digests": sorted(have)})
-        if missing := [digest for digest in plan.offset if digest not in have]:
+            context.state["delta"] = ConfigRecord({"digests": sorted(have)})
+        if missing := [digest for digest in plan.delta if digest not in have]:
             raise MissingPieces(missing)
-    resident.set_offset(plan.offset, store)
+    resident.set_delta(plan.delta, store)
 
 
 @app.train()

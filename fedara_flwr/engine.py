@@ -17,13 +17,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client_app import Received, receive
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.config import OutputSettings, Settings
-from fedara_flwr.runs import RunDirectory
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.runs.directory import RunDirectory
 from fedara_flwr.server_app import run as run_server
-from fedara_flwr.spec import Arrays
 from fedara_flwr.wire.plan import Update
 
 logger = logging.getLogger(__name__)

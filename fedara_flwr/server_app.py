@@ -9,8 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedara_flwr import log, strategies
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.runs import RunDirectory
-from fedara_flwr.strategies.private import accounting
+from fedara_flwr.merging.private import accounting
+from fedara_flwr.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 app = ServerApp()
@@ -37,9 +37,9 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     log.show()
     method = strategies.find(settings.method)
     resumed = RunDirectory.resume(settings) if settings.run.resume else None
-    from fedara_flwr.saved import Keeper
+    from fedara_flwr.runs.keeper import Keeper
+    from fedara_flwr.runs.trackers import check
     from fedara_flwr.server.evaluate import ServerModel
-    from fedara_flwr.track import check
 
     check(settings.run.track)
     if settings.privacy.on:

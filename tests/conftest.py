@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from fedara_flwr.adapters.backbone import PACKAGED, Backbone, load_tokenizer, silence_libraries
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.tasks import TASKS
 
 silence_libraries()

@@ -38,15 +38,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedara_flwr.config import Settings
-from fedara_flwr.draws import draw
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.offsets import OffsetLog, Piece
-from fedara_flwr.ranks import RankMask, rank_order
+from fedara_flwr.model.deltas import DeltaLog, Piece
+from fedara_flwr.model.draws import draw
+from fedara_flwr.model.ranks import RankMask, rank_order
+from fedara_flwr.model.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Round
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire.codec import CODECS, Broadcast
 from fedara_flwr.wire.meter import COUNTED, payload
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
@@ -56,7 +56,7 @@ from fedara_flwr.wire.records import (
     MAX_NAME,
     MAX_VALUE,
     Rejected,
-    need_offset,
+    need_delta,
     plan_from_content,
     plan_to_content,
     read_arrays,
@@ -90,10 +90,10 @@ REASONS = {
         "protocol",
         "round",
     ),
-    *("offset", "sender", "norm", "unreadable"),
+    *("delta", "sender", "norm", "unreadable"),
 }
 """Why a reply may be dropped; "unreadable" only where Flower itself could not inflate it."""
-PLAN_REASONS = {"records", "protocol", "plan", "offset", "parts", "shape", "format", "codes", "not-finite"}
+PLAN_REASONS = {"records", "protocol", "plan", "delta", "parts", "shape", "format", "codes", "not-finite"}
 
 
 class Broken(BaseException):
@@ -142,9 +142,9 @@ PLANS = {
 
 
 def answer(plan: TrainPlan, lacks: bool = False) -> RecordDict:
-    """A good reply to `plan`, or one that lacks its offset."""
+    """A good reply to `plan`, or one that lacks its delta."""
     if lacks:
-        return need_offset(plan.offset, plan.server_round)
+        return need_delta(plan.delta, plan.server_round)
     mask, vote = plan.mask, None
     if "votes" in plan.report:
         ranks = rank_order(np.array([0.1, 4.0, 3.0, 0.2]))
@@ -182,9 +182,9 @@ NAMES += [
     "x" * 5000,
     "A\nround 7: all is well",
     "\x1b[2J",
-    "offset.",
-    "offset-ranks.",
-    "need-offset",
+    "delta.",
+    "delta-ranks.",
+    "need-delta",
     "loss",
 ]
 NAMES += ["eval-examples", "eval-accuracy", "\u202e", "term.", "term.prox.mu", "term..", "seconds-elapsed", "client", "type"]
@@ -561,7 +561,7 @@ class Loop(RoundLoop):
         """One client per node id; a node may be several clients."""
         settings = Settings.from_flat({"strategy.fraction-train": 1.0, "strategy.round-timeout": timeout})
         super().__init__(settings, SPEC, Expected("f" * 64, "t", "d", ("a", "b"), frozenset()), lambda record: None)
-        log, rng = OffsetLog(SPEC), np.random.default_rng(1)
+        log, rng = DeltaLog(SPEC), np.random.default_rng(1)
         log.add(PIECE)
         arrays = {part: rng.normal(size=SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}
         self.state = ServerState(arrays, MASK, log, server_round=ROUND - 1)
@@ -853,7 +853,7 @@ def attack(address: str, seed: int, ended: Callable[[], bool]) -> Counter[str]:
             message.metadata.__dict__["_message_id"] = message_id
             confirm(run_id, message_id)
             plan = plan_from_content(message.content, len(SPEC.modules))
-            lacks = bool(plan.offset) and rng.random() < 0.1
+            lacks = bool(plan.delta) and rng.random() < 0.1
             while True:
                 reply = Message(answer(plan, lacks), reply_to=message)
                 root, objects, shape = mutated(rng, reply)
@@ -912,7 +912,7 @@ def fuzz_plans(count: int, seed: int) -> Outcome:
     rng, outcome, arrays = random.Random(seed), Outcome(), np.random.default_rng(2)
     good = []
     for plan in PLANS.values():
-        plan = replace(plan, offset=(PIECE.digest,))
+        plan = replace(plan, delta=(PIECE.digest,))
         values = {p: arrays.normal(size=SPEC.length(p, plan.mask)).astype(np.float32) for p in plan.carries - plan.drawn}
         plan = replace(plan, carries=frozenset(p for p in values if plan.mask.count or p == "head"))
         arrays_sent = Broadcast(SPEC).encode(plan, {p: values[p] for p in plan.carries})

@@ -15,9 +15,9 @@ from peft.tuners.adalora.layer import SVDLinear
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.config import ConfigError
-from fedara_flwr.offsets import Piece
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.model.deltas import Piece
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS
 from fedara_flwr.tasks import TASKS
 
 RANK = 4
@@ -210,16 +210,16 @@ def test_lora_is_the_same_layer_with_e_one(tiny_models):
     assert not any(p.requires_grad for p in adapted.parameters("E"))
 
 
-@pytest.mark.parametrize("offset", [False, True])
-def test_layer_is_the_function_of_pefts_own_with_its_gradients(tiny_models, offset):
+@pytest.mark.parametrize("delta", [False, True])
+def test_layer_is_the_function_of_pefts_own_with_its_gradients(tiny_models, delta):
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec = adapted.spec
     mask = RankMask.full([RANK] * len(spec.modules))
-    if offset:
+    if delta:
         rng = np.random.default_rng(1)
         shapes = {"B": sum(m.d_out for m in spec.modules), "A": sum(m.d_in for m in spec.modules)}
         values = {part: rng.normal(size=size).astype(np.float32) for part, size in shapes.items()}
-        adapted.set_offset(Piece((1,) * len(spec.modules), values))
+        adapted.set_delta(Piece((1,) * len(spec.modules), values))
     adapted.load(random_arrays(spec, mask), mask, scales(spec), ALL)
     layer = adapted.layers[3]
     inputs = torch.randn(2, 5, spec.modules[3].d_in, generator=torch.Generator().manual_seed(0))
@@ -291,7 +291,7 @@ def test_sizes_of_the_published_models(config, slot, megabytes):
     import transformers
 
     from fedara_flwr.adapters.backbone import _block_list, _linear_modules
-    from fedara_flwr.spec import ModelSpec
+    from fedara_flwr.model.spec import ModelSpec
 
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(getattr(transformers, config)())

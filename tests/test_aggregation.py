@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 
-from fedara_flwr.offsets import pack_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import PARTS, SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies.aggregation import (
+from fedara_flwr.merging.mean import (
     FactorError,
     PaddedMean,
     SlotMean,
@@ -21,6 +18,9 @@ from fedara_flwr.strategies.aggregation import (
     split_product,
     split_svd,
 )
+from fedara_flwr.model.deltas import pack_factors
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import PARTS, SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire.plan import Update
 
 laws = settings(deadline=None, max_examples=60)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import (
     WeightedVote,
     arbitrate_budget,

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
 LAYERS = [
-    {"config", "spec", "ranks", "seeds", "fleet", "draws", "offsets", "files", "log"},
+    {"config", "spec", "ranks", "seeds", "fleet", "draws", "deltas", "files", "log"},
     {"wire", "tasks", "data", "adapters"},
     {"client", "server"},
     {"strategies"},

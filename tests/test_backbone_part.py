@@ -1,4 +1,4 @@
-"""What changes in the backbone: offsets, full fine-tuning, drawn positions; and that the resident tensors never change."""
+"""What changes in the backbone: deltas, full fine-tuning, drawn positions; and that the resident tensors never change."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import save_model
 from fedara_flwr.client.train import batches, load, train
-from fedara_flwr.draws import sparse_positions
-from fedara_flwr.offsets import Piece, as_dense, dense, dense_size, factors, from_factors
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.deltas import Piece, as_dense, dense, dense_size, factors, from_factors
+from fedara_flwr.model.draws import sparse_positions
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS
 
 RANK = 4
@@ -24,7 +24,7 @@ architectures = pytest.mark.parametrize("name", list(CONFIGS))
 ADAPTERS = frozenset({"B", "A", "head"})
 
 
-def offset_of(spec, kind, seed=0):
+def delta_of(spec, kind, seed=0):
     """Factors of rank 2, none on module 0, or the same as one dense piece."""
     rng = np.random.default_rng(seed)
     ranks = [0] + [2] * (len(spec.modules) - 1)
@@ -73,10 +73,10 @@ def is_restored(adapted, before):
     return [(p.data_ptr(), p.detach().float().numpy().tobytes()) for p in adapted._frozen] == before
 
 
-# -- offsets --------------------------------------------------------------------------------------------------------
+# -- deltas --------------------------------------------------------------------------------------------------------
 @architectures
 @pytest.mark.parametrize("kind", ["factors", "dense"])
-def test_an_offset_is_added_to_the_weights_of_living_and_dead_modules(tiny_models, name, kind):
+def test_an_delta_is_added_to_the_weights_of_living_and_dead_modules(tiny_models, name, kind):
     """The reference is a plain model whose weights were changed: no adapter, and s·B·A on two thirds of the modules."""
     adapted, plain = AdaptedModel(backbone(tiny_models[name])), backbone(tiny_models[name])
     spec, before = adapted.spec, resident(adapted)
@@ -84,8 +84,8 @@ def test_an_offset_is_added_to_the_weights_of_living_and_dead_modules(tiny_model
     arrays = adapters(spec, mask)
     adapted.load(arrays, mask, scales(spec), ADAPTERS)
     without = logits_of(adapted)
-    piece = offset_of(spec, kind)
-    adapted.set_offset(piece)
+    piece = delta_of(spec, kind)
+    adapted.set_delta(piece)
     adapted.load(arrays, mask, scales(spec), ADAPTERS)
     trained = {id(p) for part in ("B", "A", "head") for p in adapted.parameters(part)}
     assert {id(p) for p in adapted.model.parameters() if p.requires_grad} == trained
@@ -114,13 +114,13 @@ def test_an_offset_is_added_to_the_weights_of_living_and_dead_modules(tiny_model
     assert torch.equal(logits_of(adapted), changed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapted.set_offset(None)
+        adapted.set_delta(None)
     adapted.load(arrays, mask, scales(spec))
     assert torch.equal(logits_of(adapted), without)
     assert is_restored(adapted, before)
 
 
-def test_offsets_replace_one_another(tiny_models):
+def test_deltas_replace_one_another(tiny_models):
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec, before = adapted.spec, resident(adapted)
     seen = {}
@@ -133,9 +133,9 @@ def test_offsets_replace_one_another(tiny_models):
         ("factors", 1),
         ("dense", 1),
     ]:
-        piece = offset_of(spec, kind, seed)
-        adapted.set_offset(piece)
-        adapted.set_offset(Piece(piece.ranks, dict(piece.arrays)))
+        piece = delta_of(spec, kind, seed)
+        adapted.set_delta(piece)
+        adapted.set_delta(Piece(piece.ranks, dict(piece.arrays)))
         adapted.load({"head": head_of(spec)}, no_slots(spec), scales(spec))
         now = logits_of(adapted)
         assert torch.allclose(now, seen.setdefault(seed, now), atol=1e-5)
@@ -148,15 +148,15 @@ def test_a_piece_that_does_not_fit_changes_nothing(tiny_models):
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec = adapted.spec
     good, bad = (
-        offset_of(spec, "factors"),
+        delta_of(spec, "factors"),
         Piece((2,) * len(spec.modules), {"B": np.ones(5, np.float32), "A": np.ones(5, np.float32)}),
     )
-    adapted.set_offset(good)
+    adapted.set_delta(good)
     adapted.load({"head": head_of(spec)}, no_slots(spec), scales(spec))
     before = logits_of(adapted)
     for _ in range(2):
         with pytest.raises(ValueError, match="reshape"):
-            adapted.set_offset(bad)
+            adapted.set_delta(bad)
     adapted.load({"head": head_of(spec)}, no_slots(spec), scales(spec))
     assert torch.equal(logits_of(adapted), before)
 
@@ -192,17 +192,17 @@ def equal(first, second):
 
 @pytest.mark.parametrize("name, dtype", [(name, "float32") for name in CONFIGS] + [("bert", "bfloat16"), ("llama", "bfloat16")])
 def test_no_client_writes_the_resident_backbone_or_leaves_anything_behind(tiny_models, name, dtype):
-    """Every way to train, with and without either offset, in one process; each result is that of a fresh one."""
+    """Every way to train, with and without either delta, in one process; each result is that of a fresh one."""
     used = AdaptedModel(backbone(tiny_models[name], dtype=dtype))
     spec, before = used.spec, resident(used)
     order = [("lora", None), ("full", None), ("slora", "dense"), ("lora", "factors"), ("slora", None), ("full", "dense")]
     results = {}
     for what, kind in [*order, *order[::-1]]:
-        used.set_offset(offset_of(spec, kind) if kind else None)
+        used.set_delta(delta_of(spec, kind) if kind else None)
         update = work(used, what)
         assert equal(update, results.setdefault((what, kind), update))
         assert resident(used) == before
-    used.set_offset(None)
+    used.set_delta(None)
     used.load({"head": head_of(spec)}, no_slots(spec), scales(spec))
     assert is_restored(used, before)
     assert not any(p.grad is not None or p.requires_grad for p in used._frozen)
@@ -268,22 +268,22 @@ def test_only_the_drawn_positions_of_the_backbone_are_trained(tiny_models, name,
 
 
 @pytest.mark.parametrize("what", ["full", "slora"])
-def test_what_a_client_sends_back_of_the_backbone_leaves_the_offset_out(tiny_models, what):
-    """Not trained at all, the difference that comes back is the one received, under either offset."""
+def test_what_a_client_sends_back_of_the_backbone_leaves_the_delta_out(tiny_models, what):
+    """Not trained at all, the difference that comes back is the one received, under either delta."""
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec = adapted.spec
     entries = {"full": 0, "slora": 200}[what]
     change = np.random.default_rng(4).normal(0, 0.02, entries or spec.backbone_size).astype(np.float32)
     orders = plan(no_slots(spec), scales=scales(spec), trainable=frozenset({"backbone", "head"}), entries=entries, draw_seed=7)
     for kind in (None, "dense", "factors"):
-        adapted.set_offset(offset_of(spec, kind) if kind else None)
+        adapted.set_delta(delta_of(spec, kind) if kind else None)
         load(adapted, orders, {"head": head_of(spec), "backbone": change})
         np.testing.assert_allclose(adapted.collect(frozenset({"backbone"}))["backbone"], change, atol=1e-6)
 
 
 def test_drawn_values_are_those_of_the_server(tiny_models):
     """LoRA's A from eight bytes, B = 0: ΔW = 0, and A is the cut of the whole."""
-    from fedara_flwr.draws import lora_a
+    from fedara_flwr.model.draws import lora_a
 
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec, mask = adapted.spec, some_mask(adapted.spec)
@@ -297,10 +297,10 @@ def test_drawn_values_are_those_of_the_server(tiny_models):
 
 # -- the server's view ------------------------------------------------------------------------------------------------
 def test_the_frozen_weight_stays_the_frozen_one(tiny_models):
-    """Also while a dense offset or a trained backbone is loaded; and nobody can write it."""
+    """Also while a dense delta or a trained backbone is loaded; and nobody can write it."""
     adapted, plain = AdaptedModel(backbone(tiny_models["bert"])), backbone(tiny_models["bert"])
     spec = adapted.spec
-    adapted.set_offset(offset_of(spec, "dense"))
+    adapted.set_delta(delta_of(spec, "dense"))
     adapted.load({"head": head_of(spec), "backbone": np.ones(spec.backbone_size, np.float32)}, no_slots(spec), scales(spec))
     for module in spec.modules:
         weight = adapted.resident_weight(module.name)
@@ -318,7 +318,7 @@ def test_a_bfloat16_backbone_is_saved_without_rounding_what_was_trained(tiny_mod
     if kind == "full":
         arrays["backbone"] = change = np.random.default_rng(0).normal(0, 1e-4, spec.backbone_size).astype(np.float32)
     elif kind != "head":
-        adapted.set_offset(offset_of(spec, kind))
+        adapted.set_delta(delta_of(spec, kind))
     adapted.load(arrays, mask, scales(spec))
     expected, batch = logits_of(adapted), random_batch()
     save_model(tmp_path, adapted)
@@ -329,14 +329,14 @@ def test_a_bfloat16_backbone_is_saved_without_rounding_what_was_trained(tiny_mod
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
     head = torch.cat([stock.get_parameter(p.name).reshape(-1) for p in spec.head])
     assert np.array_equal(head.detach().numpy(), arrays["head"])
-    offset = dict(zip([m.name for m in spec.modules], dense([adapted._offset] if adapted._offset else [], spec), strict=True))
+    delta = dict(zip([m.name for m in spec.modules], dense([adapted._delta] if adapted._delta else [], spec), strict=True))
     start = 0
     for parameter, data in zip(spec.backbone, adapted._resident, strict=True):
         wanted = data.float().numpy() + change[start : start + parameter.size].reshape(parameter.shape)
-        wanted = wanted + offset.get(parameter.name.removesuffix(".weight"), np.float32(0))
+        wanted = wanted + delta.get(parameter.name.removesuffix(".weight"), np.float32(0))
         np.testing.assert_allclose(stock.get_parameter(parameter.name).detach().numpy(), wanted, atol=1e-6)
         start += parameter.size
-    adapted.set_offset(None)
+    adapted.set_delta(None)
     adapted.load({"head": arrays["head"]}, mask, scales(spec))
     assert is_restored(adapted, before) and {p.dtype for p in adapted._frozen} == {torch.bfloat16}
 
@@ -358,6 +358,6 @@ def test_sizes(tiny_models):
     """BERT of width 16 and 24: four 16 x 16, one 24 x 16 and one 16 x 24 per block."""
     spec = backbone(tiny_models["bert"]).spec
     assert dense_size(spec) == 3 * (4 * 256 + 2 * 384)
-    assert [f[0].shape for f in factors(offset_of(spec, "factors"), spec)][:2] == [(16, 0), (16, 2)]
+    assert [f[0].shape for f in factors(delta_of(spec, "factors"), spec)][:2] == [(16, 0), (16, 2)]
     assert spec.length("backbone", no_slots(spec)) == spec.backbone_size == sum(p.size for p in spec.backbone)
     assert spec.length("backbone", no_slots(spec), entries=5) == 5

@@ -15,7 +15,7 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import FlopCounter, backward_blocks, measure
 from fedara_flwr.client.train import ClientData, train
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.tasks.base import Encoded
@@ -182,7 +182,7 @@ def test_calibration_frees_what_it_kept(adapted):
     assert tensors() <= before + 5
 
 
-def test_calibration_does_not_see_the_offset_of_a_run_before(tiny_bert):
+def test_calibration_does_not_see_the_delta_of_a_run_before(tiny_bert):
     """One process, a run of flora and then two of legend with the same model and data: as if flora had not been."""
     changes = {"num_server_rounds": 1, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
 
@@ -195,5 +195,5 @@ def test_calibration_does_not_see_the_offset_of_a_run_before(tiny_bert):
     first = reports()
     flora = start(config(tiny_bert, method="flora", **changes | {"num_server_rounds": 2, "adapter__rank": 1}))
     (resident,) = session._resident.values()
-    assert flora.state.offset.version and resident.adapted._offset.ranks, "an offset of factors is in the resident model"
+    assert flora.state.delta.version and resident.adapted._delta.ranks, "a delta of factors is in the resident model"
     assert reports() == first

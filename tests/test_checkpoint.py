@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from fedara_flwr import engine
 from fedara_flwr.config import ConfigError
-from fedara_flwr.runs import RunDirectory, read_facts
-from fedara_flwr.saved import conclude_stopped, open_run
+from fedara_flwr.runs.directory import RunDirectory, read_facts
+from fedara_flwr.runs.keeper import conclude_stopped, open_run
 from fedara_flwr.server.checkpoint import BadCheckpoint, Checkpoints, decode, encode
 
 METHODS = ["fedara", "legend", "federa", "flora", "fedex-lora", "hetlora", "slora", "full"]
@@ -71,7 +71,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tiny_bert, tmp_path, monkeypatch, method):
-    """Stopped after round 2: masks, clients' reports, offsets and what nodes hold of them are all in the checkpoint."""
+    """Stopped after round 2: masks, clients' reports, deltas and what nodes hold of them are all in the checkpoint."""
     engine.run(settings(tiny_bert, tmp_path, "whole", method), CLIENTS)
     with stopped_in_round(monkeypatch, 3):
         engine.run(settings(tiny_bert, tmp_path, "cut", method), CLIENTS)
@@ -153,20 +153,20 @@ def test_a_checkpoint_of_another_run_is_refused(saved, tiny_bert, tmp_path, capl
 
 
 def test_state_survives_encoding(tiny_bert):
-    """Every field, of a run with offsets, holdings and clients' reports."""
+    """Every field, of a run with deltas, holdings and clients' reports."""
     strategy, grid = prepare(settings(tiny_bert, "/tmp", "x", "flora"))
     strategy.start(grid, strategy.initial_arrays(), 3)
     strategy.state.clients["3"] = {"uploads": [0.1, 1e-300], "rank": 2}
     state = strategy.state
     tensors, facts = encode(state)
     again = decode(strategy.spec, tensors, json.loads(json.dumps(facts)))
-    assert {name: value for name, value in vars(again).items() if name not in ("arrays", "offset")} == {
-        name: value for name, value in vars(state).items() if name not in ("arrays", "offset")
+    assert {name: value for name, value in vars(again).items() if name not in ("arrays", "delta")} == {
+        name: value for name, value in vars(state).items() if name not in ("arrays", "delta")
     }
     assert all(np.array_equal(again.arrays[part], state.arrays[part]) for part in state.arrays)
-    assert again.offset.composed().digest == state.offset.composed().digest
+    assert again.delta.composed().digest == state.delta.composed().digest
     have = next(iter(state.holdings.values()))
-    assert again.offset.fetch(have)[0] == state.offset.fetch(have)[0]
+    assert again.delta.fetch(have)[0] == state.delta.fetch(have)[0]
     facts["ranks"] = facts["ranks"][1:]
     with pytest.raises(BadCheckpoint, match="17 modules, the model has 18"):
         decode(strategy.spec, tensors, facts)

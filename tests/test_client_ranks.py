@@ -17,12 +17,12 @@ from test_session import run as train_client
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client.terms import TailPenalty
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.offsets import dense
-from fedara_flwr.ranks import RankMask, pack_bits
+from fedara_flwr.merging.mean import delta_norm, module_factors, split_svd
+from fedara_flwr.model.deltas import dense
+from fedara_flwr.model.ranks import RankMask, pack_bits
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.roster import Expected, Node
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies import find
-from fedara_flwr.strategies.aggregation import delta_norm, module_factors, split_svd
 from fedara_flwr.strategies.client_ranks import first_slots
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.records import Rejected, update_from_content, update_to_content
@@ -381,11 +381,11 @@ def test_a_restarted_slot_learns(adapted):
 
 # -- flora and fedex-lora ------------------------------------------------------------
 def matrices(strategy):
-    """ΔW of every module: the offset and what the adapters add."""
+    """ΔW of every module: the delta and what the adapters add."""
     state = strategy.state
     pairs = module_factors(SPEC, state.mask, state.arrays)
-    offset = dense([state.offset.composed()], SPEC) if state.offset.version else [0.0] * len(pairs)
-    return [o + s * b @ a for o, s, (b, a) in zip(offset, strategy.scales(), pairs, strict=True)]
+    delta = dense([state.delta.composed()], SPEC) if state.delta.version else [0.0] * len(pairs)
+    return [o + s * b @ a for o, s, (b, a) in zip(delta, strategy.scales(), pairs, strict=True)]
 
 
 def merge_round(strategy, number, updates):
@@ -406,12 +406,12 @@ rounds = st.lists(
 @pytest.mark.parametrize("method", ["flora", "fedex-lora"])
 @laws
 @given(rounds)
-def test_offset_and_adapters_are_the_exact_weighted_sum(method, drawn):
-    """Whatever the ranks: what was in the offset, and the mean of s·B·A. flora's adapters end at ΔW = 0."""
+def test_delta_and_adapters_are_the_exact_weighted_sum(method, drawn):
+    """Whatever the ranks: what was in the delta, and the mean of s·B·A. flora's adapters end at ΔW = 0."""
     strategy = make(method)
     for number, clients in enumerate(drawn, 1):
         total, state = sum(weight for *_, weight in clients), strategy.state
-        before = dense([state.offset.composed()], SPEC) if state.offset.version else [0.0, 0.0]
+        before = dense([state.delta.composed()], SPEC) if state.delta.version else [0.0, 0.0]
         updates = [(an_update(first_slots(FULL, rank), seed), weight) for seed, rank, weight in clients]
         held = module_factors(SPEC, FULL, state.arrays)
         merge_round(strategy, number, updates)
@@ -463,12 +463,12 @@ def lines(strategy, kind):
     [("hetlora", "profile", 1), ("flexlora", "profile", 1), ("flora", "profile", 2), ("fedex-lora", "seed", 2)],
 )
 def test_runs_with_ranks_of_each_client(tiny_bert, method, assign, rounds):
-    """Bytes go by the client's rank, and the order of the replies changes nothing, the offset's pieces included."""
+    """Bytes go by the client's rank, and the order of the replies changes nothing, the delta's pieces included."""
     text = f"ranks = [1, 2, 4]\nassign = '{assign}'" + ("\npenalty = 0.0" if method == "hetlora" else "")
     flat = config(tiny_bert, method=method, num_server_rounds=rounds, strategy__options=text, **ALL)
     plain, shuffled = start(flat, clients=4), start(flat, ShuffledGrid, clients=4, seed=3)
     assert all(np.array_equal(plain.state.arrays[part], shuffled.state.arrays[part]) for part in plain.state.arrays)
-    composed = [strategy.state.offset.composed() for strategy in (plain, shuffled)]
+    composed = [strategy.state.delta.composed() for strategy in (plain, shuffled)]
     assert composed[0] is None or composed[0].digest == composed[1].digest
     assert plain.meter.total == shuffled.meter.total
     ranks = {key: plain.client_rank(key) for key in plain.roster.nodes}

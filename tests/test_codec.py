@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from test_wire import MASK, MOST, PLAN, PLANS, SPEC, VOTING, changed_plan, plan_reason, random_arrays, reason, update_for
 
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import PARTS
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import PARTS
 from fedara_flwr.wire.codec import CODECS, Broadcast, nbytes
 from fedara_flwr.wire.meter import payload
 from fedara_flwr.wire.plan import Update

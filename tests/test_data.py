@@ -21,8 +21,8 @@ import pytest
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.load import Skipped, load, load_own, look
 from fedara_flwr.data.partitions import by_hash, split
+from fedara_flwr.data.sources import Skipped, load, load_own, look
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 formats = pytest.mark.parametrize("ending", ENDINGS)

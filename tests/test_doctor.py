@@ -364,7 +364,7 @@ def test_local_data(tmp_path):
 
 
 def test_data_of_the_hub(monkeypatch, hub, tmp_path):
-    import fedara_flwr.data.load as loading
+    import fedara_flwr.data.sources as loading
 
     mine = settings(data__name="me/mine")
     assert "the first run downloads it" in doctor.data(mine).found  # and is not loaded for this

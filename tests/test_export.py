@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
-from fedara_flwr.offsets import Weights, from_factors
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.deltas import Weights, from_factors
+from fedara_flwr.model.ranks import RankMask
 
 
 @pytest.mark.parametrize("name, lora", [("bert", False), ("bert", True), ("distilbert", False), ("llama", False)])
@@ -114,13 +114,11 @@ def test_a_model_without_adapters_is_saved_whole(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("name", ["roberta", "llama"])
 def test_merged_adapters_have_the_same_logits_in_stock_transformers(tiny_models, tmp_path, name):
-    """Adapters and an offset of factors, merged; loading again takes the merge back."""
+    """Adapters and a delta of factors, merged; loading again takes the merge back."""
     adapted = AdaptedModel(backbone(tiny_models[name]))
     weights, rng = unequal(adapted.spec), np.random.default_rng(1)
     spec = adapted.spec
-    adapted.set_offset(
-        from_factors([(rng.normal(0, 0.2, (m.d_out, 2)), rng.normal(0, 0.2, (2, m.d_in))) for m in spec.modules])
-    )
+    adapted.set_delta(from_factors([(rng.normal(0, 0.2, (m.d_out, 2)), rng.normal(0, 0.2, (2, m.d_in))) for m in spec.modules]))
     batch, expected = random_batch(), logits(adapted, weights, random_batch())
     save_model(tmp_path, adapted)
     np.testing.assert_allclose(stock_logits("merged", "", tmp_path, batch), expected, atol=5e-6)

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from fedara_flwr import engine
 from fedara_flwr.adapters.backbone import load_tokenizer
-from fedara_flwr.card import has_card, write_card
 from fedara_flwr.cli import app
 from fedara_flwr.cli.exporting import FORMATS
-from fedara_flwr.runs import read_facts
-from fedara_flwr.saved import open_run
+from fedara_flwr.runs.card import has_card, write_card
+from fedara_flwr.runs.directory import read_facts
+from fedara_flwr.runs.keeper import open_run
 
 README = Path(__file__).parent.parent / "README.md"
 COLOURS = ("red", "green", "blue")
@@ -60,7 +60,9 @@ def run(base, tmp_path_factory):
             settings = config(base[name], method=method, num_server_rounds=2, strategy__warmup_rounds=0, data__path=str(data))
             settings |= {"data.test": 0.2, "run.dir": str(root), "run.name": f"{name}-{method}"}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("fedara_flwr.saved.write_report", lambda path: path / "report.html")  # pictures take seconds
+                patch.setattr(
+                    "fedara_flwr.runs.keeper.write_report", lambda path: path / "report.html"
+                )  # pictures take seconds
                 found[name, method] = engine.run(settings, CLIENTS).path
         return found[name, method]
 
@@ -80,7 +82,7 @@ def logits(path: Path) -> np.ndarray:
     """Of the trained model that the run's newest checkpoint holds."""
     strategy, model = open_run(path)
     weights = strategy.weights()
-    model.adapted.set_offset(weights.offset)
+    model.adapted.set_delta(weights.delta)
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
         return model.adapted.logits(batch()).numpy()

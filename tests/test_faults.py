@@ -18,7 +18,7 @@ from runs_helper import CLIENTS, TamperedGrid, config, prepare
 
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.ranks import RankMask, pack_bits
+from fedara_flwr.model.ranks import RankMask, pack_bits
 from fedara_flwr.wire import PROTOCOL
 
 BAD, LAST = 2, 2  # the client whose reply is bad, and the round
@@ -250,7 +250,7 @@ FAULTS = {
     "ranks of the vote twice the same": (setting("reply", slot_ranks=b"\0\0"), "votes"),
     "protocol unknown": (setting("reply", protocol=PROTOCOL + 1), "protocol"),
     "protocol missing": (setting("reply", protocol=None), "protocol"),
-    "needs pieces that there are not": (setting("reply", need_offset=["ab" * 32], protocol=9), "protocol"),
+    "needs pieces that there are not": (setting("reply", need_delta=["ab" * 32], protocol=9), "protocol"),
     "raises": (as_error, "error-2"),
     "unreadable": (unreadable, "unreadable"),
     "another's name": (metadata(src_node_id=4242), "sender"),

@@ -1,4 +1,4 @@
-"""FeDeRA, and runs in which nodes hold an offset or values of the backbone travel: bytes, lost pieces, liars."""
+"""FeDeRA, and runs in which nodes hold a delta or values of the backbone travel: bytes, lost pieces, liars."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedara_flwr import strategies
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import save_lora
 from fedara_flwr.config import Settings
-from fedara_flwr.draws import lora_a, sparse_positions
-from fedara_flwr.offsets import dense
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.merging.mean import module_factors
+from fedara_flwr.model.deltas import dense
+from fedara_flwr.model.draws import lora_a, sparse_positions
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.messages import replies
 from fedara_flwr.server.roster import Expected
-from fedara_flwr.strategies.aggregation import module_factors
 from fedara_flwr.wire.plan import TrainPlan
-from fedara_flwr.wire.records import need_offset, plan_from_content
+from fedara_flwr.wire.records import need_delta, plan_from_content
 
 CLIENTS = 4
 architectures = pytest.mark.parametrize("name", list(CONFIGS))
@@ -52,8 +52,8 @@ def federa(path, rank, alpha, dtype="float32"):
 
 
 @torch.no_grad()
-def logits(adapted, weights, offset=True):
-    adapted.set_offset(weights.offset if offset else None)
+def logits(adapted, weights, delta=True):
+    adapted.set_delta(weights.delta if delta else None)
     adapted.load(weights.arrays, weights.mask, weights.scales)
     return adapted.logits(random_batch())
 
@@ -71,12 +71,12 @@ def bare_logits(path, head, dtype="float32"):
 @pytest.mark.parametrize("rank, alpha", [(3, 12.0), (20, 1.0)])
 @architectures
 def test_the_start_is_the_backbones_function(tiny_models, name, rank, alpha):
-    """Rank 20 is above that of most modules (16); neither start nor offset may change the function."""
+    """Rank 20 is above that of most modules (16); neither start nor delta may change the function."""
     adapted, strategy = federa(tiny_models[name], rank, alpha)
     weights = strategy.weights()
     expected = bare_logits(tiny_models[name], weights.arrays["head"])
     torch.testing.assert_close(logits(adapted, weights), expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(logits(adapted, weights, offset=False), expected, atol=1e-3)
+    assert not torch.allclose(logits(adapted, weights, delta=False), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -88,11 +88,11 @@ def test_the_start_is_the_backbones_function_in_bfloat16(tiny_models, name):
     torch.testing.assert_close(logits(adapted, weights), expected, atol=0.03, rtol=0.03)
 
 
-def test_start_and_offset_by_the_papers_formula(tiny_models):
-    """s·B0·A0 is the best approximation of rank 3: what is left has the other singular values; the offset takes it out."""
+def test_start_and_delta_by_the_papers_formula(tiny_models):
+    """s·B0·A0 is the best approximation of rank 3: what is left has the other singular values; the delta takes it out."""
     adapted, strategy = federa(tiny_models["bert"], 3, 12.0)
     spec, state, s = adapted.spec, strategy.state, 12.0 / 3
-    taken = dense([state.offset.composed()], spec)
+    taken = dense([state.delta.composed()], spec)
     for module, (b, a), out in zip(spec.modules, module_factors(spec, state.mask, state.arrays), taken, strict=True):
         weight = adapted.resident_weight(module.name).astype(np.float64)
         values = np.linalg.svd(weight, compute_uv=False)
@@ -102,7 +102,7 @@ def test_start_and_offset_by_the_papers_formula(tiny_models):
         np.testing.assert_allclose(s * b.T @ b, np.diag(values[:3]), atol=1e-6)  # √S on either side
         np.testing.assert_allclose(s * a @ a.T, np.diag(values[:3]), atol=1e-6)
         np.testing.assert_allclose(out, -s * b @ a, atol=1e-6)
-    assert state.offset.composed().ranks == (3,) * len(spec.modules)
+    assert state.delta.composed().ranks == (3,) * len(spec.modules)
 
 
 def test_slots_above_a_modules_rank_are_zero(tiny_models):
@@ -124,10 +124,10 @@ def trained(strategy, seed=0):
 
 @pytest.mark.parametrize("rank", [3, 20])
 @architectures
-def test_what_is_exported_is_the_model_without_an_offset(tiny_models, name, rank):
+def test_what_is_exported_is_the_model_without_an_delta(tiny_models, name, rank):
     adapted, strategy = federa(tiny_models[name], rank, 12.0)
     exported = trained(strategy).exported()
-    assert exported.offset is None and "E" not in exported.arrays
+    assert exported.delta is None and "E" not in exported.arrays
     # a start above a layer's own rank needs no more than that
     assert list(exported.mask.ranks) == [rank + min(rank, m.d_out, m.d_in) for m in adapted.spec.modules]
     expected = logits(adapted, strategy.weights())
@@ -188,8 +188,8 @@ def rounds(strategy):
     return [line for line in strategy.lines if line["type"] == "round"]
 
 
-def offset_bytes(content):
-    return sum(4 * a.shape[0] for name, r in content.array_records.items() if name.startswith("offset.") for a in r.values())
+def delta_bytes(content):
+    return sum(4 * a.shape[0] for name, r in content.array_records.items() if name.startswith("delta.") for a in r.values())
 
 
 FEDERA = {"method": "federa", "num_server_rounds": 3, "seed": 1}
@@ -203,30 +203,30 @@ def whole_federa(tiny_bert, tmp_path_factory):
         return play(short(tiny_bert, **FEDERA))
 
 
-def test_the_offset_is_sent_once_to_each_node(whole_federa):
+def test_the_delta_is_sent_once_to_each_node(whole_federa):
     strategy, grid = whole_federa
     spec, mask = strategy.spec, strategy.state.mask
     size = 4 * (spec.length("B", mask) + spec.length("A", mask))
     first, sent = set(), Counter()
     for _, node, content, _ in grid.seen:
-        assert plan_from_content(content, len(spec.modules)).offset == strategy.state.holdings["0"].digests
-        assert offset_bytes(content) == (0 if node in first else size)
+        assert plan_from_content(content, len(spec.modules)).delta == strategy.state.holdings["0"].digests
+        assert delta_bytes(content) == (0 if node in first else size)
         first.add(node)
-        sent["offset"] += offset_bytes(content)
+        sent["delta"] += delta_bytes(content)
         sent["B"] += 4 * content.array_records["arrays"]["B"].shape[0]
     assert len(grid.seen) == 6 and first == set(range(CLIENTS))
     total = strategy.state.bytes_total
-    assert total["down.offset"] == sent["offset"] == CLIENTS * size == sum(r["bytes"]["down.offset"] for r in rounds(strategy))
+    assert total["down.delta"] == sent["delta"] == CLIENTS * size == sum(r["bytes"]["down.delta"] for r in rounds(strategy))
     assert total["down.B"] == total["up.B"] == sent["B"] == 6 * 4 * spec.length("B", mask)
-    assert "up.offset" not in total
+    assert "up.delta" not in total
     clients = [line for line in strategy.lines if line["type"] == "client"]
-    assert sum(line["bytes-down"].get("offset", 0) for line in clients) == sent["offset"]
+    assert sum(line["bytes-down"].get("delta", 0) for line in clients) == sent["delta"]
 
 
 def test_a_node_that_comes_late_trains_on_the_same_residual(whole_federa):
     """Round 1's two nodes and the others have one piece with one digest, whenever it came."""
     strategy, grid = whole_federa
-    late = [node for _, node, content, _ in grid.seen[2:] if offset_bytes(content)]
+    late = [node for _, node, content, _ in grid.seen[2:] if delta_bytes(content)]
     assert late, "all nodes were drawn in round 1: choose another seed"
     assert {h.digests for h in strategy.state.holdings.values()} == {strategy.state.holdings[str(late[0])].digests}
     assert not any(line["dropped"] for line in rounds(strategy))
@@ -243,10 +243,10 @@ def test_a_node_that_lost_its_pieces_gets_them_within_the_round(tiny_bert, home,
     lost = []
 
     def lose(message, context):
-        if message.content.config_records["plan"]["round"] < 2 or offset_bytes(message.content) or len(lost) > 1:
+        if message.content.config_records["plan"]["round"] < 2 or delta_bytes(message.content) or len(lost) > 1:
             return
         if not lost:
-            del context.state["offset"]
+            del context.state["delta"]
         else:
             shutil.rmtree(home)
             session._resident.clear()
@@ -254,22 +254,22 @@ def test_a_node_that_lost_its_pieces_gets_them_within_the_round(tiny_bert, home,
 
     strategy, grid = play(short(tiny_bert, **FEDERA), before=lose)
     whole, _ = whole_federa
-    size = offset_bytes(grid.seen[0][2])
+    size = delta_bytes(grid.seen[0][2])
     assert len(lost) == 2 and same_arrays(strategy, whole)
     assert [line["good"] for line in rounds(strategy)] == [2, 2, 2] and not any(r["dropped"] for r in rounds(strategy))
     assert strategy.state.holdings == whole.state.holdings
     assert len(grid.seen) == 6 + 2
-    answers = [answer for *_, answer in grid.seen if "need-offset" in answer.config_records["reply"]]
+    answers = [answer for *_, answer in grid.seen if "need-delta" in answer.config_records["reply"]]
     assert len(answers) == 2
     more = Counter(strategy.state.bytes_total)
     more.subtract(whole.state.bytes_total)
     # what a client says of its own time is as long as its digits: other bytes may differ, values may not
-    assert more["down.offset"] == 2 * size
+    assert more["down.delta"] == 2 * size
     assert more["down.B"] == 2 * 4 * strategy.spec.length("B", strategy.state.mask) == more["down.A"]
     assert more["up.B"] == more["up.A"] == more["up.head"] == 0
     assert more["up.other"] == sum(record.count_bytes() for a in answers for record in a.values())
-    lines = [line for line in strategy.lines if line["type"] == "client" and line["bytes-down"].get("offset", 0)]
-    assert sum(line["bytes-down"]["offset"] for line in lines) == strategy.state.bytes_total["down.offset"]
+    lines = [line for line in strategy.lines if line["type"] == "client" and line["bytes-down"].get("delta", 0)]
+    assert sum(line["bytes-down"]["delta"] for line in lines) == strategy.state.bytes_total["down.delta"]
 
 
 class Greedy(TamperedGrid):
@@ -284,7 +284,7 @@ class Greedy(TamperedGrid):
         if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
             plan = message.content.config_records["plan"]
             self.asked[plan["round"]] += 1
-            content = need_offset(plan["offset"], plan["round"])
+            content = need_delta(plan["delta"], plan["round"])
             for name in list(reply.content):
                 del reply.content[name]
             reply.content["reply"] = content["reply"]
@@ -298,13 +298,13 @@ def test_a_node_that_always_lacks_everything_is_dropped_after_one_repeat(tiny_be
     assert grid.asked == {1: 2, 2: 2}
     for line in rounds(strategy):
         assert line["good"] == CLIENTS - 1
-        assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("1", "offset")]
+        assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("1", "delta")]
     assert set(strategy.state.holdings) == {"0", "2", "3"}
     size = 4 * (strategy.spec.length("B", strategy.state.mask) + strategy.spec.length("A", strategy.state.mask))
-    assert [line["bytes"]["down.offset"] for line in rounds(strategy)] == [5 * size, 2 * size]
+    assert [line["bytes"]["down.delta"] for line in rounds(strategy)] == [5 * size, 2 * size]
 
 
-def test_flowers_own_loop_recovers_a_lost_offset_in_the_next_round(tiny_bert, home):
+def test_flowers_own_loop_recovers_a_lost_delta_in_the_next_round(tiny_bert, home):
     """`Strategy.start` of Flower sends nothing twice: the node is dropped, and sent the pieces with its next plan."""
     flat = short(tiny_bert, method="federa", num_server_rounds=3, strategy__fraction_train=1.0)
     strategy, grid = prepare(flat, WatchedGrid, CLIENTS)
@@ -312,12 +312,12 @@ def test_flowers_own_loop_recovers_a_lost_offset_in_the_next_round(tiny_bert, ho
     good = []
     for server_round in (1, 2, 3):
         if server_round == 2:
-            del grid.contexts[1002].state["offset"]
+            del grid.contexts[1002].state["delta"]
         replies = grid.send_and_receive(strategy.configure_train(server_round, arrays, {}, grid))
         arrays, _ = strategy.aggregate_train(server_round, replies)
         good.append((strategy._round.good, [(d.client, d.reason) for d in strategy._round.drops]))
-    assert good == [(4, []), (3, [("2", "offset")]), (4, [])]
-    assert [bool(offset_bytes(content)) for _, node, content, _ in grid.seen if node == 2] == [True, False, True]
+    assert good == [(4, []), (3, [("2", "delta")]), (4, [])]
+    assert [bool(delta_bytes(content)) for _, node, content, _ in grid.seen if node == 2] == [True, False, True]
 
 
 def test_pieces_that_came_are_not_sent_again_after_a_failed_round(tiny_bert, home):
@@ -325,7 +325,7 @@ def test_pieces_that_came_are_not_sent_again_after_a_failed_round(tiny_bert, hom
     flat["strategy.min-replies"], flat["strategy.max-failed-rounds"] = CLIENTS + 1, 3
     strategy, grid = play(flat)
     assert strategy.state.failed_rounds == 2
-    assert [bool(offset_bytes(content)) for _, _, content, _ in grid.seen] == [True] * CLIENTS + [False] * CLIENTS
+    assert [bool(delta_bytes(content)) for _, _, content, _ in grid.seen] == [True] * CLIENTS + [False] * CLIENTS
 
 
 def test_a_start_that_is_not_the_announced_one_is_refused(tiny_bert, home):
@@ -335,7 +335,7 @@ def test_a_start_that_is_not_the_announced_one_is_refused(tiny_bert, home):
         if context.node_id != 1001:
             return
         for name, record in message.content.array_records.items():
-            if name.startswith("offset."):
+            if name.startswith("delta."):
                 data = bytearray(record["A"].data)
                 data[-4] ^= 1
                 record["A"].data = bytes(data)
@@ -345,7 +345,7 @@ def test_a_start_that_is_not_the_announced_one_is_refused(tiny_bert, home):
     (line,) = rounds(strategy)
     assert line["good"] == CLIENTS - 1 and [d["client"] for d in line["dropped"]] == ["1"]
     assert "sha256" in line["dropped"][0]["detail"]
-    assert "offset" not in grid.contexts[1001].state and "1" not in strategy.state.holdings
+    assert "delta" not in grid.contexts[1001].state and "1" not in strategy.state.holdings
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -461,14 +461,14 @@ def test_slora_trains_drawn_positions_then_starts_lora_from_their_svd(tiny_bert)
         assert left == pytest.approx(np.sqrt(np.square(values[settings.adapter.rank :]).sum()), rel=1e-3, abs=1e-6)
         start += change.size
     assert "backbone" not in finish[1] and strategy.weights().positions is None
-    assert strategy.exported().offset is None
+    assert strategy.exported().delta is None
     adapted = strategy.model.adapted
     kept = dict(zip(adapted._frozen, adapted._resident, strict=True))
     assert all(p.data_ptr() == kept[p].data_ptr() for p in adapted._frozen)  # the server's own model, after the last round
 
 
-def test_a_plan_names_no_offset_where_there_is_none(tiny_bert):
+def test_a_plan_names_no_delta_where_there_is_none(tiny_bert):
     strategy, _ = prepare(short(tiny_bert, method="fedlora"), InProcessGrid, CLIENTS)
-    assert strategy.state.offset.composed() is None
+    assert strategy.state.delta.composed() is None
     plan: TrainPlan = strategy.plan(1, "0")
-    assert plan.offset == ()
+    assert plan.delta == ()

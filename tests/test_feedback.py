@@ -15,11 +15,11 @@ from test_checkpoint import assert_same_end, lines
 from test_wire import MASK, PLAN, SPEC, random_arrays
 
 from fedara_flwr import engine, strategies
-from fedara_flwr.client.residues import ResidueStore
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import PARTS, SLOT_PARTS
-from fedara_flwr.strategies.private import PrivateMean
+from fedara_flwr.merging.private import PrivateMean
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import PARTS, SLOT_PARTS
+from fedara_flwr.node.residues import ResidueStore
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.upload import Residue, code_update

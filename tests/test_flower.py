@@ -16,7 +16,7 @@ import psutil
 import pytest
 from runs_helper import SMALL, WALL_CLOCK
 
-from fedara_flwr.runs import read_facts
+from fedara_flwr.runs.directory import read_facts
 
 ROOT = Path(__file__).parent.parent
 FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]

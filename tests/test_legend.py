@@ -18,9 +18,9 @@ from runs_helper import config, prepare, start
 
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.fleet import PROFILES
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.server.fleet import PROFILES
 from fedara_flwr.server.roster import Expected, Node
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.legend import Capacity, Legend, depths, last_blocks, rank_distribution
 from fedara_flwr.wire.plan import Update
 

@@ -29,7 +29,7 @@ from runs_helper import config, prepare, start
 from test_flower import begin, clone, fedara, leftovers, overrides, wait_for_round
 
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.runs import read_facts
+from fedara_flwr.runs.directory import read_facts
 
 
 def slow(test):

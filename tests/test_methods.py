@@ -14,9 +14,9 @@ from runs_helper import ShuffledGrid, config, prepare
 
 from fedara_flwr import strategies
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.offsets import Weights
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS
 from fedara_flwr.wire.plan import Update
 
 METHODS = sorted(strategies.built_in())
@@ -96,7 +96,7 @@ def runs(tiny_bert):
 
 @every_method
 def test_starts_as_the_backbone(runs, method):
-    """Adapters, offsets and backbone differences cancel or are zero: the head on the pre-trained model."""
+    """Adapters, deltas and backbone differences cancel or are zero: the head on the pre-trained model."""
     run = runs(method)
     empty = RankMask.full([0] * len(run.strategy.spec.modules))
     bare = Weights({"head": run.start.arrays["head"]}, empty, run.start.scales)
@@ -129,7 +129,7 @@ def test_bytes_follow_the_formula(runs, method, wire):
         parts = (*SLOT_PARTS, "head", "backbone")
         assert {p: line["bytes-down"].get(p, 0) for p in parts} == {p: down.get(p, 0) for p in parts}
         assert {p: line["bytes-up"].get(p, 0) for p in parts} == {p: up.get(p, 0) for p in parts}
-        assert line["bytes-down"].get("offset", 0) == run.fetched[key]
+        assert line["bytes-down"].get("delta", 0) == run.fetched[key]
         assert set(update.arrays) == {p for p in plan.trainable if p not in SLOT_PARTS or update.mask.count}
         assert wire == EXACT or 0 < line["coding-error"] < 0.3
     first = next(line for line in run.strategy.lines if line["type"] == "round")
@@ -144,7 +144,7 @@ def test_order_of_replies_is_irrelevant(runs, tiny_bert, method):
     assert one.mask == two.mask and one.bytes_total == two.bytes_total
     assert one.arrays.keys() == two.arrays.keys()
     assert all(np.array_equal(one.arrays[part], two.arrays[part]) for part in one.arrays)
-    pieces = [state.offset.composed() for state in (one, two)]
+    pieces = [state.delta.composed() for state in (one, two)]
     assert (pieces[0] and pieces[0].digest) == (pieces[1] and pieces[1].digest)
 
 

@@ -15,14 +15,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from runs_helper import CLIENTS, config, prepare
 
 from fedara_flwr import client_app
-from fedara_flwr.client import node as node_module
-from fedara_flwr.client import power
-from fedara_flwr.client.guard import METRICS, Guard
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.session import own_settings, pick_device, resident
 from fedara_flwr.config import ConfigError, Settings, toml
 from fedara_flwr.data.docstrings import AREAS
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.node import power
+from fedara_flwr.node import settings as node_module
+from fedara_flwr.node.guard import METRICS, Guard
+from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server import roster
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.wire.records import says_busy
@@ -84,7 +84,7 @@ def test_the_list_of_backbones():
     assert node.backbones == {"a/b": "/data/b", "/srv/c": "/srv/c", "d/e": "d/e"}
 
 
-def test_where_the_offset_s_pieces_lie(monkeypatch):
+def test_where_the_delta_s_pieces_lie(monkeypatch):
     monkeypatch.setenv("FLWR_HOME", "/flower")
     monkeypatch.setenv("HOME", "/me")
     assert str(NodeSettings.read({}).store) == "/flower/fedara-store"

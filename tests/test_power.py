@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
-from fedara_flwr.client import power
+from fedara_flwr.node import power
 
 
 class Monitor:

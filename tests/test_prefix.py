@@ -23,8 +23,8 @@ from fedara_flwr.client.capacity import FlopCounter, backward_blocks
 from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.offsets import Piece
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.deltas import Piece
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
 
@@ -270,7 +270,7 @@ def test_training_is_the_same_in_a_process_that_knows_the_rows(tiny_models):
 
 
 # -- when it must not serve ------------------------------------------------------------
-def test_another_offset_forgets_everything(bert):
+def test_another_delta_forgets_everything(bert):
     def piece(seed):
         rng = np.random.default_rng(seed)
         left = rng.normal(0, 0.1, sum(m.d_out for m in bert.spec.modules)).astype(np.float32)
@@ -278,8 +278,8 @@ def test_another_offset_forgets_everything(bert):
         return Piece((1,) * 18, {"B": left, "A": right})
 
     batch, found = collate(rows()), []
-    for offset in (None, piece(1), piece(2), None):
-        bert.set_offset(offset)
+    for delta in (None, piece(1), piece(2), None):
+        bert.set_delta(delta)
         load(bert, 2)
         below = bert.below(batch)
         with torch.no_grad():

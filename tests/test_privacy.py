@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from runs_helper import TamperedGrid, config, prepare, start
 
-from fedara_flwr.client.guard import Guard
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, PrivacySettings, Settings
 from fedara_flwr.engine import run
-from fedara_flwr.ranks import RankMask, pack_bits, select_top
+from fedara_flwr.merging import private
+from fedara_flwr.merging.private import PrivateMean, epsilon, ledger
+from fedara_flwr.model.ranks import RankMask, pack_bits, select_top
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.node.guard import Guard
+from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.seeds import secure_normal
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies import private
-from fedara_flwr.strategies.private import PrivateMean, epsilon, ledger
 from fedara_flwr.wire.plan import Update
 
 SPEC = ModelSpec("f" * 64, (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)), (ParameterSpec("weight", (1, 2)),))

@@ -19,12 +19,12 @@ from fedara_flwr.adapters.quantise import dequantised, quantise
 from fedara_flwr.cli import doctor
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client.capacity import FlopCounter
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import QUANTISED, ConfigError, Settings
-from fedara_flwr.offsets import Piece, dense_size, from_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.runs import read_facts
-from fedara_flwr.saved import open_run
+from fedara_flwr.model.deltas import Piece, dense_size, from_factors
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.runs.directory import read_facts
+from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.strategies.federa import FeDeRA
 from fedara_flwr.tasks import TASKS
@@ -171,10 +171,10 @@ def test_what_is_trained_is_float32_and_the_backbone_never_changes(tiny_models, 
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     assert {t.dtype for t in [*trained, *(p.grad for p in trained), *moments]} == {torch.float32}
     assert {p for p in adapted.model.parameters() if p.requires_grad} == set(trained)
-    adapted.set_offset(offset(adapted.spec))
+    adapted.set_delta(delta(adapted.spec))
     adapted.load(random_arrays(adapted.spec, adapted.mask), adapted.mask, (1.0,) * len(adapted.mask.ranks), ALL)
     train(adapted)
-    adapted.set_offset(None)
+    adapted.set_delta(None)
     assert bits(adapted) == before
 
 
@@ -193,24 +193,24 @@ def test_a_step_from_kept_states_is_that_of_all_blocks(tiny_models, name, dtype)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
-def offset(spec):
+def delta(spec):
     rng = np.random.default_rng(1)
     return from_factors([(rng.normal(0, 0.3, (m.d_out, 2)), rng.normal(0, 0.3, (2, m.d_in))) for m in spec.modules])
 
 
 @architectures
 @each
-def test_an_offset_of_factors_is_added(tiny_models, name, dtype):
-    """As adapters whose values are the offset's: the same products in the same types."""
+def test_an_delta_of_factors_is_added(tiny_models, name, dtype):
+    """As adapters whose values are the delta's: the same products in the same types."""
     adapted = loaded(tiny_models[name], dtype, e=0.0)
-    piece = offset(adapted.spec)
-    adapted.set_offset(piece)
+    piece = delta(adapted.spec)
+    adapted.set_delta(piece)
     nothing = RankMask.full([0] * len(adapted.spec.modules))
     head = random_arrays(adapted.spec, nothing)["head"]
     adapted.load({"head": head}, nothing, (1.0,) * len(nothing.ranks))
     with torch.no_grad():
         found = adapted.logits(random_batch())
-    adapted.set_offset(None)
+    adapted.set_delta(None)
     mask = RankMask.full(piece.ranks)
     with torch.no_grad():
         adapted.load({"head": head}, nothing, (1.0,) * len(nothing.ranks))
@@ -224,7 +224,7 @@ def test_an_offset_of_factors_is_added(tiny_models, name, dtype):
 
 def rows_of(piece, spec, part):
     """Each module's slots of one part, a slot a row, as `load` takes them."""
-    from fedara_flwr.offsets import factors
+    from fedara_flwr.model.deltas import factors
 
     for left, right in factors(piece, spec):
         yield np.ascontiguousarray(left.T if part == "B" else right).astype(np.float32)
@@ -243,7 +243,7 @@ class Port:
 @architectures
 @pytest.mark.parametrize("server", ["float32", "int4"])
 def test_federas_start_is_a_quantised_nodes_function(tiny_models, name, server):
-    """Start and offset cancel whatever weights the server took them from; bfloat16 rounds both, of size 4 here."""
+    """Start and delta cancel whatever weights the server took them from; bfloat16 rounds both, of size 4 here."""
     settings = Settings.from_flat({"method": "federa", "adapter.rank": 3, "adapter.alpha": 12.0, "model.dtype": server})
     weights = FeDeRA(settings, Port(loaded(tiny_models[name], server))).weights()
     weights.arrays["head"] = weights.arrays["head"] * 50  # logits of about 1
@@ -252,7 +252,7 @@ def test_federas_start_is_a_quantised_nodes_function(tiny_models, name, server):
     with torch.no_grad():
         adapted.load({"head": weights.arrays["head"]}, nothing, weights.scales)
         expected = adapted.logits(random_batch())
-        adapted.set_offset(weights.offset)
+        adapted.set_delta(weights.delta)
         adapted.load(weights.arrays, weights.mask, weights.scales)
         found = adapted.logits(random_batch())
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
@@ -290,7 +290,7 @@ def test_quantised_products_count_as_plain_ones(tiny_models, dtype):
 # -- runs -------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def run(tiny_bert, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedara_flwr.saved.write_report", lambda path: path / "report.html")  # pictures take seconds
+    monkeypatch.setattr("fedara_flwr.runs.keeper.write_report", lambda path: path / "report.html")  # pictures take seconds
 
     def make(**changes):
         flat = config(tiny_bert, num_server_rounds=2, strategy__warmup_rounds=0, run__dir=str(tmp_path), **changes)
@@ -355,7 +355,7 @@ def test_what_would_change_the_weights_is_refused_at_the_model(tiny_models):
     before, spec = bits(adapted), adapted.spec
     arrays = random_arrays(spec, adapted.mask) | {"backbone": np.zeros(spec.backbone_size, dtype=np.float32)}
     tries = (
-        lambda: adapted.set_offset(Piece((), {"dense": np.ones(dense_size(spec), dtype=np.float32)})),
+        lambda: adapted.set_delta(Piece((), {"dense": np.ones(dense_size(spec), dtype=np.float32)})),
         lambda: adapted.load(arrays, adapted.mask, (2.0,) * len(spec.modules)),
         adapted.merge,
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.ranks import RankMask, pack_bits, rank_order, select_top, unpack_bits
+from fedara_flwr.model.ranks import RankMask, pack_bits, rank_order, select_top, unpack_bits
 
 laws = settings(deadline=None, max_examples=150)
 lengths = st.lists(st.integers(0, 6), min_size=1, max_size=5)

@@ -31,7 +31,7 @@ from test_flower import FEDARA, clone, leftovers, metrics, overrides
 from fedara_flwr.cli import cluster
 from fedara_flwr.cli.launch import NOISE, TAG, _free_port, _tagged
 from fedara_flwr.config import ConfigError
-from fedara_flwr.runs import read_facts
+from fedara_flwr.runs.directory import read_facts
 
 RAY = str(Path(sys.executable).parent / "ray")
 SECOND = "127.0.0.2"  # Linux answers on all of 127.0.0.0/8
@@ -129,7 +129,7 @@ def test_a_run_on_two_ray_nodes_is_bit_equal_to_one_in_process(two_nodes, tiny_b
     """Clients train on both; arrays, masks, bytes and metrics are those of one process.
 
     The app and FLWR_HOME are on the first machine only, or on both as on a shared file system, which `flora` needs to keep
-    pieces of its offset in.
+    pieces of its delta in.
     """
     app = probed((tmp_path if shared else two_nodes.folder) / "app", tmp_path / "trained")
     done = two_nodes.run(app, *overrides(tiny_bert, **{"run.name": "cluster", "method": method}))

@@ -92,7 +92,7 @@ def facts(**changes: object) -> dict:
 def round_line(number: int, **changes: object) -> dict:
     """Round `number` of four: 1 MB down and 0.5 MB up of B, alive slots 40, 30, 20, 10."""
     alive = 5 - number
-    sent = {"down.B": 900_000, "down.head": 100_000, "up.B": 500_000, "up.offset": 0, "down": 1_000_000, "up": 500_000}
+    sent = {"down.B": 900_000, "down.head": 100_000, "up.B": 500_000, "up.delta": 0, "down": 1_000_000, "up": 500_000}
     return {
         "type": "round",
         "round": number,
@@ -291,7 +291,7 @@ def test_series_over_rounds(tiny):
     assert cumulative_seconds(run).tolist() == [12, 24, 36, 48]
     assert cumulative_modelled(run).tolist() == [7, 14, 21, 28]
     assert {part: values.tolist() for part, values in bytes_by_part(run, "down").items()} == {"B": [0.9] * 4, "head": [0.1] * 4}
-    assert list(bytes_by_part(run, "up")) == ["B"]  # of the offset nothing travelled
+    assert list(bytes_by_part(run, "up")) == ["B"]  # of the delta nothing travelled
     rounds, alive = alive_per_module(run)
     assert rounds == [1, 2, 3, 4] and alive.shape == (10, 4) and alive[0].tolist() == [4, 3, 2, 1]
     assert total_megabytes(run) == 8.0  # with what was sent after the last round

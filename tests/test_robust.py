@@ -14,16 +14,16 @@ from runs_helper import config, prepare, start
 
 from fedara_flwr import client_app, log
 from fedara_flwr.client import session
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.ranks import RankMask, pack_bits
+from fedara_flwr.merging.norms import ENOUGH, KEPT, Norms, sizes
+from fedara_flwr.merging.robust import RULES
+from fedara_flwr.model.ranks import RankMask, pack_bits
+from fedara_flwr.model.spec import SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server.checkpoint import decode, encode
-from fedara_flwr.server.norms import ENOUGH, KEPT, Norms, sizes
 from fedara_flwr.server.roster import Roster, last_line
-from fedara_flwr.spec import SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitration_order
-from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.plan import Update, Vote
 

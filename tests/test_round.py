@@ -10,10 +10,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from runs_helper import CLIENTS, TamperedGrid, config, prepare, start
 
-from fedara_flwr.client import store, train
+from fedara_flwr.client import train
 from fedara_flwr.client.terms import TERMS
 from fedara_flwr.config import ConfigError
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.node import store
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks
 

@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import Strategy
 from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start
 
 from fedara_flwr.config import ConfigError
-from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.model.spec import SLOT_PARTS
 
 
 def same(first, second) -> bool:

@@ -20,7 +20,7 @@ from conftest import CONFIGS, LABELS, backbone, random_arrays
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_offsets import Piece
+from test_deltas import Piece
 from test_prefix import collate, equal, load, rows, states
 from test_session import PadOnly, plan
 
@@ -29,7 +29,7 @@ from fedara_flwr.adapters.scratch import SLOT, Scratch
 from fedara_flwr.client import session
 from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.config import Settings
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
 
@@ -275,14 +275,14 @@ def test_a_row_that_comes_and_goes_is_written_once(tiny_models, monkeypatch):
     assert len(written) == 6
 
 
-def test_another_offset_forgets_what_is_on_disk(tiny_models):
+def test_another_delta_forgets_what_is_on_disk(tiny_models):
     adapted = AdaptedModel(backbone(tiny_models["bert"]), "exact", 0, 1)
     found = []
     for seed in (1, 2):
         rng, spec = np.random.default_rng(seed), adapted.spec
         sizes = (sum(getattr(module, side) for module in spec.modules) for side in ("d_out", "d_in"))
         left, right = (rng.normal(0, 0.1, size).astype(np.float32) for size in sizes)
-        adapted.set_offset(Piece((1,) * len(spec.modules), {"B": left, "A": right}))
+        adapted.set_delta(Piece((1,) * len(spec.modules), {"B": left, "A": right}))
         assert adapted._prefix._disk.nbytes == 0
         load(adapted, 2)
         found.append(adapted.below(collate(rows())))

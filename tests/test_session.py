@@ -8,11 +8,11 @@ import torch
 from conftest import LABELS, backbone, random_arrays
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.wire.plan import TrainPlan
 

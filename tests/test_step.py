@@ -26,7 +26,7 @@ from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.client.step import Spent, backward
 from fedara_flwr.client.terms import find
 from fedara_flwr.client.train import ClientData, batches, train
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
 
 PARTS = ("B", "E", "A", "head")

@@ -1,4 +1,4 @@
-"""The node's store of offset pieces, and what the ClientApp keeps there."""
+"""The node's store of delta pieces, and what the ClientApp keeps there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedara_flwr.client.store import MissingPieces, NodeStore
-from fedara_flwr.offsets import Piece
+from fedara_flwr.model.deltas import Piece
+from fedara_flwr.node.store import MissingPieces, NodeStore
 
 
 def piece(seed, numbers=50):
@@ -113,7 +113,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         Path(args[1]).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fedara_flwr.client.store.save_file", full)
+    monkeypatch.setattr("fedara_flwr.node.store.save_file", full)
     with pytest.raises(OSError, match="no space"):
         NodeStore(tmp_path).put(FACTORS)
     assert names(tmp_path) == set()
@@ -144,8 +144,8 @@ WORKER = """
 import sys
 from pathlib import Path
 import numpy as np
-from fedara_flwr.client.store import MissingPieces, NodeStore
-from fedara_flwr.offsets import Piece
+from fedara_flwr.node.store import MissingPieces, NodeStore
+from fedara_flwr.model.deltas import Piece
 store, found = NodeStore(Path(sys.argv[1]), limit=int(sys.argv[2])), 0
 pieces = [Piece((), {"dense": np.full(500, seed, np.float32)}) for seed in range(8)]
 print("ready", flush=True)

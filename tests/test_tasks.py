@@ -16,7 +16,7 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
 
 TASK = TASKS["classification"]

@@ -26,8 +26,8 @@ from fedara_flwr.client.step import Spent, backward, backward_together
 from fedara_flwr.client.together import allows, train_together
 from fedara_flwr.client.train import ClientData, Job, train
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.offsets import Piece
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.deltas import Piece
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
@@ -186,20 +186,20 @@ def test_whatever_the_plan_says(tiny_models, option):
     compare(adapted, "classification", jobs(adapted, "classification", mask, counts, **OPTIONS[option]))
 
 
-def test_above_a_kept_prefix_and_an_offset(tiny_models):
+def test_above_a_kept_prefix_and_an_delta(tiny_models):
     adapted = model(tiny_models["bert"], cache="exact")
     spec = adapted.spec
     rng = np.random.default_rng(0)
     ranks = tuple(int(i % 2) for i in range(len(spec.modules)))
     arrays = {p: rng.normal(0, 0.3, spec.length(p, RankMask.full(ranks))).astype(np.float32) for p in ("B", "A")}
-    adapted.set_offset(Piece(ranks, arrays))
+    adapted.set_delta(Piece(ranks, arrays))
     assert not problem(adapted)
     mask = last_blocks(spec, RankMask.full([2] * len(spec.modules)), 2)
     found = compare(adapted, "classification", jobs(adapted, "classification", mask))
     assert adapted.boundary == 1 and {update.metrics["blocks"] for update in found} == {2}
-    adapted.set_offset(None)
+    adapted.set_delta(None)
     other = train_together(adapted, TASKS["classification"], PadOnly(), jobs(adapted, "classification", mask))
-    assert abs(other[0].metrics["loss"] - found[0].metrics["loss"]) > 1e-4, "the offset was in it"
+    assert abs(other[0].metrics["loss"] - found[0].metrics["loss"]) > 1e-4, "the delta was in it"
 
 
 def test_bfloat16_to_its_own_rounding(tiny_models):

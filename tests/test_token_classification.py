@@ -29,10 +29,10 @@ from fedara_flwr.adapters.predict import predict
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import tags
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.load import load, load_own
 from fedara_flwr.data.partitions import partition
-from fedara_flwr.offsets import Weights
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.data.sources import load, load_own
+from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
 
 TASK = TASKS["token-classification"]

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from fedara_flwr import config, track
+from fedara_flwr import config
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.track import Trackers, check, open_trackers, scalars
+from fedara_flwr.runs import trackers as track
+from fedara_flwr.runs.trackers import Trackers, check, open_trackers, scalars
 
 START = {"type": "start", "accuracy": 0.1, "loss": 2.5}
 END = {"type": "end", "outcome": "completed", "rounds": 3, "seconds": 12.5, "test-accuracy": 0.6}
@@ -150,7 +151,7 @@ def test_a_missing_library_names_its_extra(monkeypatch, tmp_path):
 def test_none_is_needed_and_none_is_loaded():
     code = """
 import sys
-from fedara_flwr import track
+from fedara_flwr.runs import trackers as track
 track.check("")
 sys.exit(any(name in sys.modules for name in ("torch", *track.TRACKERS)))
 """

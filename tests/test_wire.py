@@ -15,8 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.ranks import RankMask, rank_order
-from fedara_flwr.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.ranks import RankMask, rank_order
+from fedara_flwr.model.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import COUNTED, ByteMeter, payload
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
@@ -140,7 +140,7 @@ WITH_TERMS = replace(
     importance="magnitude",
     importance_time="after",
     upload_mask="local",
-    offset=("0" * 64, "ab" * 32),
+    delta=("0" * 64, "ab" * 32),
     carries=frozenset({"B", "head"}),
     drawn=frozenset({"A"}),
     draw_seed=2**62,

@@ -28,8 +28,8 @@ from work import work
 
 from fedara_flwr import client_app
 from fedara_flwr.cli import app as cli
-from fedara_flwr.client import worker
 from fedara_flwr.config import ConfigError
+from fedara_flwr.node import worker
 
 NODE = 7
 COMMAND = worker.COMMAND
@@ -133,7 +133,7 @@ class Thread(threading.Thread):
 # -- the same results --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fedara", "flora"])  # flora: offsets, in the node's store and state
+@pytest.mark.parametrize("method", ["fedara", "flora"])  # flora: deltas, in the node's store and state
 def test_a_run_by_a_worker_is_bit_equal(tiny_bert, place, monkeypatch, method):
     """Every client's ready, train and evaluate go through one real worker; what happens here instead fails."""
     monkeypatch.setattr(worker, "COMMAND", COMMAND)

@@ -9,8 +9,8 @@ import sys
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedara_flwr.client import worker
 from fedara_flwr.config import ConfigError
+from fedara_flwr.node import worker
 
 
 def work(message: Message, context: Context, who: str) -> Message:

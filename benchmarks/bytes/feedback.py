@@ -21,8 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import trials  # noqa: E402
 
-from fedara_flwr.ranks import RankMask  # noqa: E402
-from fedara_flwr.spec import SLOT_PARTS  # noqa: E402
+from fedara_flwr.model.ranks import RankMask  # noqa: E402
+from fedara_flwr.model.spec import SLOT_PARTS  # noqa: E402
 from fedara_flwr.wire import upload  # noqa: E402
 from fedara_flwr.wire.codec import CODECS, CodingError  # noqa: E402
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import ModelSpec, ModuleSpec
-from fedara_flwr.strategies.aggregation import FactorError, SlotMean, split_product, split_svd
+from fedara_flwr.merging.mean import FactorError, SlotMean, split_product, split_svd
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec
 from fedara_flwr.wire.plan import Update
 
 WIDTH, INNER, BLOCKS = 384, 1536, 6

@@ -17,8 +17,8 @@ from flwr.app import ConfigRecord, Message
 from fedara_flwr import client_app, seeds
 from fedara_flwr.client.train import ClientData
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.ranks import pack_bits
-from fedara_flwr.spec import Arrays
+from fedara_flwr.model.ranks import pack_bits
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.tasks import Encoded
 from fedara_flwr.wire.records import LARGEST, to_record
 

@@ -21,9 +21,9 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import RecordDict
 
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies.aggregation import SlotMean
+from fedara_flwr.merging.mean import SlotMean
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import update_from_content, update_to_content

@@ -26,7 +26,7 @@ from fedara_flwr.adapters.attach import AdaptedModel, open_model
 from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import last_blocks
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.tasks.base import Batch

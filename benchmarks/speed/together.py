@@ -36,7 +36,7 @@ from fedara_flwr.client.together import train_together
 from fedara_flwr.client.train import ClientData, Job, train
 from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
 from fedara_flwr.wire.plan import TrainPlan
 

@@ -23,13 +23,13 @@ from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.offsets import Piece, factors
-from fedara_flwr.ranks import Ints, RankMask
-from fedara_flwr.spec import SLOT_PARTS, Arrays, Vector
+from fedara_flwr.model.deltas import Piece, factors
+from fedara_flwr.model.ranks import Ints, RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, Arrays, Vector
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.tasks.base import Batch, Encoded, Task
 
-ADAPTER, OFFSET = "default", "offset"
+ADAPTER, DELTA = "default", "delta"
 
 
 def peft_config(targets: list[str], rank: int, alpha: float, task_type: str | None = None) -> AdaLoraConfig:
@@ -66,7 +66,7 @@ class AdaptedModel:
         self._base = self._resident
         self._positions: Ints | None = None
         self._changed = False
-        self._offset: Piece | None = None
+        self._delta: Piece | None = None
         inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
         self.layers: list[LowRankLinear] = []
         self._places: list[tuple[nn.Module, str]] = []
@@ -79,40 +79,40 @@ class AdaptedModel:
         self.lowest = self.spec.blocks
         """As `ModelSpec.lowest` of the mask."""
         self.costs: dict[Any, tuple[int, int]] = {}
-        """What client/step.count_flops found for a mask; forgotten with the offset, which has a share in it."""
+        """What client/step.count_flops found for a mask; forgotten with the delta, which has a share in it."""
         self.model.requires_grad_(False)
 
-    def set_offset(self, piece: Piece | None) -> None:
+    def set_delta(self, piece: Piece | None) -> None:
         """Add `piece` to the backbone in place of the one before: a frozen adapter, or, where dense, a copy of the weights.
 
         Raises:
             ConfigError: it is dense, and the backbone quantised.
         """
-        if piece is self._offset or (piece is not None and self._offset is not None and piece.digest == self._offset.digest):
+        if piece is self._delta or (piece is not None and self._delta is not None and piece.digest == self._delta.digest):
             return
         if piece is not None and not piece.ranks:
             self._check_frozen()
         pairs = factors(piece, self.spec) if piece is not None and piece.ranks else []  # raises before anything is changed
-        self._offset = None
+        self._delta = None
         self._release()
         self.costs.clear()
         if self._prefix is not None:
             self._prefix.clear()
         for layer in self.layers:
-            if OFFSET in layer.lora_A:
+            if DELTA in layer.lora_A:
                 layer.set_adapter([ADAPTER], inference_mode=True)  # PEFT warns where the one that goes is active
-                layer.delete_adapter(OFFSET)
+                layer.delete_adapter(DELTA)
         config = peft_config([m.name for m in self.spec.modules], 1, 1.0)
         for layer, (left, right) in zip(self.layers, pairs, strict=False):
             if not len(right):
                 continue
-            layer.update_layer(OFFSET, 1, 1, config)
+            layer.update_layer(DELTA, 1, 1, config)
             held = _held(layer)
             for part, value in (("B", left), ("E", np.ones((len(right), 1), dtype=np.float32)), ("A", right)):
-                held[part][OFFSET] = nn.Parameter(self._tensor(value), requires_grad=False)
-            layer.ranknum[OFFSET].data = torch.ones(1, device=self.device)  # float32 whatever the backbone is: PEFT adds 1e-5
-            layer.scaling[OFFSET] = 1.0 + PEFT_EPSILON
-        self._offset = piece
+                held[part][DELTA] = nn.Parameter(self._tensor(value), requires_grad=False)
+            layer.ranknum[DELTA].data = torch.ones(1, device=self.device)  # float32 whatever the backbone is: PEFT adds 1e-5
+            layer.scaling[DELTA] = 1.0 + PEFT_EPSILON
+        self._delta = piece
 
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
         """A copy of the values where the model is."""
@@ -155,7 +155,7 @@ class AdaptedModel:
         self._base = self._resident
 
     def _change_backbone(self, change: Vector | None, positions: Ints | None, trainable: bool) -> None:
-        """The backbone for one client: resident, plus a dense offset, plus what is trained of it; copies where it differs.
+        """The backbone for one client: resident, plus a dense delta, plus what is trained of it; copies where it differs.
 
         Args:
             change: differences from the pre-trained values, of all parameters or at `positions` of the modules' weights.
@@ -164,8 +164,8 @@ class AdaptedModel:
         self._release()
         self._positions, self._changed = positions, change is not None
         weights = self._weights()
-        if self._offset is not None and not self._offset.ranks:
-            _add(weights, self._tensor(self._offset.arrays["dense"]))
+        if self._delta is not None and not self._delta.ranks:
+            _add(weights, self._tensor(self._delta.arrays["dense"]))
             self._base = [p.data for p in self._frozen]
         if change is None:
             return
@@ -215,7 +215,7 @@ class AdaptedModel:
         factors = self.spec.rows({"E": np.ones(mask.count, dtype=np.float32), **arrays}, mask)
         for rows, layer, place, scale in zip(factors, self.layers, self._places, scales, strict=True):
             count = len(rows["E"])
-            active = [name for name, there in ((ADAPTER, count), (OFFSET, OFFSET in layer.lora_A)) if there]
+            active = [name for name, there in ((ADAPTER, count), (DELTA, DELTA in layer.lora_A)) if there]
             setattr(*place, layer if active else layer.base_layer)
             layer.set_adapter(active, inference_mode=True)
             values = {part: self._tensor(row) for part, row in rows.items()} if count else {}
@@ -268,7 +268,7 @@ class AdaptedModel:
         return out
 
     def _backbone_change(self) -> Vector:
-        """What training made of the backbone, as differences from the resident values, the offset not counted."""
+        """What training made of the backbone, as differences from the resident values, the delta not counted."""
         base = dict(zip(self._frozen, self._base, strict=True))
         parameters = self._frozen if self._positions is None else self._weights()
         rows = _vector([(p.detach() - base[p]).float().view(-1) for p in parameters])
@@ -276,7 +276,7 @@ class AdaptedModel:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put what the loaded adapters and the offset add into copies of the weights, and the bare layers in their places.
+        """Put what the loaded adapters and the delta add into copies of the weights, and the bare layers in their places.
 
         The model is then one of stock transformers, until the next `load`; all of it float32, since transformers loads a whole
         model in one type, and bfloat16 would round what was trained.
@@ -327,7 +327,7 @@ class AdaptedModel:
 def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> tuple[AdaptedModel, Any]:
     """Backbone and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
 
-    The model goes to the device here, and what comes to it by `AdaptedModel.load`, `set_offset` and `batch` follows it.
+    The model goes to the device here, and what comes to it by `AdaptedModel.load`, `set_delta` and `batch` follows it.
 
     Raises:
         ConfigError: the model cannot be loaded, or does not fit.

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED, ConfigError
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.tasks.base import Task
 
 logger = logging.getLogger(__name__)

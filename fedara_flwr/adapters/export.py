@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone, locate
-from fedara_flwr.offsets import Weights
-from fedara_flwr.spec import SLOT_PARTS, Vector
+from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.spec import SLOT_PARTS, Vector
 
 
 def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
@@ -141,6 +141,6 @@ def revision(backbone: Backbone) -> str | None:
 
 
 def save_model(folder: Path, adapted: AdaptedModel) -> None:
-    """The loaded model, adapters and offset merged into it; loads in stock transformers. Leaves `adapted` merged."""
+    """The loaded model, adapters and delta merged into it; loads in stock transformers. Leaves `adapted` merged."""
     adapted.merge()
     adapted.model.save_pretrained(str(folder))

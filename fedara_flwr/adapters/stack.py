@@ -18,8 +18,8 @@ from torch import nn
 from fedara_flwr.adapters.attach import ADAPTER, AdaptedModel
 from fedara_flwr.adapters.layer import stacked_linear
 from fedara_flwr.adapters.prefix import TOLERANCE
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import SLOT_PARTS
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS
 
 PARTS = (*SLOT_PARTS, "head")
 

@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Run the app in simulation; the exit code is the run's. Ctrl-C stops it and keeps what the last checkpoint has."""
     from fedara_flwr.cli.launch import RunError, launch
-    from fedara_flwr.runs import find_run
+    from fedara_flwr.runs.directory import find_run
 
     try:
         run_folder = find_run(resume) if resume else None
@@ -96,7 +96,7 @@ def export(
     """Write a run's model for stock PEFT or transformers, with a model card."""
     from fedara_flwr.cli.exporting import PushError
     from fedara_flwr.cli.exporting import export as write
-    from fedara_flwr.runs import find_run
+    from fedara_flwr.runs.directory import find_run
 
     try:
         write(find_run(run), kind, out, force=force, push=push, private=private, say=typer.echo)

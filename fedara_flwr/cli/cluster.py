@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedara_flwr.config import ConfigError, Scalar, Settings
-from fedara_flwr.runs import PACKAGES
+from fedara_flwr.runs.directory import PACKAGES
 
 ADDRESS = "RAY_ADDRESS"
 LOCAL = "local"

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedara_flwr import track
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import QUANTISED, ConfigError, Settings
-from fedara_flwr.runs import PACKAGES
+from fedara_flwr.runs import trackers as track
+from fedara_flwr.runs.directory import PACKAGES
 from fedara_flwr.strategies import methods, plugins
 
 Level = Literal["ok", "warning", "problem"]
@@ -425,7 +425,7 @@ def _model_cached(name: str) -> bool:
 
 def data(settings: Settings) -> Finding:
     """Whether the data can be read, and how much there is; a data set of the Hub that is not here is not fetched for it."""
-    from fedara_flwr.data.load import load
+    from fedara_flwr.data.sources import load
 
     name = settings.data.name
     if not settings.data.path and name != "docstrings":

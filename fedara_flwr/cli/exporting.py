@@ -14,9 +14,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from fedara_flwr.card import base_name, has_card, is_hub_id, write_card
 from fedara_flwr.config import ConfigError, nearest
-from fedara_flwr.runs import read_facts
+from fedara_flwr.runs.card import base_name, has_card, is_hub_id, write_card
+from fedara_flwr.runs.directory import read_facts
 
 if TYPE_CHECKING:
     from fedara_flwr.server.evaluate import Kind
@@ -59,7 +59,7 @@ def export(
     out = out or run / "exports" / kind
     _check_folder(out, force)
     facts = read_facts(run)
-    from fedara_flwr.saved import open_run
+    from fedara_flwr.runs.keeper import open_run
 
     strategy, model = open_run(run)
     if model.revision:

@@ -31,8 +31,8 @@ from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
 from fedara_flwr.config import ConfigError, Scalar, Settings, check_options
-from fedara_flwr.runs import new_name
-from fedara_flwr.runs import read_config as run_config
+from fedara_flwr.runs.directory import new_name
+from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
@@ -102,7 +102,7 @@ def _keep(run: Path) -> None:
     """Finish the folder of a run that was stopped, if it has come so far as to have one."""
     if (run / "federated.json").exists():
         from fedara_flwr import log
-        from fedara_flwr.saved import conclude_stopped
+        from fedara_flwr.runs.keeper import conclude_stopped
 
         log.show()
         conclude_stopped(run)
@@ -131,7 +131,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
         config["data.path"] = str(Path(settings.data.path).expanduser().resolve())
-        from fedara_flwr.data.load import load
+        from fedara_flwr.data.sources import load
 
         load(Settings.from_flat(config).data, settings.seed)
     if Path(settings.model.name).expanduser().is_dir():

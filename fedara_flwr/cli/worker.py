@@ -23,7 +23,7 @@ def show() -> None:
     """List this user's workers: process, memory, socket."""
     import psutil
 
-    from fedara_flwr.client import worker
+    from fedara_flwr.node import worker
 
     for pid, path in worker.running().items():
         typer.echo(f"{pid}  {psutil.Process(pid).memory_info().rss / 2**20:.0f} MB  {path}")
@@ -32,7 +32,7 @@ def show() -> None:
 @app.command()
 def stop() -> None:
     """End this user's workers. A node that is working goes on by itself; its next message starts a new worker."""
-    from fedara_flwr.client import worker
+    from fedara_flwr.node import worker
 
     for pid, path in worker.running().items():
         os.kill(pid, signal.SIGTERM)
@@ -45,8 +45,8 @@ def serve(
     launcher: Annotated[int, typer.Argument(help="process that starts the node's ClientApps")],
 ) -> None:
     """What a ClientApp starts."""
-    from fedara_flwr.client import worker
     from fedara_flwr.client_app import HANDLERS
+    from fedara_flwr.node import worker
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     worker.serve(HANDLERS, socket.socket(fileno=listener), os.pidfd_open(launcher))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import parts
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded, Task
 
 

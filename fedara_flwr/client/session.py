@@ -13,14 +13,14 @@ import torch
 from fedara_flwr.adapters.attach import open_model
 from fedara_flwr.adapters.backbone import tokenizer_digest
 from fedara_flwr.adapters.stack import problem
-from fedara_flwr.client.node import NodeSettings
-from fedara_flwr.client.store import NodeStore
 from fedara_flwr.client.train import ClientData
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.load import load_own
-from fedara_flwr.offsets import compose
+from fedara_flwr.data.sources import load_own
+from fedara_flwr.model.deltas import compose
+from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.node.store import NodeStore
 from fedara_flwr.tasks import TASKS, Encoded
 
 CLIENTS_KEPT = 256  # tokenised clients held in memory
@@ -34,22 +34,22 @@ class Session:
         self.task = TASKS[settings.data.task]
         self.adapted, self.tokenizer = open_model(settings, labels, device)
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
-        self._offset: tuple[str, ...] = ()
+        self._delta: tuple[str, ...] = ()
 
     @cached_property
     def tokenizer_digest(self) -> str:
         """As every node is asked for it; making it takes longer than a step of a small client."""
         return tokenizer_digest(self.tokenizer)
 
-    def set_offset(self, digests: tuple[str, ...], store: NodeStore) -> None:
+    def set_delta(self, digests: tuple[str, ...], store: NodeStore) -> None:
         """Add the sum of these pieces to the backbone, in place of the one before.
 
         Raises:
             MissingPieces: some are not in the store; the backbone stays as it was.
         """
-        if digests != self._offset:
-            self.adapted.set_offset(compose(store.get(digests), self.adapted.spec))
-            self._offset = digests
+        if digests != self._delta:
+            self.adapted.set_delta(compose(store.get(digests), self.adapted.spec))
+            self._delta = digests
 
     @cached_property
     def apart(self) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedara_flwr.adapters.attach import AdaptedModel
-    from fedara_flwr.ranks import Bools
+    from fedara_flwr.model.ranks import Bools
 
 GROUP = "fedara_flwr.client_terms"
 

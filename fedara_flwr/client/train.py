@@ -17,13 +17,13 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.predict import parts, predict
 from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
-from fedara_flwr.client.guard import Guard
-from fedara_flwr.client.power import PowerMeter, peak_memory
 from fedara_flwr.client.step import Spent, backward, count_flops
 from fedara_flwr.client.terms import Term, find
-from fedara_flwr.draws import draw, sparse_positions
-from fedara_flwr.ranks import rank_order
-from fedara_flwr.spec import PARTS, Arrays
+from fedara_flwr.model.draws import draw, sparse_positions
+from fedara_flwr.model.ranks import rank_order
+from fedara_flwr.model.spec import PARTS, Arrays
+from fedara_flwr.node.guard import Guard
+from fedara_flwr.node.power import PowerMeter, peak_memory
 from fedara_flwr.tasks.base import Encoded, Task
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import sent_parts

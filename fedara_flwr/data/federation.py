@@ -10,8 +10,8 @@ import numpy as np
 from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.load import load
 from fedara_flwr.data.partitions import partition, split
+from fedara_flwr.data.sources import load
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedara_flwr.files import tensors_digest, write_whole
-from fedara_flwr.offsets import Holding, OffsetLog
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.deltas import DeltaLog, Holding
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, ModelSpec
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import SLOT_PARTS, ModelSpec
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -98,15 +98,15 @@ class Checkpoints:
 
 def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
     """The state as tensors and JSON."""
-    pieces, offset = state.offset.dump()
+    pieces, delta = state.delta.dump()
     tensors: Tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
-    tensors |= {f"offset.{name}": array for name, array in pieces.items()}
+    tensors |= {f"delta.{name}": array for name, array in pieces.items()}
     tensors["mask"] = np.packbits(state.mask.bits)
     facts = {
         "format": FORMAT,
         "round": state.server_round,
         "ranks": list(state.mask.ranks),
-        "offset": offset,
+        "delta": delta,
         "holdings": {key: [holding.version, list(holding.digests)] for key, holding in state.holdings.items()},
         "clients": state.clients,
         "examples": state.examples,
@@ -133,11 +133,11 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         expected = spec.length(part, mask) if part in (*SLOT_PARTS, "head") else len(vector)
         if vector.shape != (expected,):
             raise BadCheckpoint(f"{part} has shape {vector.shape}, this model needs ({expected},)")
-    pieces = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("offset.")}
+    pieces = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("delta.")}
     return ServerState(
         arrays=arrays,
         mask=mask,
-        offset=OffsetLog.restored(spec, pieces, facts["offset"]),
+        delta=DeltaLog.restored(spec, pieces, facts["delta"]),
         holdings={key: Holding(version, tuple(digests)) for key, (version, digests) in facts["holdings"].items()},
         clients=facts["clients"],
         examples=facts["examples"],

@@ -16,7 +16,7 @@ from fedara_flwr.adapters.export import revision, save_lora, save_model, save_pe
 from fedara_flwr.adapters.predict import predict
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data.federation import Federation, federation
-from fedara_flwr.offsets import Weights
+from fedara_flwr.model.deltas import Weights
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.tasks import TASKS, Encoded
 
@@ -66,7 +66,7 @@ class ServerModel:
         )
 
     def _load(self, weights: Weights) -> None:
-        self.adapted.set_offset(weights.offset)
+        self.adapted.set_delta(weights.delta)
         self.adapted.load(weights.arrays, weights.mask, weights.scales, positions=weights.positions)
 
     def export(self, folder: Path, weights: Weights) -> Path:
@@ -106,6 +106,6 @@ class ServerModel:
 
 def _unfit(weights: Weights) -> str:
     """Why a model is not its backbone and adapters; '' where it is."""
-    if weights.offset is not None or "backbone" in weights.arrays:
+    if weights.delta is not None or "backbone" in weights.arrays:
         return "changes the backbone"
     return "" if weights.mask.count else "has no adapter"

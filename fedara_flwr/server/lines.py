@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedara_flwr.fleet import Profile, device_cost, round_cost
+from fedara_flwr.server.fleet import Profile, device_cost, round_cost
 from fedara_flwr.server.round import Record, Round
 from fedara_flwr.server.state import ServerState
 
@@ -31,7 +31,7 @@ def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], pr
         "alive": state.mask.count,
         "alive-per-module": state.mask.alive.tolist(),
         "dead-modules": state.mask.dead_modules,
-        "bytes-kept": max((state.offset.nbytes(plan.offset) for plan in work.plans), default=0),
+        "bytes-kept": max((state.delta.nbytes(plan.delta) for plan in work.plans), default=0),
         "sampled": [node.key for node in work.asked],
         "good": work.good,
         "dropped": [vars(drop) for drop in work.drops],

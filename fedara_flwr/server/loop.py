@@ -23,18 +23,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
-from fedara_flwr.draws import draw
-from fedara_flwr.fleet import Profile, assign, read_profiles
-from fedara_flwr.offsets import Holding
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.merging.norms import Norms
+from fedara_flwr.model.deltas import Holding
+from fedara_flwr.model.draws import draw
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.server.fleet import Profile, assign, read_profiles
 from fedara_flwr.server.lines import client_means, round_line, shared_metrics
 from fedara_flwr.server.messages import replies as exchange
-from fedara_flwr.server.norms import Norms
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import ACTOR_DIED, BUSY, Merger, Record, Round
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.codec import Broadcast
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
@@ -42,7 +42,7 @@ from fedara_flwr.wire.records import (
     MAX_EXAMPLES,
     Rejected,
     check_metrics,
-    lacks_offset,
+    lacks_delta,
     plan_to_content,
     read_vector,
     to_record,
@@ -97,7 +97,7 @@ class RoundLoop(Strategy):
 
     @abstractmethod
     def finish_round(self, server_round: int) -> None:
-        """Change the state once the round is merged: fresh values, what joins the offset."""
+        """Change the state once the round is merged: fresh values, what joins the delta."""
 
     @abstractmethod
     def plan(self, server_round: int, client_key: str) -> TrainPlan:
@@ -191,22 +191,22 @@ class RoundLoop(Strategy):
     def _pack(self, node: Node, plan: TrainPlan, have: Holding) -> tuple[TrainPlan, RecordDict]:
         """The plan with what travels filled in, and its message: values under its mask, and the pieces that the node lacks."""
         state = self.state
-        there, pieces = state.offset.fetch(have)
+        there, pieces = state.delta.fetch(have)
         slots = plan.mask.count > 0
         carries = frozenset(p for p in state.arrays if p not in plan.drawn and (slots or p not in SLOT_PARTS))
         feedback = plan.trainable - self.remade if self.settings.wire.feedback else frozenset()
         run = self.run_id if feedback else ""
-        plan = replace(plan, carries=carries, offset=there.digests, feedback=feedback, run=run)
+        plan = replace(plan, carries=carries, delta=there.digests, feedback=feedback, run=run)
         sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
         return plan, plan_to_content(plan, self._broadcast.encode(plan, {part: sliced[part] for part in carries}), pieces)
 
     def _again(self, node: Node, plan: TrainPlan, message: Message, reply: Message) -> tuple[TrainPlan, Message] | None:
-        """A second message for a node that lost pieces of the offset: the plan with all of them; None for any other reply."""
-        if reply.has_error() or reply.metadata.src_node_id != node.node_id or not lacks_offset(reply.content, plan):
+        """A second message for a node that lost pieces of the delta: the plan with all of them; None for any other reply."""
+        if reply.has_error() or reply.metadata.src_node_id != node.node_id or not lacks_delta(reply.content, plan):
             return None
         self.meter.count("up", reply.content)
         self.state.holdings.pop(node.key, None)
-        logger.info("client %s lacks pieces of the offset: they are sent again", node.key)
+        logger.info("client %s lacks pieces of the delta: they are sent again", node.key)
         plan, content = self._pack(node, plan, Holding())
         return plan, self._message(content, node, message.metadata.message_type)
 
@@ -220,11 +220,11 @@ class RoundLoop(Strategy):
         for drop in work.drops:
             if drop.reason.startswith("error-") or drop.reason == BUSY:
                 self.roster.forget(drop.client)
-            elif drop.reason == "offset":
+            elif drop.reason == "delta":
                 state.holdings.pop(drop.client, None)
         for node, plan in zip(work.asked, work.plans, strict=True):
-            if node.key in work.answered and plan.offset:
-                state.holdings[node.key] = Holding(state.offset.version, plan.offset)
+            if node.key in work.answered and plan.delta:
+                state.holdings[node.key] = Holding(state.delta.version, plan.delta)
         state.server_round = server_round
         if work.good < self.settings.strategy.min_replies:
             state.failed_rounds += 1

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, StrategySettings
 from fedara_flwr.log import printable
-from fedara_flwr.offsets import Holding
+from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import replies
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
@@ -192,7 +192,7 @@ class Roster:
         Args:
             asked: examples by client that each could train on before.
             unfit: clients that could not.
-            holdings: pieces of the offset that each had. A simulated node, which ended with the run, is told; a device knows.
+            holdings: pieces of the delta that each had. A simulated node, which ended with the run, is told; a device knows.
 
         Raises:
             ConfigError: a simulated client has other data than before, so this is another federation.

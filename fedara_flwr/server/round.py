@@ -13,13 +13,13 @@ from typing import Protocol
 
 from flwr.app import Message
 
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.server.norms import Norms, Sizes, sizes
+from fedara_flwr.merging.norms import Norms, Sizes, sizes
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.roster import Node, last_line
-from fedara_flwr.spec import Arrays, ModelSpec
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import Rejected, lacks_offset, says_busy, update_from_content
+from fedara_flwr.wire.records import Rejected, lacks_delta, says_busy, update_from_content
 
 logger = logging.getLogger(__name__)
 Record = dict[str, object]
@@ -194,8 +194,8 @@ class Round:
         if why := says_busy(reply.content):
             self._drop(node.key, BUSY, why)
             return None
-        if lacks_offset(reply.content, plan):
-            self._drop(node.key, "offset", "the node still lacks pieces of the offset")
+        if lacks_delta(reply.content, plan):
+            self._drop(node.key, "delta", "the node still lacks pieces of the delta")
             return None
         try:
             limit, start = self.limits[node.key], partial(self.start, plan)

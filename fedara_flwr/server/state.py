@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedara_flwr.offsets import Holding, OffsetLog
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.model.deltas import DeltaLog, Holding
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays
 
 
 @dataclass
@@ -17,8 +17,8 @@ class ServerState:
     Attributes:
         arrays: the global model, packed under `mask`.
         mask: the global rank mask.
-        offset: what has been added to the backbone.
-        holdings: which of the offset's pieces each client has.
+        delta: what has been added to the backbone.
+        holdings: which of the delta's pieces each client has.
         clients: what the method remembers of each client, numbers and lists of numbers by name.
         examples: how many examples each client that can train declared.
         unfit: clients that cannot, and why.
@@ -29,7 +29,7 @@ class ServerState:
 
     arrays: Arrays
     mask: RankMask
-    offset: OffsetLog
+    delta: DeltaLog
     holdings: dict[str, Holding] = field(default_factory=dict)
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)

@@ -12,8 +12,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from fedara_flwr.ranks import Bools, RankMask
-from fedara_flwr.spec import ModelSpec
+from fedara_flwr.model.ranks import Bools, RankMask
+from fedara_flwr.model.spec import ModelSpec
 from fedara_flwr.wire.plan import Vote
 
 RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5

@@ -15,15 +15,15 @@ from pydantic import BaseModel
 
 from fedara_flwr import seeds
 from fedara_flwr.config import QUANTISED, ConfigError, Group, Settings, check_options
-from fedara_flwr.offsets import OffsetLog, Piece, Weights
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.merging.private import PrivateMean
+from fedara_flwr.merging.robust import RULES
+from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Merger, Record
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.spec import Arrays, ModelSpec
-from fedara_flwr.strategies.private import PrivateMean
-from fedara_flwr.strategies.robust import RULES
 from fedara_flwr.wire.plan import TrainPlan, Update
 
 
@@ -46,7 +46,7 @@ class NoOptions(Group):
 class BaseStrategy(RoundLoop):
     """What a method overrides, in the order in which it is called.
 
-    Once: `trainable`, `start_mask`, `start_arrays`, `start_offset`, `scales`, `terms`. Each round: `ready` for nodes that were
+    Once: `trainable`, `start_mask`, `start_arrays`, `start_delta`, `scales`, `terms`. Each round: `ready` for nodes that were
     asked whether they can train (when first drawn, after an error or a return), `prepare`, `client_mask` and `plan` for each
     node, `merger`, `take` for each good update, `leave_out`, `next_mask`, `finish_round`, `weights`. At the end: `exported`.
     """
@@ -78,9 +78,9 @@ class BaseStrategy(RoundLoop):
             self._check_private()
         super().__init__(settings, model.spec, model.expected(frozenset(self.terms())), write)
         mask = self.start_mask()
-        self.state = ServerState(self.start_arrays(mask), mask, OffsetLog(self.spec))
-        if (piece := self.start_offset()) is not None:
-            self.state.offset.add(piece)
+        self.state = ServerState(self.start_arrays(mask), mask, DeltaLog(self.spec))
+        if (piece := self.start_delta()) is not None:
+            self.state.delta.add(piece)
 
     def _check_private(self) -> None:
         ways = {"merger": "merges in its own way", "ready": "goes by what devices report of themselves"}
@@ -109,7 +109,7 @@ class BaseStrategy(RoundLoop):
             arrays["E"] = np.zeros(mask.count, dtype=np.float32)
         return arrays
 
-    def start_offset(self) -> Piece | None:
+    def start_delta(self) -> Piece | None:
         """What is added to the backbone before round 1; called after `start_arrays`."""
         return None
 
@@ -206,12 +206,12 @@ class BaseStrategy(RoundLoop):
         return self.state.mask
 
     def finish_round(self, server_round: int) -> None:
-        """Change the state once the round is merged: fresh values, what joins `state.offset`."""
+        """Change the state once the round is merged: fresh values, what joins `state.delta`."""
 
     # -- hooks: the result ------------------------------------------------------------------------------------------
     def weights(self) -> Weights:
         """The global model."""
-        return Weights(self.state.arrays, self.state.mask, self.scales(), self.state.offset.composed())
+        return Weights(self.state.arrays, self.state.mask, self.scales(), self.state.delta.composed())
 
     def exported(self) -> Weights:
         """What the run leaves: adapters where nothing but them and the head changed, else a merged model."""

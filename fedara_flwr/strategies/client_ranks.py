@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, Group
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import first_slots
 from fedara_flwr.strategies.fedlora import FedLoRA
 

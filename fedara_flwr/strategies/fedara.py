@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedara_flwr.config import ConfigError
-from fedara_flwr.ranks import RankMask, select_top
+from fedara_flwr.model.ranks import RankMask, select_top
 from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget

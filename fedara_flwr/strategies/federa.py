@@ -3,24 +3,24 @@
 Stated by the paper: W0 = U·S·Vᵀ; with s = alpha/r, B0 = U_r·√S_r/√s and A0 = √S_r·V_rᵀ/√s; the frozen weight becomes
 W0 - s·B0·A0, so the output does not change at the start; then FedAvg of A and B.
 This project's reading: the server takes the SVD once (signs and last bits of an SVD differ between machines) and sends
--s·B0 and A0 to each node once, as an offset of the backbone that the node keeps; counted like everything else.
+-s·B0 and A0 to each node once, as a delta of the backbone that the node keeps; counted like everything else.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fedara_flwr.offsets import Piece, Weights, dense, factors, from_factors, pack_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.merging.mean import module_factors, split_svd
+from fedara_flwr.model.deltas import Piece, Weights, dense, factors, from_factors, pack_factors
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import module_factors, split_svd
 from fedara_flwr.strategies.fedlora import FedLoRA
 
 
 @register
 class FeDeRA(FedLoRA):
-    """FedLoRA with another start, and an offset that takes the start out of the backbone."""
+    """FedLoRA with another start, and a delta that takes the start out of the backbone."""
 
     name = "federa"
     title = "LoRA started from the SVD of the pre-trained weights, FedAvg of A and B"
@@ -37,15 +37,15 @@ class FeDeRA(FedLoRA):
             pairs.append((np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, missing), (0, 0)))))
         return {"head": self.start_head(), **pack_factors(pairs)}
 
-    def start_offset(self) -> Piece:
+    def start_delta(self) -> Piece:
         """-s·B0·A0."""
         start = module_factors(self.spec, self.state.mask, self.state.arrays)
         return from_factors([(-scale * left, right) for scale, (left, right) in zip(self.scales(), start, strict=True)])
 
     def exported(self) -> Weights:
         """ΔW = s·(B·A - B0·A0) as a LoRA of rank 2r on the unchanged backbone."""
-        piece, ranks, scales = self.state.offset.composed(), self.state.mask.ranks, self.scales()
-        assert piece is not None, "the offset is there from the start"
+        piece, ranks, scales = self.state.delta.composed(), self.state.mask.ranks, self.scales()
+        assert piece is not None, "the delta is there from the start"
         if piece.ranks:
             start = factors(piece, self.spec)
         else:  # a rank so high that the log keeps the product

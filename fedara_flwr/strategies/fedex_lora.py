@@ -8,9 +8,9 @@ the residual makes that exact as well.
 
 from __future__ import annotations
 
-from fedara_flwr.offsets import from_factors
+from fedara_flwr.merging.mean import Stack
+from fedara_flwr.model.deltas import from_factors
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import Stack
 from fedara_flwr.strategies.client_ranks import ClientRanks
 
 
@@ -29,5 +29,5 @@ class FedExLoRA(ClientRanks):
         return self._stack
 
     def finish_round(self, server_round: int) -> None:
-        """The residual joins the offset."""
-        self.state.offset.add(from_factors(self._stack.residual(self.state.arrays)))
+        """The residual joins the delta."""
+        self.state.delta.add(from_factors(self._stack.residual(self.state.arrays)))

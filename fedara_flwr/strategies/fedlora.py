@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from fedara_flwr.draws import lora_a
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.model.draws import lora_a
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.base import BaseStrategy
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedara_flwr.draws import lora_a
-from fedara_flwr.offsets import pack_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.merging.mean import Stack, module_factors, split_product
+from fedara_flwr.model.deltas import pack_factors
+from fedara_flwr.model.draws import lora_a
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import Stack, module_factors, split_product
 from fedara_flwr.strategies.client_ranks import ClientRanks
 
 ZERO = 1e-12  # singular values below this share of the largest one

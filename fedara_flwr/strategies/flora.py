@@ -3,7 +3,7 @@
 Stated by the paper: the clients' factors side by side are the exact weighted sum of their products; it is sent to all and
 merged into the backbone, and each round starts from fresh adapters; ranks may differ by client.
 This project's reading: the weight stands on B alone; all clients draw the round's fresh A from one seed and start from B = 0,
-so adapters never travel down. What does is the stack, as an offset of the backbone: every node is sent all that it missed, as
+so adapters never travel down. What does is the stack, as a delta of the backbone: every node is sent all that it missed, as
 factors or, where fewer bytes, as one dense piece, and keeps it.
 """
 
@@ -14,17 +14,17 @@ from dataclasses import replace
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.draws import lora_a
-from fedara_flwr.offsets import from_factors
+from fedara_flwr.merging.mean import Stack
+from fedara_flwr.model.deltas import from_factors
+from fedara_flwr.model.draws import lora_a
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import Stack
 from fedara_flwr.strategies.client_ranks import ClientRanks
 from fedara_flwr.wire.plan import TrainPlan
 
 
 @register
 class FLoRA(ClientRanks):
-    """Fresh adapters each round; their stack joins the offset."""
+    """Fresh adapters each round; their stack joins the delta."""
 
     name = "flora"
     title = "stacked LoRA: the exact sum of the clients' adapters, merged into the backbone each round"
@@ -43,8 +43,8 @@ class FLoRA(ClientRanks):
         return self._stack
 
     def finish_round(self, server_round: int) -> None:
-        """The stack joins the offset; the adapters start afresh."""
-        self.state.offset.add(from_factors(self._stack.stacked()))
+        """The stack joins the delta; the adapters start afresh."""
+        self.state.delta.add(from_factors(self._stack.stacked()))
         seed = seeds.derive(self.settings.seed, "flora", server_round)
         self.state.arrays["A"] = lora_a(self.spec, self.state.mask, seed)  # with B = 0 any would do; this one clients can draw
         self.state.arrays["B"] = np.zeros_like(self.state.arrays["B"])

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.base import BaseStrategy
 from fedara_flwr.wire.plan import TrainPlan

@@ -1,6 +1,6 @@
 """`head`: only the task layer is trained, the backbone is as it was. The row that every adapter must beat."""
 
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.base import BaseStrategy
 

@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedara_flwr.config import Group
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution

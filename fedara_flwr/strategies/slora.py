@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import Field
 
 from fedara_flwr.config import ConfigError, Group
-from fedara_flwr.draws import sparse_positions
-from fedara_flwr.offsets import Weights, dense_size, pack_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import Arrays
+from fedara_flwr.merging.mean import split_svd
+from fedara_flwr.model.deltas import Weights, dense_size, pack_factors
+from fedara_flwr.model.draws import sparse_positions
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies import register
-from fedara_flwr.strategies.aggregation import split_svd
 from fedara_flwr.strategies.fedlora import FedLoRA
 from fedara_flwr.wire.plan import TrainPlan
 

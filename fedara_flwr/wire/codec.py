@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedara_flwr import seeds
-from fedara_flwr.ranks import Ints, RankMask
-from fedara_flwr.spec import Arrays, ModelSpec, Vector
+from fedara_flwr.model.ranks import Ints, RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
 from fedara_flwr.wire.plan import TrainPlan
 
 Numbers = NDArray[Any]

@@ -7,12 +7,12 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedara_flwr.spec import PARTS
+from fedara_flwr.model.spec import PARTS
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.records import PIECE
 
 Direction = Literal["down", "up"]
-COUNTED = (*PARTS, "offset", "mask", "other")
+COUNTED = (*PARTS, "delta", "mask", "other")
 _ITEM = {codec.dtype.name: codec.dtype.itemsize for codec in CODECS.values()}
 _MASKS = ("mask", "votes", "slot-ranks", "kept")
 
@@ -20,14 +20,14 @@ _MASKS = ("mask", "votes", "slot-ranks", "kept")
 def payload(content: RecordDict) -> Counter[str]:
     """Bytes of one message by part; the sum is what Flower's own `count_bytes()` says of its records.
 
-    B, E, A, head, backbone and offset count what their numbers take on the wire (wire/codec); mask the packed bits and slot
+    B, E, A, head, backbone and delta count what their numbers take on the wire (wire/codec); mask the packed bits and slot
     ranks; other is what remains: npy headers, names and the settings in the plan.
     """
     parts: Counter[str] = Counter()
     total = sum(_size(record) for record in content.values())
     for record_name, arrays in content.array_records.items():
         for name, array in arrays.items():
-            part = "offset" if record_name.startswith(PIECE) else name if name in PARTS else "other"
+            part = "delta" if record_name.startswith(PIECE) else name if name in PARTS else "other"
             # what a header claims is not believed beyond the bytes that are there, nor multiplied: all parts are vectors, and
             # the product of a long shape takes minutes
             claimed = _ITEM.get(array.dtype, 4) * array.shape[0] if len(array.shape) == 1 else 0

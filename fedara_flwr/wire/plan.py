@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedara_flwr.draws import draw
-from fedara_flwr.ranks import Bools, RankMask
-from fedara_flwr.spec import Arrays, ModelSpec
+from fedara_flwr.model.draws import draw
+from fedara_flwr.model.ranks import Bools, RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec
 
 REPORTS = ("votes", "scores", "kept")
 Ranks = NDArray[np.uint16]
@@ -27,7 +27,7 @@ class TrainPlan:
         scales: s of y = W0·x + s·B·diag(E)·A·x, one per module.
         trainable: parts that are trained and sent back, out of B, E, A, head and backbone. The others keep what was received.
         carries: parts that travel with the plan.
-        drawn: parts that both sides draw from `draw_seed` instead (fedara_flwr.draws). An E that is in neither is 1.
+        drawn: parts that both sides draw from `draw_seed` instead (fedara_flwr.model.draws). An E that is in neither is 1.
         entries: numbers of the backbone that are trained, at positions drawn from `draw_seed`; 0 = all.
         steps: optimiser steps; 0 = `epochs` passes over the client's examples.
         batch_tokens: most tokens, padding counted, that pass through the model at once; 0 = whole batches.
@@ -38,7 +38,7 @@ class TrainPlan:
             terms leave; the others are not sent back).
         budget: slots the client may vote for.
         evaluate: whether to evaluate the received model on the client's own held-out share.
-        offset: digests of the pieces whose sum the client must add to its backbone (fedara_flwr.offsets).
+        delta: digests of the pieces whose sum the client must add to its backbone (fedara_flwr.model.deltas).
         down: format of the arrays that travel with the plan (wire/codec).
         up: format of those that are sent back.
         feedback: parts to which the node adds what rounding took before, keeping what it takes now (wire/upload).
@@ -71,7 +71,7 @@ class TrainPlan:
     importance_time: str = "before"
     upload_mask: str = "global"
     evaluate: bool = False
-    offset: tuple[str, ...] = ()
+    delta: tuple[str, ...] = ()
     down: str = "float32"
     up: str = "float32"
     feedback: frozenset[str] = frozenset()

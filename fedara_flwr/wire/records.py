@@ -1,7 +1,7 @@
 """TrainPlan and Update ⇄ Flower records. Reading an Update checks everything that can be checked without the model.
 
 A message holds `arrays` (ArrayRecord: one vector per part, in the plan's format) and `plan` or `reply` (ConfigRecord); a plan
-also the pieces of the offset that the client lacks, always float32, since their digests name them; an update `metrics`
+also the pieces of the delta that the client lacks, always float32, since their digests name them; an update `metrics`
 (MetricRecord). Empty strings and lists never enter a ConfigRecord: Flower cannot count their bytes.
 """
 
@@ -18,9 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedara_flwr.config import Format, StrategySettings
 from fedara_flwr.log import printable
-from fedara_flwr.offsets import Piece, dense_size, piece_lengths
-from fedara_flwr.ranks import Bools, Ints, RankMask, pack_bits, unpack_bits
-from fedara_flwr.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
+from fedara_flwr.model.deltas import Piece, dense_size, piece_lengths
+from fedara_flwr.model.ranks import Bools, Ints, RankMask, pack_bits, unpack_bits
+from fedara_flwr.model.spec import PARTS, SLOT_PARTS, Arrays, ModelSpec, Vector
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.codec import CODECS, Coded, Numbers
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
@@ -55,7 +55,7 @@ _CHOICES = {
     for key in ("importance", "importance-time", "upload-mask")
 } | dict.fromkeys(("down", "up"), get_args(Format))
 MAX_EXAMPLES = 2**31  # per node; sums of weighted votes stay exact in 64 bits
-PIECE, PIECE_RANKS = "offset.", "offset-ranks."  # names of a piece's records, its digest behind
+PIECE, PIECE_RANKS = "delta.", "delta-ranks."  # names of a piece's records, its digest behind
 LARGEST = 1e12  # of an update's numbers: their products must stay finite in float32
 MAX_METRICS = 64
 MAX_VALUE = 1e100  # of a metric; sums over clients, weighted by examples, stay finite
@@ -145,7 +145,7 @@ def _names(record: Any) -> list[str]:
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
 def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Piece] = ()) -> RecordDict:
-    """A TRAIN message: the plan, the arrays as they travel, and pieces of the offset that the client lacks."""
+    """A TRAIN message: the plan, the arrays as they travel, and pieces of the delta that the client lacks."""
     config: dict[str, Any] = {key: getattr(plan, name) for key, name in _SCALARS.items()}
     config |= {
         "protocol": PROTOCOL,
@@ -155,8 +155,8 @@ def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Pi
     config |= {key: ",".join(sorted(getattr(plan, key))) for key in _SETS if getattr(plan, key)}
     if len(plan.mask.bits):
         config["mask"] = plan.mask.to_bytes()
-    if plan.offset:
-        config["offset"] = list(plan.offset)
+    if plan.delta:
+        config["delta"] = list(plan.delta)
     if plan.feedback:
         config["run"] = plan.run
     for term, parameters in plan.terms.items():
@@ -171,7 +171,7 @@ def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Pi
 
 
 def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
-    """Pieces of the offset that came with a plan, on the client.
+    """Pieces of the delta that came with a plan, on the client.
 
     Raises:
         Rejected: a piece does not fit the model, or is not what its digest says.
@@ -186,13 +186,13 @@ def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
             given = [_read_scalar("ranks", rank, "int") for rank in config["ranks"]] if "ranks" in config else []
             ranks = tuple(_lengthen(given, len(spec.modules))) if "ranks" in config else ()
         except (ValueError, TypeError) as error:
-            raise Rejected("offset", f"a piece does not fit this model ({str(error)[:80]})") from None
+            raise Rejected("delta", f"a piece does not fit this model ({str(error)[:80]})") from None
         lengths = piece_lengths(spec, ranks)
         if set(record) != set(lengths):
-            raise Rejected("parts", f"an offset has {_names(record)}, expected {sorted(lengths)}")
+            raise Rejected("parts", f"a delta has {_names(record)}, expected {sorted(lengths)}")
         piece = Piece(ranks, {part: read_vector(record[part], length, part) for part, length in lengths.items()})
         if piece.digest != digest:
-            raise Rejected("offset", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]!r}")
+            raise Rejected("delta", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]!r}")
         found.append(piece)
     return found
 
@@ -224,7 +224,7 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
             **known,
             mask=RankMask.from_bytes(ranks, config.get("mask", b"")),
             scales=tuple(_lengthen([_read_scalar("scales", s, "float") for s in config["scales"]], modules)),
-            offset=tuple(str(digest) for digest in config.get("offset", ())),
+            delta=tuple(str(digest) for digest in config.get("delta", ())),
             run=_read_run(config),
             terms=terms,
         )
@@ -289,9 +289,9 @@ def update_to_content(update: Update, plan: TrainPlan, coded: Coded | Arrays | N
     return RecordDict({"arrays": arrays, "reply": ConfigRecord(config), "metrics": MetricRecord(metrics)})
 
 
-def need_offset(missing: Sequence[str], server_round: int) -> RecordDict:
-    """The reply of a node that lost pieces of the offset: it is sent them within the round."""
-    return RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, "round": server_round, "need-offset": list(missing)})})
+def need_delta(missing: Sequence[str], server_round: int) -> RecordDict:
+    """The reply of a node that lost pieces of the delta: it is sent them within the round."""
+    return RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, "round": server_round, "need-delta": list(missing)})})
 
 
 def busy(why: str) -> RecordDict:
@@ -305,10 +305,10 @@ def says_busy(content: RecordDict) -> str:
     return printable(why[:MAX_DETAIL]) if isinstance(why, str) else ""
 
 
-def lacks_offset(content: RecordDict, plan: TrainPlan) -> bool:
-    """Whether a reply says that pieces of the plan's offset are missing."""
-    missing = content.config_records.get("reply", ConfigRecord()).get("need-offset")
-    return isinstance(missing, list) and 0 < len(missing) and set(missing) <= set(plan.offset)
+def lacks_delta(content: RecordDict, plan: TrainPlan) -> bool:
+    """Whether a reply says that pieces of the plan's delta are missing."""
+    missing = content.config_records.get("reply", ConfigRecord()).get("need-delta")
+    return isinstance(missing, list) and 0 < len(missing) and set(missing) <= set(plan.delta)
 
 
 def update_from_content(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.codec import CODECS, Coded, CodingError
 from fedara_flwr.wire.plan import TrainPlan, Update
 

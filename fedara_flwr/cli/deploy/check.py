@@ -26,8 +26,8 @@ from packaging.requirements import Requirement
 from fedara_flwr.cli.deploy.keys import CURVE
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, Finding, python, run_checks, unmet
-from fedara_flwr.client.node import NodeSettings
 from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.node.settings import NodeSettings
 
 NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulation] the extra, which is Ray
 EXPIRES_SOON = timedelta(days=30)
@@ -354,7 +354,7 @@ def data(node: NodeSettings) -> Finding:
     """Whether the node's own data can be read, and what is in it; columns and labels may be the run's."""
     if not node.data_path:
         return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
-    from fedara_flwr.data.load import look
+    from fedara_flwr.data.sources import look
 
     columns = Settings().data
     try:

@@ -1,4 +1,4 @@
-"""Offsets: what a method adds to the frozen weights, the same on every node (contracts.md §2). numpy only.
+"""Deltas: what a method adds to the frozen weights, the same on every node (contracts.md §2). numpy only.
 
 The server keeps a log of pieces. A node is told which pieces make up the version that it must hold, and is sent those that
 it lacks: low-rank factors, or one dense piece in place of all where that is fewer bytes.
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fedara_flwr.ranks import Ints, RankMask
-from fedara_flwr.spec import Arrays, ModelSpec, Vector
+from fedara_flwr.model.ranks import Ints, RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +139,14 @@ class Weights:
     Attributes:
         arrays: head; B, E (or none, then it is 1) and A packed under `mask`; backbone where it is trained.
         scales: s of y = W0·x + s·B·diag(E)·A·x, one per module.
-        offset: what is added to the backbone.
+        delta: what is added to the backbone.
         positions: numbers of the backbone that `arrays["backbone"]` holds (draws.sparse_positions); None = all.
     """
 
     arrays: Arrays
     mask: RankMask
     scales: tuple[float, ...]
-    offset: Piece | None = None
+    delta: Piece | None = None
     positions: Ints | None = None
 
 
@@ -158,7 +158,7 @@ class Holding:
     digests: tuple[str, ...] = ()
 
 
-class OffsetLog:
+class DeltaLog:
     """The server's pieces. Keeps the newest ones up to the bytes of one dense piece, and the sum of all."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -176,7 +176,7 @@ class OffsetLog:
         return arrays, {"version": self.version, "ranks": ranks, "sizes": self._sizes}
 
     @classmethod
-    def restored(cls, spec: ModelSpec, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> OffsetLog:
+    def restored(cls, spec: ModelSpec, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> DeltaLog:
         """The inverse of `dump`."""
         log = cls(spec)
         log.version, log._sizes = facts["version"], dict(facts["sizes"])

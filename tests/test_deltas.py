@@ -1,4 +1,4 @@
-"""Offsets, what both sides draw, and how pieces of an offset travel."""
+"""Deltas, what both sides draw, and how pieces of a delta travel."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedara_flwr.draws import draw, lora_a, sparse_positions
-from fedara_flwr.offsets import Holding, OffsetLog, Piece, as_dense, compose, dense, factors, from_factors
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.deltas import DeltaLog, Holding, Piece, as_dense, compose, dense, factors, from_factors
+from fedara_flwr.model.draws import draw, lora_a, sparse_positions
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire.meter import ByteMeter, payload
 from fedara_flwr.wire.plan import TrainPlan
 from fedara_flwr.wire.records import (
     Rejected,
-    lacks_offset,
-    need_offset,
+    lacks_delta,
+    need_delta,
     plan_from_content,
     plan_to_content,
     read_pieces,
@@ -134,7 +134,7 @@ def test_composing_many_pieces_holds_one_of_them_at_a_time():
 @given(st.lists(st.tuples(pieces, st.sets(st.integers(0, 2))), min_size=1, max_size=8))
 def test_whoever_fetches_whenever_holds_the_sum_for_the_fewest_bytes(rounds):
     """Three nodes, of which some fetch after each new piece; every node fetches at the end."""
-    log, expected, added = OffsetLog(SPEC), np.zeros(19), []
+    log, expected, added = DeltaLog(SPEC), np.zeros(19), []
     have = {node: Holding() for node in range(3)}
     stores: dict[int, dict[str, Piece]] = {node: {} for node in range(3)}
 
@@ -166,7 +166,7 @@ def test_whoever_fetches_whenever_holds_the_sum_for_the_fewest_bytes(rounds):
 
 def test_a_new_node_gets_factors_until_a_dense_piece_is_smaller():
     """Pieces of (1, 1, 1) have 4·17 = 68 bytes, dense are 76: one goes as factors, two as one dense piece."""
-    log = OffsetLog(SPEC)
+    log = DeltaLog(SPEC)
     log.add(piece_of((1, 1, 1), 1))
     first, sent = log.fetch(Holding())
     assert [p.ranks for p in sent] == [(1, 1, 1)] and first.digests == (sent[0].digest,)
@@ -178,14 +178,14 @@ def test_a_new_node_gets_factors_until_a_dense_piece_is_smaller():
 
 
 def test_a_piece_larger_than_the_dense_one_is_not_kept():
-    log = OffsetLog(SPEC)
+    log = DeltaLog(SPEC)
     log.add(piece_of((2, 2, 2), 1))
     assert not log._newest
     assert log.fetch(Holding())[1][0].ranks == ()
 
 
 def test_a_piece_of_the_wrong_length_is_refused():
-    log = OffsetLog(SPEC)
+    log = DeltaLog(SPEC)
     with pytest.raises(ValueError, match=r"A has shape \(16,\), expected \(11,\)"):
         log.add(Piece((1, 1, 1), {"B": np.zeros(6, np.float32), "A": np.zeros(16, np.float32)}))
     assert log.version == 0 and log.composed() is None
@@ -241,7 +241,7 @@ def test_other_drawn_parts_are_zero():
 def plan(*digests):
     values = {"server_round": 2, "seed": 1, "mask": RankMask.full([0] * 3), "scales": (1.0,) * 3, "steps": 1, "epochs": 1}
     values |= {"batch_size": 1, "learning_rate": 1.0, "e_lr_factor": 1.0, "head_learning_rate": 1.0}
-    return TrainPlan(**values, trainable=frozenset({"head"}), carries=frozenset({"head"}), offset=digests)
+    return TrainPlan(**values, trainable=frozenset({"head"}), carries=frozenset({"head"}), delta=digests)
 
 
 def content_of(*some):
@@ -251,7 +251,7 @@ def content_of(*some):
 @given(st.lists(pieces, max_size=3, unique_by=lambda p: p.digest))
 def test_pieces_travel_with_the_plan(some):
     content = RecordDict(dict(content_of(*some).items()))
-    assert plan_from_content(content, 3).offset == tuple(p.digest for p in some)
+    assert plan_from_content(content, 3).delta == tuple(p.digest for p in some)
     came = {p.digest: p for p in read_pieces(content, SPEC)}
     assert set(came) == {p.digest for p in some}
     for piece in some:
@@ -260,22 +260,22 @@ def test_pieces_travel_with_the_plan(some):
 
 
 @given(st.lists(pieces, max_size=3, unique_by=lambda p: p.digest))
-def test_pieces_are_counted_as_offset(some):
+def test_pieces_are_counted_as_delta(some):
     content, meter = content_of(*some), ByteMeter()
     expected = sum(p.nbytes for p in some)
-    assert payload(content)["offset"] == meter.count("down", content)["offset"] == expected
+    assert payload(content)["delta"] == meter.count("down", content)["delta"] == expected
     assert sum(payload(content).values()) == sum(record.count_bytes() for record in content.values())
-    assert meter.total["down.offset"] == expected and meter.total["down.head"] == 8
+    assert meter.total["down.delta"] == expected and meter.total["down.head"] == 8
     taken = meter.take_round()
-    assert taken["down.offset"] == expected and taken["down"] == sum(payload(content).values())
-    assert meter.take_round()["down.offset"] == 0 and meter.total["down.offset"] == expected
+    assert taken["down.delta"] == expected and taken["down"] == sum(payload(content).values())
+    assert meter.take_round()["down.delta"] == 0 and meter.total["down.delta"] == expected
 
 
 def tampered(piece, arrays=None, ranks=None, digest=None):
     content, digest = content_of(piece), digest or piece.digest
-    del content["offset." + piece.digest]
-    content["offset." + digest] = ArrayRecord({name: Array(v) for name, v in (arrays or piece.arrays).items()})
-    content["offset-ranks." + digest] = ConfigRecord({"ranks": list(piece.ranks) if ranks is None else ranks})
+    del content["delta." + piece.digest]
+    content["delta." + digest] = ArrayRecord({name: Array(v) for name, v in (arrays or piece.arrays).items()})
+    content["delta-ranks." + digest] = ConfigRecord({"ranks": list(piece.ranks) if ranks is None else ranks})
     return content
 
 
@@ -286,18 +286,18 @@ SPOILT = PIECE.arrays | {"A": np.full(11, np.nan, np.float32)}
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (tampered(PIECE, digest="0" * 64), "offset"),
-        (tampered(PIECE, digest="../../etc/passwd"), "offset"),
-        (tampered(PIECE, arrays=PIECE.arrays | {"B": PIECE.arrays["B"] + 1}), "offset"),
+        (tampered(PIECE, digest="0" * 64), "delta"),
+        (tampered(PIECE, digest="../../etc/passwd"), "delta"),
+        (tampered(PIECE, arrays=PIECE.arrays | {"B": PIECE.arrays["B"] + 1}), "delta"),
         (tampered(PIECE, arrays=PIECE.arrays | {"B": PIECE.arrays["B"][:5]}), "shape"),
         (tampered(PIECE, arrays=PIECE.arrays | {"B": PIECE.arrays["B"].astype(np.float64)}), "shape"),
         (tampered(PIECE, arrays=SPOILT), "not-finite"),
         (tampered(PIECE, arrays={"B": PIECE.arrays["B"]}), "parts"),
         (tampered(PIECE, arrays={"dense": np.zeros(19, np.float32)}), "parts"),
-        (tampered(PIECE, ranks=[1, 1]), "offset"),
+        (tampered(PIECE, ranks=[1, 1]), "delta"),
         (tampered(PIECE, ranks=[2**40, 1, 1]), "shape"),
-        (tampered(PIECE, ranks=[-1, 4, 1]), "offset"),
-        (tampered(PIECE, ranks=["one", "1", "1"]), "offset"),
+        (tampered(PIECE, ranks=[-1, 4, 1]), "delta"),
+        (tampered(PIECE, ranks=["one", "1", "1"]), "delta"),
     ],
 )
 def test_a_piece_that_is_not_what_was_announced_is_refused(content, reason):
@@ -320,11 +320,11 @@ def test_a_piece_that_is_not_what_was_announced_is_refused(content, reason):
     ],
 )
 def test_only_pieces_of_the_plan_can_be_missing(missing, lacks):
-    reply = {} if missing is None else {"need-offset": missing}
-    assert lacks_offset(RecordDict({"reply": ConfigRecord(reply)}), plan("a", "b")) is lacks
-    assert not lacks_offset(RecordDict({"reply": ConfigRecord(reply)}), plan())
-    assert not lacks_offset(RecordDict(), plan("a"))
+    reply = {} if missing is None else {"need-delta": missing}
+    assert lacks_delta(RecordDict({"reply": ConfigRecord(reply)}), plan("a", "b")) is lacks
+    assert not lacks_delta(RecordDict({"reply": ConfigRecord(reply)}), plan())
+    assert not lacks_delta(RecordDict(), plan("a"))
 
 
-def test_need_offset_is_what_lacks_offset_reads():
-    assert lacks_offset(need_offset(("a",), 2), plan("a", "b"))
+def test_need_delta_is_what_lacks_delta_reads():
+    assert lacks_delta(need_delta(("a",), 2), plan("a", "b"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedara_flwr.offsets import dense_size
-from fedara_flwr.ranks import Ints, RankMask
+from fedara_flwr.model.deltas import dense_size
+from fedara_flwr.model.ranks import Ints, RankMask
+from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
 from fedara_flwr.seeds import generator
-from fedara_flwr.spec import Arrays, ModelSpec, Vector
 
 MOST_DRAWN = 16  # times the numbers of the whole model
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.seeds import secure_normal
-from fedara_flwr.spec import Arrays
 
 METRICS = (
     "loss",

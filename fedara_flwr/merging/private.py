@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fedara_flwr.config import ConfigError, PrivacySettings
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.seeds import secure_normal
-from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
 MECHANISM = "Gaussian noise on the sum of clipped updates, once a round"

@@ -1,4 +1,4 @@
-"""Where a node keeps the pieces of the offset: files by sha256, checked when they are read (contracts.md §2)."""
+"""Where a node keeps the pieces of the delta: files by sha256, checked when they are read (contracts.md §2)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedara_flwr.offsets import Piece
+from fedara_flwr.model.deltas import Piece
 
 LIMIT = 8 << 30  # bytes; the pieces that were not read for longest go first
 
 
 class MissingPieces(Exception):
-    """Pieces of the offset that this node does not have; `digests` names them."""
+    """Pieces of the delta that this node does not have; `digests` names them."""
 
     def __init__(self, digests: Sequence[str]) -> None:
-        super().__init__(f"{len(digests)} pieces of the offset are missing")
+        super().__init__(f"{len(digests)} pieces of the delta are missing")
         self.digests = tuple(digests)
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fedara_flwr.client.guard import METRICS, Guard
 from fedara_flwr.config import QUANTISED, ConfigError, Dtype, Group, ModelSettings, nearest, one_line
 from fedara_flwr.log import printable
+from fedara_flwr.node.guard import METRICS, Guard
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says
@@ -120,7 +120,7 @@ class NodeSettings(Group):
 
     @property
     def store(self) -> Path:
-        """Folder of what is kept between rounds: the offset's pieces, and below it the residues of uploads."""
+        """Folder of what is kept between rounds: the delta's pieces, and below it the residues of uploads."""
         home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
         return Path(self.store_dir).expanduser() if self.store_dir else home / "fedara-store"
 

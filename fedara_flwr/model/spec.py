@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedara_flwr.ranks import Ints, RankMask
+from fedara_flwr.model.ranks import Ints, RankMask
 
 Vector = NDArray[np.float32]
 SLOT_PARTS = ("B", "E", "A")

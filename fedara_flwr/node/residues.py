@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedara_flwr.client.store import LIMIT
 from fedara_flwr.files import tensors_digest
-from fedara_flwr.ranks import RankMask
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.node.store import LIMIT
 from fedara_flwr.wire.upload import Residue
 
 logger = logging.getLogger(__name__)

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from fedara_flwr import strategies
-from fedara_flwr.card import write_card
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data.federation import shares
+from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.report import write_report
-from fedara_flwr.runs import RunDirectory, machine, read_config, read_facts, versions
+from fedara_flwr.runs.card import write_card
+from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_facts, versions
+from fedara_flwr.runs.trackers import Trackers, open_trackers
 from fedara_flwr.server.checkpoint import Checkpoints
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import BaseStrategy
-from fedara_flwr.strategies.private import in_words, ledger
-from fedara_flwr.track import Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 

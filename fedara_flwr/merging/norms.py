@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedara_flwr.spec import Arrays
+from fedara_flwr.model.spec import Arrays
 
 KEPT = 64  # lengths remembered of each part
 ENOUGH = 3  # lengths that make a median

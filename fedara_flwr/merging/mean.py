@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedara_flwr.ranks import RankMask
-from fedara_flwr.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
 

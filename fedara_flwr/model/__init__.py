@@ -1,0 +1,1 @@
+"""The model as numbers: which modules and parts it has, which slots live, what is drawn, what changed."""
