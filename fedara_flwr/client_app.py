@@ -129,13 +129,13 @@ def ready(message: Message, context: Context) -> Message:
             resident.set_delta((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
             tokens = Settings.from_flat(context.run_config).train.batch_tokens
-            found = measure(resident.adapted, resident.task, resident.tokenizer, data.train, batch, tokens, rank)
+            found = measure(resident.learner, data.train, batch, tokens, rank)
             metrics |= node.guard.let_out(found)
         shared = not node.data_path
         answer = ConfigRecord(
             {
                 "fingerprint": resident.adapted.spec.fingerprint,
-                "tokenizer": resident.tokenizer_digest,
+                "tokenizer": resident.learner.tokenizer_digest,
                 "data": federation(resident.settings.data, resident.settings.seed).digest if shared else "own",
             }
         )
@@ -235,7 +235,7 @@ def train(message: Message, context: Context) -> Message:
 
     model, simulated = received.session, in_simulation(context)
     data, plan, arrays, key = received.data, received.plan, received.arrays(), received.client_key
-    update = run(model.adapted, model.task, model.tokenizer, data, plan, arrays, key, simulated, node.guard)
+    update = run(model.learner, data, plan, arrays, key, simulated, node.guard)
     return received.answer(update, arrays)
 
 
@@ -251,6 +251,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
     model, plan = received.session, received.plan
     load(model.adapted, plan, received.arrays())
-    found = run(model.adapted, model.task, model.tokenizer, received.data, plan.batch_tokens)
+    found = run(model.learner, received.data, plan.batch_tokens)
     metrics: dict[str, Any] = {"eval-examples": 0} | received.node.guard.let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -118,7 +118,7 @@ class InProcessGrid(Grid):
         jobs = [Job(r.data, r.plan, arrays, r.client_key, r.node.guard) for r, arrays in group]
         model = group[0][0].session
         try:
-            found = train_together(model.adapted, model.task, model.tokenizer, jobs)
+            found = train_together(model.learner, jobs)
         except Exception as error:  # out of memory, for example
             names = ", ".join(job.client_key for job in jobs)
             logger.warning("clients %s are trained one after the other: %s: %s", names, type(error).__name__, error)

@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 
-from fedara_flwr.merging.mean import (
-    FactorError,
-    PaddedMean,
-    SlotMean,
-    Stack,
-    delta_norm,
-    module_factors,
-    split_product,
-    split_svd,
-)
+from fedara_flwr.merging.factors import delta_norm, module_factors, split_product, split_svd
+from fedara_flwr.merging.mean import FactorError, PaddedMean, SlotMean
+from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import pack_factors
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import PARTS, SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
@@ -378,7 +371,7 @@ def test_padded_mean_is_the_weighted_mean_when_all_own_all(drawn):
 # -- Stack ------------------------------------------------------------
 def test_stack_by_hand():
     """Scales 2 and 4, weights 1 and 3: a's B weighs 2·1/4 = 1/2 in m0 and 1 in m1, b's 3/2 and 3; A is as it came."""
-    stack = Stack(SPEC, FULL, global_arrays(), (2.0, 4.0))
+    stack = FactorStack(SPEC, FULL, global_arrays(), (2.0, 4.0))
     stack.add("a", update(FIRST, B=f32(4, 0, 8), A=f32(4, 1, 2, 3), head=f32(0, 0)), 1)
     stack.add("b", update(B=f32(2, 4, 6, 8, 1), A=f32(5, 6, 7, 8, 9), head=f32(4, 4)), 3)
     (left, right), (left1, right1) = stack.stacked()
@@ -393,7 +386,7 @@ def test_stack_is_the_exact_weighted_sum(drawn):
     items = [(wide_update(seed, mask, ("B", "E", "A") if e else ("B", "A")), weight) for seed, mask, weight, e in drawn]
     scales, total = (2.0, 0.5, 3.0), sum(weight for _, weight in items)
     start = wide_update(0, parts=("B", "E", "A", "head")).arrays
-    stack = Stack(WIDE, SLOTS, start, scales)
+    stack = FactorStack(WIDE, SLOTS, start, scales)
     for item, weight in items:
         stack.add("k", item, weight)
     for m, (left, right) in enumerate(stack.stacked()):

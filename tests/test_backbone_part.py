@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import save_model
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.train import batches, load, train
 from fedara_flwr.model.deltas import Piece, as_dense, dense, dense_size, factors, from_factors
 from fedara_flwr.model.draws import sparse_positions
@@ -181,7 +182,7 @@ def work(adapted, what, key="1", **changes):
     orders = plan(no_slots(spec), trainable=frozenset({"backbone", "head"}), entries=entries, draw_seed=7, **changes)
     change = np.random.default_rng(4).normal(0, 0.02, entries or spec.backbone_size).astype(np.float32)
     arrays = {"head": head_of(spec), "backbone": change}
-    return train(adapted, TASKS["classification"], PadOnly(), client(1), orders, arrays, key)
+    return train(Learner(adapted, TASKS["classification"], PadOnly()), client(1), orders, arrays, key)
 
 
 def equal(first, second):

@@ -12,6 +12,7 @@ from runs_helper import config, prepare, start
 from test_session import PadOnly, client, plan, run
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import FlopCounter, backward_blocks, measure
 from fedara_flwr.client.train import ClientData, train
@@ -108,7 +109,7 @@ def test_training_reports_the_rounds_flops(adapted):
     data = ClientData(Encoded(rows, [0, 1, 2] * 4), Encoded([], []))
     orders = plan(mask, batch_size=ROWS, dropout=False, report=frozenset(), trainable=frozenset({"B", "A", "head"}))
     arrays = random_arrays(adapted.spec, mask)
-    update = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", simulated=True)
+    update = train(Learner(adapted, TASK, PadOnly()), data, orders, arrays, "1", simulated=True)
     assert update.metrics["flops-forward"] == pytest.approx(3 * forward_flops(2))
     assert update.metrics["flops-backward"] == pytest.approx(3 * backward_flops(2))
     assert update.metrics["blocks"] == 2 and update.metrics["tokens"] == 3 * TOKENS
@@ -118,7 +119,9 @@ def test_training_reports_the_rounds_flops(adapted):
 def test_counting_changes_nothing(adapted, changes):
     arrays = random_arrays(adapted.spec, FULL)
     orders = plan(FULL, **changes)
-    plain, other = (train(adapted, TASK, PadOnly(), client(1), orders, arrays, "1", simulated=count) for count in (False, True))
+    plain, other = (
+        train(Learner(adapted, TASK, PadOnly()), client(1), orders, arrays, "1", simulated=count) for count in (False, True)
+    )
     assert all(np.array_equal(plain.arrays[part], other.arrays[part]) for part in plain.arrays)
     assert np.array_equal(plain.vote.ranks, other.vote.ranks)
     assert plain.metrics["loss"] == other.metrics["loss"]
@@ -128,7 +131,7 @@ def test_counting_changes_nothing(adapted, changes):
 # -- the calibration batch ------------------------------------------------------------
 def calibrate(adapted, batch=ROWS, length=LENGTH, rank=RANK, rows=64, tokens=0):
     ids = np.random.default_rng(0).integers(5, 97, (rows, length)).tolist()
-    return measure(adapted, TASK, PadOnly(), Encoded(ids, [0] * rows), batch, tokens, rank)
+    return measure(Learner(adapted, TASK, PadOnly()), Encoded(ids, [0] * rows), batch, tokens, rank)
 
 
 def test_calibration_reports_the_formula(adapted):

@@ -135,7 +135,7 @@ def test_the_cards_own_lines_load_it(run, base, name, kind):
     strategy, model = open_run(path)
     model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
     with torch.no_grad():
-        expected = model.adapted.logits(dict(model.tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
+        expected = model.adapted.logits(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
     assert printed.strip() == model.labels[expected[0].argmax()]
 
@@ -150,7 +150,7 @@ def test_the_readmes_lines_load_a_runs_adapter(run, base):
     printed, found = stock_run(code.replace("runs/<name>", str(path)).replace(MINILM, str(base["bert"])))
     text = re.search(r'tokenizer\("(.*?)"', code)[1]
     strategy, model = open_run(path)
-    ids = dict(model.tokenizer(text, return_tensors="pt"))
+    ids = dict(model.learner.tokenizer(text, return_tensors="pt"))
     model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
     with torch.no_grad():
         expected = model.adapted.logits(ids).numpy()

@@ -16,7 +16,7 @@ from fedara_flwr import strategies
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import save_lora
 from fedara_flwr.config import Settings
-from fedara_flwr.merging.mean import module_factors
+from fedara_flwr.merging.factors import module_factors
 from fedara_flwr.model.deltas import dense
 from fedara_flwr.model.draws import lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask

@@ -32,7 +32,7 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     assert rounds[-1]["alive"] == 4 * 36
     model, weights = strategy.model, strategy.weights()
     folder = model.export(tmp_path, weights)
-    batch = model.task.collate(model.tokenizer, model._encoded["validation"].ids[:1], [0])
+    batch = model.learner.task.collate(model.learner.tokenizer, model._encoded["validation"].ids[:1], [0])
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
         expected = model.adapted.logits(batch).numpy()

@@ -16,7 +16,7 @@ from transformers import AlbertConfig, AutoModel, T5Config, T5EncoderModel
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import FlopCounter, backward_blocks
@@ -156,9 +156,9 @@ def test_evaluation_equals_that_without(bert):
     load(bert, 2)
     ids = rows(count=40)
     data = Encoded(ids, [i % 3 for i in range(40)])
-    with_it, again = (predict(bert, TASK, PadOnly(), data) for _ in range(2))
+    with_it, again = (Learner(bert, TASK, PadOnly()).evaluate(data) for _ in range(2))
     kept, bert._prefix = bert._prefix, None
-    without = predict(bert, TASK, PadOnly(), data)
+    without = Learner(bert, TASK, PadOnly()).evaluate(data)
     bert._prefix = kept
     assert with_it == again
     assert with_it == pytest.approx(without, rel=1e-5)
@@ -262,8 +262,8 @@ def test_training_is_the_same_in_a_process_that_knows_the_rows(tiny_models):
     ids = rows(count=12)
     data = ClientData(Encoded(ids, [i % 3 for i in range(12)]), Encoded(ids[:4], [0, 1, 2, 0]))
     orders = plan(mask, dropout=True, evaluate=True)
-    train(used, TASK, PadOnly(), data, plan(mask, server_round=7), arrays, "8")
-    first, second = (train(model, TASK, PadOnly(), data, orders, arrays, "1") for model in (fresh, used))
+    train(Learner(used, TASK, PadOnly()), data, plan(mask, server_round=7), arrays, "8")
+    first, second = (train(Learner(model, TASK, PadOnly()), data, orders, arrays, "1") for model in (fresh, used))
     assert all(np.array_equal(first.arrays[part], second.arrays[part]) for part in first.arrays)
     assert first.metrics["loss"] == second.metrics["loss"]
     assert first.metrics["eval-loss"] == second.metrics["eval-loss"]
@@ -398,7 +398,7 @@ def test_training_counts_the_blocks_that_run_at_every_step(tiny_models, blocks):
     arrays = random_arrays(adapted.spec, mask)
     block = (forward_flops(0) - 2 * ROWS * (16 * 16 + 16 * len(LABELS))) // LAYERS
     for _ in range(2):
-        metrics = train(adapted, TASK, PadOnly(), data, orders, arrays, "1", simulated=True).metrics
+        metrics = train(Learner(adapted, TASK, PadOnly()), data, orders, arrays, "1", simulated=True).metrics
         assert metrics["flops-forward"] == pytest.approx(3 * (forward_flops(blocks) - (LAYERS - blocks) * block))
         assert metrics["flops-backward"] == pytest.approx(3 * backward_flops(blocks))
         assert metrics["blocks"] == blocks and metrics["tokens"] == 3 * TOKENS

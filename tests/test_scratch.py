@@ -25,6 +25,7 @@ from test_prefix import collate, equal, load, rows, states
 from test_session import PadOnly, plan
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.scratch import SLOT, Scratch
 from fedara_flwr.client import session
 from fedara_flwr.client.train import ClientData, train
@@ -298,7 +299,7 @@ def test_a_round_is_the_same_from_memory_from_disk_and_on_a_full_disk(tiny_model
         mask = last_blocks(adapted.spec, RankMask.full([4] * 18), 2)
         orders, arrays = plan(mask, evaluate=True), random_arrays(adapted.spec, mask)
         with files_end_at(room if room is not None else resource.RLIM_INFINITY):
-            update = train(adapted, TASKS["classification"], PadOnly(), data, orders, arrays, "1")
+            update = train(Learner(adapted, TASKS["classification"], PadOnly()), data, orders, arrays, "1")
         metrics = {name: update.metrics[name] for name in ("loss", "eval-loss", "tokens")}
         found.append((metrics, {part: vector.tobytes() for part, vector in update.arrays.items()}))
     assert found[1] == found[0] and found[2] == found[0]

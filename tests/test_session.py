@@ -8,6 +8,7 @@ import torch
 from conftest import LABELS, backbone, random_arrays
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
 from fedara_flwr.config import ConfigError, Settings
@@ -50,7 +51,7 @@ def client(seed, rows=12):
 
 
 def run(adapted, key, mask, arrays, **changes):
-    return train(adapted, TASKS["classification"], PadOnly(), client(int(key)), plan(mask, **changes), arrays, key)
+    return train(Learner(adapted, TASKS["classification"], PadOnly()), client(int(key)), plan(mask, **changes), arrays, key)
 
 
 def same(first, second):
@@ -113,8 +114,9 @@ def test_random_streams_depend_on_round_and_client(tiny_models):
     full = RankMask.full([4] * len(adapted.spec.modules))
     arrays = random_arrays(adapted.spec, full)
     data = client(1)
+    learner = Learner(adapted, TASKS["classification"], PadOnly())
     losses = [
-        train(adapted, TASKS["classification"], PadOnly(), data, plan(full, server_round=t), arrays, key).metrics["loss"]
+        train(learner, data, plan(full, server_round=t), arrays, key).metrics["loss"]
         for t, key in ((1, "1"), (1, "1"), (2, "1"), (1, "2"))
     ]
     assert losses[0] == losses[1] and len(set(losses)) == 3

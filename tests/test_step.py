@@ -20,7 +20,7 @@ from test_tasks import Reader, rows_of_many_lengths
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.adapters.predict import parts, predict
+from fedara_flwr.adapters.learner import Learner, parts
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.client.step import Spent, backward
@@ -109,9 +109,9 @@ def step(adapted, task, data, tokens, terms=(), lowest=0, watch=None):
             parameter.add_(0.01 * (i % 3))
     spent, lengths = Spent(), [len(row) for row in data.ids]
     cut = parts(range(len(data)), lengths, tokens)
-    batches_ = [adapted.batch(task, PadOnly(), data, part) for part in cut]
+    batches_ = [Learner(adapted, task, PadOnly()).batch(data, part) for part in cut]
     with watch or nullcontext():
-        loss = backward(adapted, task, batches_, made, spent)
+        loss = backward(Learner(adapted, task, None), batches_, made, spent)
     return loss, [p.grad for p in parameters], spent.tokens, cut
 
 
@@ -167,7 +167,7 @@ def test_the_loss_of_parts_by_hand():
         task = TASKS[name]
         one_by_one = [task.collate(PadOnly(), [row], [label]) for row, label in zip(ids, labels, strict=True)]
         spent = Spent()
-        loss = backward(Fixed(name != "classification"), task, one_by_one, [], spent)
+        loss = backward(Learner(Fixed(name != "classification"), task, None), one_by_one, [], spent)
         assert float(loss) == pytest.approx(expected, rel=1e-6)
         assert spent.tokens == 1 + 3 + 3
 
@@ -238,7 +238,7 @@ def test_autograd_never_holds_more_than_the_largest_part_needs(tiny_models, task
     alone = []
     (found, cut), (whole, _) = most(25), most(0)
     for part in cut:
-        batch = adapted.batch(task, PadOnly(), data, part)
+        batch = Learner(adapted, task, PadOnly()).batch(data, part)
         with saved_bytes(adapted.model) as kept:
             loss = task.loss(adapted.logits(batch), batch)
         alone.append(sum(kept.values()))
@@ -272,7 +272,7 @@ def test_a_round_in_parts(tiny_models, changes):
     found = []
     for tokens in (0, 26):
         orders = plan(mask, dropout=False, evaluate=True, batch_size=6, batch_tokens=tokens, **changes)
-        found.append(train(adapted, TASKS["classification"], PadOnly(), data, orders, arrays, "1"))
+        found.append(train(Learner(adapted, TASKS["classification"], PadOnly()), data, orders, arrays, "1"))
     whole, cut = found
     for part in whole.arrays:
         assert np.abs(whole.arrays[part] - arrays[part]).max() > 5e-3
@@ -291,7 +291,7 @@ def test_tokens_of_a_round_by_hand(tiny_models):
     arrays = random_arrays(adapted.spec, mask)
     for tokens, expected in ((0, 40), (40, 40), (39, 22), (12, 22), (1, 19)):
         orders = plan(mask, steps=2, batch_tokens=tokens)
-        update = train(adapted, TASKS["classification"], PadOnly(), data, orders, arrays, "1")
+        update = train(Learner(adapted, TASKS["classification"], PadOnly()), data, orders, arrays, "1")
         assert update.metrics["tokens"] == 2 * expected
 
 
@@ -312,7 +312,7 @@ def test_flops_are_those_of_the_whole_step(bert, tokens):
     trained = frozenset({"B", "A", "head"})
     orders = plan(FULL, batch_size=ROWS, batch_tokens=tokens, dropout=False, report=frozenset(), trainable=trained)
     arrays = random_arrays(bert.spec, FULL)
-    metrics = train(bert, TASKS["classification"], PadOnly(), data, orders, arrays, "1", simulated=True).metrics
+    metrics = train(Learner(bert, TASKS["classification"], PadOnly()), data, orders, arrays, "1", simulated=True).metrics
     assert metrics["flops-forward"] == pytest.approx(3 * forward_flops(LAYERS))
     assert metrics["flops-backward"] == pytest.approx(3 * backward_flops(LAYERS))
     assert metrics["tokens"] == 3 * ROWS * LENGTH
@@ -333,7 +333,7 @@ def test_predict_in_parts():
     plain = SimpleNamespace(pad_token_id=0, sep_token_id=None, model_input_names=["input_ids"])
     ids, labels = rows_of_many_lengths(75)
     reader = Reader()
-    assert predict(reader, TASKS["classification"], plain, Encoded(ids, labels), 100)["accuracy"] == 1
+    assert Learner(reader, TASKS["classification"], plain).evaluate(Encoded(ids, labels), 100)["accuracy"] == 1
     assert max(rows * longest for rows, longest in reader.shapes) <= 100 and sum(rows for rows, _ in reader.shapes) == 75
     assert max(rows for rows, _ in reader.shapes) <= 32
 
@@ -342,7 +342,9 @@ def test_predict_in_parts():
 def test_evaluation_in_parts(tiny_models, task):
     adapted, data = model_of(tiny_models["bert"], task), ragged(task)
     step(adapted, task, data, 0)
-    assert predict(adapted, task, PadOnly(), data, 20) == pytest.approx(predict(adapted, task, PadOnly(), data), rel=1e-5)
+    assert Learner(adapted, task, PadOnly()).evaluate(data, 20) == pytest.approx(
+        Learner(adapted, task, PadOnly()).evaluate(data), rel=1e-5
+    )
 
 
 def test_a_run_in_parts(tiny_bert, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import load_tokenizer
-from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
@@ -272,10 +272,10 @@ def test_predict_keeps_logits_with_their_rows():
     """A model that reads the label from the row is right in every row, and wrong in as many as we spoil."""
     plain = SimpleNamespace(pad_token_id=0, sep_token_id=None, model_input_names=["input_ids"])
     ids, labels = rows_of_many_lengths(75)
-    assert predict(Reader(), TASK, plain, Encoded(ids, labels))["accuracy"] == 1
+    assert Learner(Reader(), TASK, plain).evaluate(Encoded(ids, labels))["accuracy"] == 1
     spoiled = labels.copy()
     spoiled[[3, 40, 74]] = (labels[[3, 40, 74]] + 1) % 5
-    assert predict(Reader(), TASK, plain, Encoded(ids, spoiled))["accuracy"] == pytest.approx(72 / 75)
+    assert Learner(Reader(), TASK, plain).evaluate(Encoded(ids, spoiled))["accuracy"] == pytest.approx(72 / 75)
 
 
 def test_predict_groups_by_length_and_turns_dropout_off():
@@ -283,7 +283,7 @@ def test_predict_groups_by_length_and_turns_dropout_off():
     ids, labels = rows_of_many_lengths(75)
     reader = Reader()
     reader.model.train()
-    predict(reader, TASK, plain, Encoded(ids, labels))
+    Learner(reader, TASK, plain).evaluate(Encoded(ids, labels))
     assert not reader.model.training
     ordered = sorted(len(row) for row in ids)
     assert reader.shapes == [(32, ordered[31]), (32, ordered[63]), (11, ordered[74])]
@@ -303,11 +303,11 @@ def test_predict_whatever_the_order(adapted, tokenizer):
     texts = [" ".join(rng.choice(words, rng.integers(1, 30))) for _ in range(70)]
     ids = TASK.encode(tokenizer, examples(texts), 32).ids
     labels = rng.integers(0, len(LABELS), 70)
-    expected = predict(adapted, TASK, tokenizer, Encoded(ids, labels))
+    expected = Learner(adapted, TASK, tokenizer).evaluate(Encoded(ids, labels))
     assert 0 < expected["accuracy"] < 1
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(70)
-        found = predict(adapted, TASK, tokenizer, Encoded([ids[i] for i in order], labels[order]))
+        found = Learner(adapted, TASK, tokenizer).evaluate(Encoded([ids[i] for i in order], labels[order]))
         assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -316,7 +316,7 @@ def test_predict_in_batches_equals_row_by_row(adapted, tokenizer):
     texts, pairs = SINGLES * 12, PAIRS * 12
     ids = TASK.encode(tokenizer, examples(texts, pairs), 32).ids
     labels = np.arange(36) % len(LABELS)
-    together = predict(adapted, TASK, tokenizer, Encoded(ids, labels))
-    alone = [predict(adapted, TASK, tokenizer, Encoded([row], labels[i : i + 1])) for i, row in enumerate(ids)]
+    together = Learner(adapted, TASK, tokenizer).evaluate(Encoded(ids, labels))
+    alone = [Learner(adapted, TASK, tokenizer).evaluate(Encoded([row], labels[i : i + 1])) for i, row in enumerate(ids)]
     for name in ("accuracy", "loss"):
         assert together[name] == pytest.approx(np.mean([one[name] for one in alone]), rel=1e-5)

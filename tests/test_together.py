@@ -20,6 +20,7 @@ from fedara_flwr.adapters import stack as stacks
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.layer import stacked_linear
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack, loaded, problem
 from fedara_flwr.client import session, together
 from fedara_flwr.client.step import Spent, backward, backward_together
@@ -58,7 +59,7 @@ def jobs(adapted, task, mask, counts=ROWS, **changes):
 
 
 def alone(adapted, task, job):
-    return train(adapted, TASKS[task], PadOnly(), job.data, job.plan, job.arrays, job.client_key, True, job.guard)
+    return train(Learner(adapted, TASKS[task], PadOnly()), job.data, job.plan, job.arrays, job.client_key, True, job.guard)
 
 
 def agree(first, second, atol=2e-5):
@@ -75,7 +76,7 @@ def agree(first, second, atol=2e-5):
 
 
 def compare(adapted, task, orders, atol=2e-5):
-    found = train_together(adapted, TASKS[task], PadOnly(), orders)
+    found = train_together(Learner(adapted, TASKS[task], PadOnly()), orders)
     expected = [alone(adapted, task, job) for job in orders]
     for job, first, second in zip(orders, found, expected, strict=True):
         agree(first, second, atol)
@@ -198,7 +199,7 @@ def test_above_a_kept_prefix_and_an_delta(tiny_models):
     found = compare(adapted, "classification", jobs(adapted, "classification", mask))
     assert adapted.boundary == 1 and {update.metrics["blocks"] for update in found} == {2}
     adapted.set_delta(None)
-    other = train_together(adapted, TASKS["classification"], PadOnly(), jobs(adapted, "classification", mask))
+    other = train_together(Learner(adapted, TASKS["classification"], PadOnly()), jobs(adapted, "classification", mask))
     assert abs(other[0].metrics["loss"] - found[0].metrics["loss"]) > 1e-4, "the delta was in it"
 
 
@@ -207,7 +208,7 @@ def test_bfloat16_to_its_own_rounding(tiny_models):
     adapted = model(tiny_models["bert"], dtype="bfloat16")
     assert not problem(adapted)
     orders = jobs(adapted, "classification", some(adapted))
-    found = train_together(adapted, TASKS["classification"], PadOnly(), orders)
+    found = train_together(Learner(adapted, TASKS["classification"], PadOnly()), orders)
     for job, update in zip(orders, found, strict=True):
         assert update.metrics["loss"] == pytest.approx(alone(adapted, "classification", job).metrics["loss"], rel=1e-2)
 
@@ -222,14 +223,14 @@ def test_gradients_are_each_clients_own(tiny_models):
     for job, count in zip(orders, (4, 2), strict=True):
         adapted.load(job.arrays, mask, job.plan.scales, job.plan.trainable)
         values.append(loaded(adapted))
-        batches.append(adapted.batch(task, PadOnly(), job.data.train, range(count)))
-        loss = backward(adapted, task, batches[-1:], [], Spent())
+        batches.append(Learner(adapted, task, PadOnly()).batch(job.data.train, range(count)))
+        loss = backward(Learner(adapted, task, None), batches[-1:], [], Spent())
         expected.append((loss, [p.grad.clone() for part in stacks.PARTS for p in adapted.parameters(part)]))
     joined = Encoded(
         orders[0].data.train.ids + orders[1].data.train.ids, [*orders[0].data.train.labels, *orders[1].data.train.labels]
     )
     stack = Stack(adapted, values)
-    losses, seconds = backward_together(adapted, stack, task, adapted.batch(task, PadOnly(), joined, range(8)), [4, 2])
+    losses, seconds = backward_together(adapted, stack, task, Learner(adapted, task, PadOnly()).batch(joined, range(8)), [4, 2])
     assert min(seconds.values()) > 0
     for i, (loss, gradients) in enumerate(expected):
         stack.show(i)
@@ -243,7 +244,7 @@ def test_frozen_layers_run_once_for_all(tiny_models):
     orders = jobs(adapted, "classification", some(adapted))
     ran: list[int] = []
     hooks = [layer.base_layer.register_forward_hook(lambda _, args, y: ran.append(len(y))) for layer in adapted.layers]
-    train_together(adapted, TASKS["classification"], PadOnly(), orders)
+    train_together(Learner(adapted, TASKS["classification"], PadOnly()), orders)
     for hook in hooks:
         hook.remove()
     # passes of one row count the floating-point operations
@@ -256,7 +257,7 @@ def test_a_bad_client_costs_the_others_nothing(tiny_models):
     adapted = model(tiny_models["bert"])
     orders = jobs(adapted, "classification", some(adapted), clip_norm=1.0)
     bad = replace(orders[1], arrays={part: v * np.float32(1e30) for part, v in orders[1].arrays.items()})
-    found = train_together(adapted, TASKS["classification"], PadOnly(), [orders[0], bad, orders[2]])
+    found = train_together(Learner(adapted, TASKS["classification"], PadOnly()), [orders[0], bad, orders[2]])
     assert isinstance(found[1], FloatingPointError)
     for i in (0, 2):
         agree(found[i], alone(adapted, "classification", orders[i]))
@@ -265,7 +266,7 @@ def test_a_bad_client_costs_the_others_nothing(tiny_models):
 def test_nothing_is_left_behind(tiny_models):
     fresh, used = model(tiny_models["bert"]), model(tiny_models["bert"])
     orders = jobs(used, "classification", some(used))
-    train_together(used, TASKS["classification"], PadOnly(), orders)
+    train_together(Learner(used, TASKS["classification"], PadOnly()), orders)
     first, second = (alone(adapted, "classification", orders[0]) for adapted in (fresh, used))
     assert all(np.array_equal(first.arrays[part], second.arrays[part]) for part in first.arrays)
 
@@ -287,7 +288,7 @@ def groups(monkeypatch):
 
     def spy(adapted, task, tokenizer, orders):
         seen.append(list(orders))
-        return train_together(adapted, task, tokenizer, orders)
+        return train_together(Learner(adapted, task, tokenizer), orders)
 
     monkeypatch.setattr(together, "train_together", spy)
     return seen

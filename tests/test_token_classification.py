@@ -25,7 +25,7 @@ from fedara_flwr import engine
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer
 from fedara_flwr.adapters.export import save_peft
-from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import tags
 from fedara_flwr.data.examples import Dataset, Examples
@@ -479,13 +479,15 @@ def test_predict_whatever_batch_and_order(tiny_bert, tokenizer):
     words = "the a sky acme cherry is was blue green paris very".split()
     rows = [(rng.choice(words, n).tolist(), rng.integers(0, 3, n).tolist()) for n in rng.integers(1, 20, 40)]
     data = TASK.encode(tokenizer, sentences(*rows), 32)
-    expected = predict(model, TASK, tokenizer, data)
+    expected = Learner(model, TASK, tokenizer).evaluate(data)
     assert 0 < expected["accuracy"] < 1
     order = rng.permutation(40)
     shuffled = Encoded([data.ids[i] for i in order], [data.labels[i] for i in order])
-    assert predict(model, TASK, tokenizer, shuffled) == pytest.approx(expected, rel=1e-5)
+    assert Learner(model, TASK, tokenizer).evaluate(shuffled) == pytest.approx(expected, rel=1e-5)
     counts = [sum(label != -100 for label in row) for row in data.labels]
-    alone = [predict(model, TASK, tokenizer, Encoded([ids], [row])) for ids, row in zip(data.ids, data.labels, strict=True)]
+    alone = [
+        Learner(model, TASK, tokenizer).evaluate(Encoded([ids], [row])) for ids, row in zip(data.ids, data.labels, strict=True)
+    ]
     for name in ("accuracy", "loss"):
         assert np.average([one[name] for one in alone], weights=counts) == pytest.approx(expected[name], rel=1e-5)
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedara_flwr.merging.mean import FactorError, SlotMean, split_product, split_svd
+from fedara_flwr.merging.factors import split_product, split_svd
+from fedara_flwr.merging.mean import FactorError, SlotMean
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec
 from fedara_flwr.wire.plan import Update

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, BertConfig
 
-from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import load_tokenizer
+from fedara_flwr.adapters.learner import Learner, open_learner
 from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
@@ -90,10 +91,11 @@ def main() -> None:
         for name, model in (("MiniLM", Settings().model.name), ("BERT-base's size", folder)):
             settings = Settings.from_flat({"model.name": model, "train.cache-disk-mb": 1024})
             data = federation(settings.data, settings.seed)
-            adapted, tokenizer = open_model(settings, data.labels)
+            learner = open_learner(settings, data.labels)
+            adapted, tokenizer = learner.adapted, learner.tokenizer
             chosen = np.random.default_rng(0).permutation(len(data.pool))[: args.rows]
             rows = TASK.encode(tokenizer, data.pool.take(chosen), settings.data.max_length)
-            batches = [adapted.batch(TASK, tokenizer, rows, [i]) for i in range(len(rows))]
+            batches = [Learner(adapted, TASK, tokenizer).batch(rows, [i]) for i in range(len(rows))]
             found = {key: round(value, 3) for key, value in measure(adapted, batches, args.repeats).items()}
             print(json.dumps({"model": name, "rows": len(rows), "tokens": sum(map(len, rows.ids)), **found}), flush=True)
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
@@ -77,7 +78,8 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = Settings.from_flat({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
     data = federation(settings.data, settings.seed)
-    adapted, tokenizer = open_model(settings, data.labels)
+    learner = open_learner(settings, data.labels)
+    adapted, tokenizer = learner.adapted, learner.tokenizer
     chosen = np.random.default_rng(0).permutation(len(data.pool))[: BATCHES * SIZE]
     rows = TASK.encode(tokenizer, data.pool.take(chosen), settings.data.max_length)
     order = np.argsort([len(row) for row in rows.ids], kind="stable").reshape(BATCHES, SIZE)

@@ -32,6 +32,7 @@ from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict
 
 from fedara_flwr import engine, seeds, strategies
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli.launch import read_config, run_flower
 from fedara_flwr.client import train as client
 from fedara_flwr.client.session import Session
@@ -71,7 +72,7 @@ class BareLoop:
         rng = np.random.default_rng(seeds.derive(plan.seed, "train", plan.server_round, key))
         adapted.model.train(plan.dropout)
         for rows in client.batches([len(ids) for ids in data.train.ids], plan, rng):
-            batch = adapted.batch(TASK, self.tokenizer, data.train, rows)
+            batch = Learner(adapted, TASK, self.tokenizer).batch(data.train, rows)
             loss = TASK.loss(adapted.logits(batch, adapted.below(batch)), batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

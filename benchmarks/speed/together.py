@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, BertConfig, DistilBertConfig, PretrainedConfig
 
-from fedara_flwr.adapters.attach import open_model
 from fedara_flwr.adapters.backbone import PACKAGED, load_tokenizer
+from fedara_flwr.adapters.learner import Learner, open_learner
 from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.together import train_together
@@ -73,7 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         settings = Settings.from_flat({"model.name": folder(args.model, Path(root)), "model.dtype": args.dtype})
         data = federation(settings.data, settings.seed)
-        adapted, tokenizer = open_model(settings, data.labels, args.device)
+        learner = open_learner(settings, data.labels, args.device)
+        adapted, tokenizer = learner.adapted, learner.tokenizer
     if why := problem(adapted):
         raise SystemExit(f"{args.model} cannot be trained together: {why}")
     spec = adapted.spec
@@ -103,10 +104,10 @@ def main() -> None:
 
     def one_by_one() -> None:
         for job in jobs:
-            train(adapted, TASK, tokenizer, job.data, plan, arrays, job.client_key, simulated=True)
+            train(Learner(adapted, TASK, tokenizer), job.data, plan, arrays, job.client_key, simulated=True)
 
     def together() -> None:
-        train_together(adapted, TASK, tokenizer, jobs)
+        train_together(Learner(adapted, TASK, tokenizer), jobs)
 
     ways: dict[str, Callable[[], None]] = {"alone": one_by_one, "together": together}
     now = time.process_time if args.device == "cpu" else lambda: clock(adapted.device)

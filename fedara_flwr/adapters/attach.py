@@ -7,7 +7,7 @@ autograd stops above the lowest living adapter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,16 +18,15 @@ from peft import AdaLoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import ConfigError
 from fedara_flwr.model.deltas import Piece, factors
 from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import SLOT_PARTS, Arrays, Vector
-from fedara_flwr.tasks import TASKS
-from fedara_flwr.tasks.base import Batch, Encoded, Task
+from fedara_flwr.tasks.base import Batch
 
 ADAPTER, DELTA = "default", "delta"
 
@@ -117,12 +116,6 @@ class AdaptedModel:
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
         """A copy of the values where the model is."""
         return torch.from_numpy(np.array(values)).to(self.device)
-
-    def batch(self, task: Task, tokenizer: Any, data: Encoded, rows: Iterable[int]) -> Batch:
-        """These rows as one padded batch, where the model is."""
-        rows = list(rows)
-        batch = task.collate(tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
-        return {name: values.to(self.device) for name, values in batch.items()}
 
     def resident_weight(self, name: str) -> NDArray[np.float32]:
         """A module's weight as it was loaded, or the one that its quantised layer stands for.
@@ -322,31 +315,6 @@ class AdaptedModel:
         above = nullcontext() if self._prefix is None else self._prefix.above(below, self.boundary)
         with self.autocast(), above:
             return self.model(**_inputs(batch)).logits.float()
-
-
-def open_model(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> tuple[AdaptedModel, Any]:
-    """Backbone and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
-
-    The model goes to the device here, and what comes to it by `AdaptedModel.load`, `set_delta` and `batch` follows it.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or does not fit.
-    """
-    silence_libraries()
-    task = TASKS[settings.data.task]
-    tokenizer = load_tokenizer(settings.model.name, task.words)
-    backbone = Backbone(
-        settings.model.name,
-        task,
-        labels,
-        dtype=settings.model.dtype,
-        pooling=settings.model.pooling,
-        target_modules=settings.adapter.target_modules,
-        pad_token_id=tokenizer.pad_token_id,
-        device=device,
-    )
-    train = settings.train
-    return AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb), tokenizer
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -83,11 +83,6 @@ def _why(error: Exception) -> str:
     return f"cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of the vocabulary with its ids."""
-    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
 class Backbone:
     """A loaded model, what it is made of and which of it is head.
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.predict import parts
+from fedara_flwr.adapters.learner import Learner, parts
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks.base import Encoded, Task
+from fedara_flwr.tasks.base import Encoded
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -100,9 +100,7 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def measure(
-    adapted: AdaptedModel, task: Task, tokenizer: Any, data: Encoded, batch_size: int, batch_tokens: int, rank: int
-) -> dict[str, int | float]:
+def measure(learner: Learner, data: Encoded, batch_size: int, batch_tokens: int, rank: int) -> dict[str, int | float]:
     """The passes of one step with adapters of `rank` on every module; what they took, as metrics.
 
     Args:
@@ -113,13 +111,14 @@ def measure(
         `bytes-block` (kept for a backward pass by one block, with gradients and AdamW's moments of its adapters) and
         `bytes-free` (`free_memory`).
     """
+    adapted, task = learner.adapted, learner.task
     mask = RankMask.full([rank] * len(adapted.spec.modules))
     arrays = {part: np.zeros(adapted.spec.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
     adapted.load(arrays, mask, (1.0,) * len(mask.ranks), frozenset(arrays))
     adapted.model.train(False)
     lengths = [len(row) for row in data.ids]
     rows = sorted(range(min(batch_size, len(data))), key=lengths.__getitem__)
-    batches = [adapted.batch(task, tokenizer, data, part) for part in parts(rows, lengths, batch_tokens)]
+    batches = [learner.batch(data, part) for part in parts(rows, lengths, batch_tokens)]
     flops, seconds, most = np.zeros(2, dtype=int), np.zeros(2), 0
     for batch in batches:
         with saved_bytes(adapted.model) as kept:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from fedara_flwr.adapters.attach import open_model
-from fedara_flwr.adapters.backbone import tokenizer_digest
+from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.train import ClientData
 from fedara_flwr.config import ConfigError, Settings
@@ -21,7 +20,7 @@ from fedara_flwr.data.sources import load_own
 from fedara_flwr.model.deltas import compose
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.node.store import NodeStore
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 CLIENTS_KEPT = 256  # tokenised clients held in memory
 
@@ -31,15 +30,10 @@ class Session:
 
     def __init__(self, settings: Settings, labels: tuple[str, ...], device: str) -> None:
         self.settings, self.labels = settings, labels
-        self.task = TASKS[settings.data.task]
-        self.adapted, self.tokenizer = open_model(settings, labels, device)
+        self.learner = open_learner(settings, labels, device)
+        self.adapted = self.learner.adapted
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
         self._delta: tuple[str, ...] = ()
-
-    @cached_property
-    def tokenizer_digest(self) -> str:
-        """As every node is asked for it; making it takes longer than a step of a small client."""
-        return tokenizer_digest(self.tokenizer)
 
     def set_delta(self, digests: tuple[str, ...], store: NodeStore) -> None:
         """Add the sum of these pieces to the backbone, in place of the one before.
@@ -71,7 +65,7 @@ class Session:
         return ClientData(self._encode(rows), self._encode(held_out), skipped)
 
     def _encode(self, examples: Examples) -> Encoded:
-        return self.task.encode(self.tokenizer, examples, self.settings.data.max_length)
+        return self.learner.encode(examples, self.settings.data.max_length)
 
 
 _resident: dict[str, Session] = {}

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack
 from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
-from fedara_flwr.tasks.base import Batch, Task
+from fedara_flwr.tasks.base import Batch
 
 PASSES = ("forward", "backward")
 Passes = tuple[torch.Tensor, dict[str, float]]
@@ -36,7 +37,7 @@ class Spent:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PASSES, 0.0))
 
 
-def backward(adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent) -> torch.Tensor:
+def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent) -> torch.Tensor:
     """Add up the gradients of a batch that comes in parts: the same, to rounding, as if it came whole.
 
     Each part's mean loss counts by its share of the batch's predictions, every term's penalty once. Autograd keeps what one
@@ -49,6 +50,7 @@ def backward(adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms:
     Returns:
         The batch's mean loss without penalties, detached.
     """
+    adapted, task = learner.adapted, learner.task
     counts = [task.count(batch) for batch in batches]
     total = max(sum(counts), 1)
     mean = torch.zeros((), device=adapted.device)
@@ -68,7 +70,7 @@ def backward(adapted: AdaptedModel, task: Task, batches: Sequence[Batch], terms:
     return mean
 
 
-def backward_together(adapted: AdaptedModel, stack: Stack, task: Task, batch: Batch, counts: Sequence[int]) -> Passes:
+def backward_together(learner: Learner, stack: Stack, batch: Batch, counts: Sequence[int]) -> Passes:
     """Gradients of one step of several clients, each of its own mean loss.
 
     Args:
@@ -78,6 +80,7 @@ def backward_together(adapted: AdaptedModel, stack: Stack, task: Task, batch: Ba
     Returns:
         Mean losses, shape (clients,), detached; seconds of all clients' passes by name.
     """
+    adapted, task = learner.adapted, learner.task
     before = clock(adapted.device)
     below = adapted.below(batch)
     with stack.whole():

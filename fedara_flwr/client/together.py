@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack, loaded
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.step import backward_together
 from fedara_flwr.client.train import Job, Trainee, make_optimizer
-from fedara_flwr.tasks.base import Encoded, Task
+from fedara_flwr.tasks.base import Encoded
 from fedara_flwr.wire.plan import TrainPlan, Update
 
 
@@ -24,7 +23,7 @@ def allows(plan: TrainPlan) -> bool:
     return "backbone" not in plan.trainable | plan.carries and not plan.dropout and not plan.batch_tokens
 
 
-def train_together(adapted: AdaptedModel, task: Task, tokenizer: Any, jobs: Sequence[Job]) -> list[Update | Exception]:
+def train_together(learner: Learner, jobs: Sequence[Job]) -> list[Update | Exception]:
     """Run one round of several simulated clients; of each what `train` returns or raises, to float tolerance.
 
     A step's batches are padded to the longest text and the largest number of rows among the clients. `tokens` and what follows
@@ -33,10 +32,10 @@ def train_together(adapted: AdaptedModel, task: Task, tokenizer: Any, jobs: Sequ
     Args:
         jobs: with one plan, which `allows` this, and with the same number of steps.
     """
-    began, plan = time.perf_counter(), jobs[0].plan
+    began, plan, adapted = time.perf_counter(), jobs[0].plan, learner.adapted
     trainees, values = [], []
     for job in jobs:
-        trainees.append(Trainee(adapted, task, tokenizer, job, simulated=True))
+        trainees.append(Trainee(learner, job, simulated=True))
         values.append(loaded(adapted))
     stack = Stack(adapted, values)
     for i, trainee in enumerate(trainees):
@@ -48,8 +47,8 @@ def train_together(adapted: AdaptedModel, task: Task, tokenizer: Any, jobs: Sequ
     for step in range(len(trainees[0].steps)):
         rows = [trainee.steps[step].tolist() for trainee in trainees]
         optimizer.zero_grad(set_to_none=False)  # what the stack shows are views of them
-        batch = adapted.batch(task, tokenizer, *_joined(jobs, rows))
-        losses, seconds = backward_together(adapted, stack, task, batch, [len(own) for own in rows])
+        batch = learner.batch(*_joined(jobs, rows))
+        losses, seconds = backward_together(learner, stack, batch, [len(own) for own in rows])
         for i, (trainee, own) in enumerate(zip(trainees, rows, strict=True)):
             stack.show(i)
             trainee.losses.append(losses[i])

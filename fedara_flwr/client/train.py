@@ -14,7 +14,7 @@ from torch import nn
 
 from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.predict import parts, predict
+from fedara_flwr.adapters.learner import Learner, parts
 from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.step import Spent, backward, count_flops
@@ -24,7 +24,7 @@ from fedara_flwr.model.ranks import rank_order
 from fedara_flwr.model.spec import PARTS, Arrays
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.power import PowerMeter, peak_memory
-from fedara_flwr.tasks.base import Encoded, Task
+from fedara_flwr.tasks.base import Encoded
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import sent_parts
 
@@ -66,7 +66,7 @@ def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> It
                 yield pieces[i]
 
 
-def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData, batch_tokens: int) -> dict[str, float]:
+def evaluate(learner: Learner, data: ClientData, batch_tokens: int) -> dict[str, float]:
     """Metrics of the loaded model on the client's own held-out rows, as `eval-...`; none where there are no rows.
 
     Args:
@@ -74,7 +74,7 @@ def evaluate(adapted: AdaptedModel, task: Task, tokenizer: Any, data: ClientData
     """
     if not len(data.held_out):
         return {}
-    scores = predict(adapted, task, tokenizer, data.held_out, batch_tokens)
+    scores = learner.evaluate(data.held_out, batch_tokens)
     return {f"eval-{name}": value for name, value in scores.items()} | {"eval-examples": len(data.held_out)}
 
 
@@ -97,18 +97,18 @@ class Job:
 class Trainee:
     """One client while it trains, all but the passes and the optimiser's steps. Its values must be the model's own."""
 
-    def __init__(self, adapted: AdaptedModel, task: Task, tokenizer: Any, job: Job, simulated: bool) -> None:
+    def __init__(self, learner: Learner, job: Job, simulated: bool) -> None:
         """Load what the client received, and evaluate that where the plan asks for it."""
         if not len(job.data.train):
             raise ValueError("no example to train on")
-        self.adapted, self.job, self.plan, self.simulated = adapted, job, job.plan, simulated
+        self.adapted, self.job, self.plan, self.simulated = learner.adapted, job, job.plan, simulated
         self.stream = seeds.derive(self.plan.seed, "train", self.plan.server_round, job.client_key)
         torch.manual_seed(self.stream)
         self.power = None if simulated else PowerMeter()
-        self.received = load(adapted, self.plan, job.arrays)
+        self.received = load(self.adapted, self.plan, job.arrays)
         self.metrics: dict[str, float] = {}
         if self.plan.evaluate:
-            self.metrics |= evaluate(adapted, task, tokenizer, job.data, self.plan.batch_tokens)
+            self.metrics |= evaluate(learner, job.data, self.plan.batch_tokens)
 
     def begin(self) -> None:
         """Set up what goes from step to step."""
@@ -185,9 +185,7 @@ class Trainee:
 
 
 def train(
-    adapted: AdaptedModel,
-    task: Task,
-    tokenizer: Any,
+    learner: Learner,
     data: ClientData,
     plan: TrainPlan,
     arrays: Arrays,
@@ -213,16 +211,17 @@ def train(
         ValueError: an unknown term, or no example to train on.
     """
     began = time.perf_counter()
-    trainee = Trainee(adapted, task, tokenizer, Job(data, plan, arrays, client_key, guard or Guard()), simulated)
+    adapted = learner.adapted
+    trainee = Trainee(learner, Job(data, plan, arrays, client_key, guard or Guard()), simulated)
     trainee.begin()
     optimizer, scheduler = make_optimizer(plan, adapted.parameters)
     adapted.model.train(plan.dropout)
     started = clock(adapted.device)
     for step, rows in enumerate(trainee.steps):
         cut = parts(rows.tolist(), trainee.lengths, plan.batch_tokens)
-        batch = [adapted.batch(task, tokenizer, data.train, part) for part in cut]
+        batch = [learner.batch(data.train, part) for part in cut]
         optimizer.zero_grad(set_to_none=True)
-        trainee.losses.append(backward(adapted, task, batch, trainee.terms, trainee.spent))
+        trainee.losses.append(backward(learner, batch, trainee.terms, trainee.spent))
         trainee.before_update(step)
         optimizer.step()
         scheduler.step()

@@ -1,8 +1,8 @@
-"""How updates merge: pure numpy, accumulated in float64, one update at a time."""
+"""Means of updates: accumulated in float64, one update at a time. numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -156,98 +156,3 @@ class PaddedMean(SlotMean):
                 padded = self._sums[part] / self._all
                 merged[part] = np.where(self._weights[part] > 0, padded, self.arrays[part]).astype(np.float32)
         return merged
-
-
-def delta_norm(spec: ModelSpec, update: Update) -> float:
-    """‖ΔW‖_F of one client's adapters over all modules together, without forming a product: ‖BA‖² = Σ (BᵀB)∘(AAᵀ)."""
-    total = 0.0
-    for left, right in module_factors(spec, update.mask, update.arrays):
-        total += float(((left.T @ left) * (right @ right.T)).sum())
-    return max(total, 0.0) ** 0.5
-
-
-def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(B·diag(E) of shape (d_out, k), A of shape (k, d_in)) of every module under `mask`, float64; without E it is 1."""
-    found = []
-    for rows in spec.rows(arrays, mask):
-        left = rows["B"].T.astype(np.float64)
-        found.append((left * rows["E"][:, 0] if "E" in rows else left, rows["A"].astype(np.float64)))
-    return found
-
-
-class Stack:
-    """Keeps every client's factors: the exact weighted sum of products is their concatenation (FLoRA, arXiv 2409.05976).
-
-    B·diag(E) and A of each client stand side by side, the weight (its share of all weights) on B alone. Parts without slots
-    are averaged as in SlotMean. Memory grows with the clients of a round.
-    """
-
-    memory = "stack"
-
-    def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, scales: Sequence[float]) -> None:
-        self.spec, self.mean, self.scales = spec, SlotMean(spec, mask, arrays), scales
-        self._factors: list[tuple[int, RankMask, list[tuple[np.ndarray, np.ndarray]]]] = []
-
-    def add(self, client_key: str, update: Update, weight: int) -> None:
-        """Add one client's update with its weight (> 0)."""
-        self.mean.add_weighted(update, float(weight))  # products are kept, so there is no error of factors to report
-        self._factors.append((weight, update.mask, module_factors(self.spec, update.mask, update.arrays)))
-
-    def result(self) -> Arrays:
-        """The means of all parts, as SlotMean's."""
-        return self.mean.result()
-
-    def report(self) -> dict[str, object]:
-        """Nothing."""
-        return {}
-
-    def stacked(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per module [s·w_1·B_1, s·w_2·B_2, …] of shape (d_out, Σk) and [A_1; A_2; …] of shape (Σk, d_in), float64."""
-        total = sum(weight for weight, *_ in self._factors)
-        return self._join(lambda m, weight, mask: weight / total)
-
-    def residual(self, means: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Factors of s·(mean of products - product of means), slot by slot over the clients that hold it; float64.
-
-        Args:
-            means: what `result` gave.
-        """
-        whole = self.mean.mask
-        alive = [whole.module(m) for m in range(len(whole.ranks))]
-        held = [(weight, [mask.module(m)[bits] for m, bits in enumerate(alive)]) for weight, mask, _ in self._factors]
-        weights = [np.sum([weight * bits[m] for weight, bits in held], axis=0) for m in range(len(alive))]
-        pairs = self._join(lambda m, weight, mask: weight / weights[m][mask.module(m)[alive[m]]])
-        found = []
-        for m, (b, a) in enumerate(module_factors(self.spec, whole, means)):
-            sent = weights[m] > 0  # a slot that nobody sent kept its value, nothing of it is residual
-            (left, right), scale = pairs[m], self.scales[m]
-            found.append((np.concatenate([left, -scale * b[:, sent]], axis=1), np.concatenate([right, a[sent]])))
-        return found
-
-    def _join(self, share: Callable[[int, int, RankMask], Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """All clients' factors side by side, s·share(module, weight, mask) on the left ones."""
-        pairs = []
-        for m, scale in enumerate(self.scales):
-            lefts = [scale * share(m, weight, mask) * pair[m][0] for weight, mask, pair in self._factors]
-            pairs.append((np.concatenate(lefts, axis=1), np.concatenate([pair[m][1] for *_, pair in self._factors])))
-        return pairs
-
-
-def split_svd(matrix: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The best approximation of `matrix` as scale·B·A of `rank`: B = U√S/√scale, A = √S·Vᵀ/√scale."""
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    root = np.sqrt(s[:rank] / scale)
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
-
-
-def split_product(left: np.ndarray, right: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """`split_svd` of left·right, by QR of the factors while that is cheaper, else of the dense product.
-
-    With MiniLM's shapes QR is faster up to about 0.8 of the smaller side (benchmarks/methods).
-    """
-    if 4 * left.shape[1] >= 3 * min(left.shape[0], right.shape[1]):
-        return split_svd(left @ right, rank, scale)
-    q_left, r_left = np.linalg.qr(left)
-    q_right, r_right = np.linalg.qr(right.T)
-    b, a = split_svd(r_left @ r_right.T, rank, scale)
-    return q_left @ b, a @ q_right.T

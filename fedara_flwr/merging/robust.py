@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from fedara_flwr.merging.mean import SlotMean
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
-from fedara_flwr.server.round import Merger
 from fedara_flwr.wire.plan import Update
 
 

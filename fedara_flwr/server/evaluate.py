@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedara_flwr.adapters.attach import open_model
-from fedara_flwr.adapters.backbone import tokenizer_digest
 from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
-from fedara_flwr.adapters.predict import predict
+from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data.federation import Federation, federation
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.server.roster import Expected
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 Kind = Literal["peft", "lora", "merged"]
 
@@ -28,10 +26,11 @@ class ServerModel:
 
     def __init__(self, settings: Settings, labels: tuple[str, ...] | None = None) -> None:
         """`labels` stand for the data's own, which is then loaded only when it is needed."""
-        self.settings, self.task = settings, TASKS[settings.data.task]
+        self.settings = settings
         self._with_data = labels is None
         self.labels = self.federation.labels if labels is None else labels
-        self.adapted, self.tokenizer = open_model(settings, self.labels)
+        self.learner = open_learner(settings, self.labels)
+        self.adapted = self.learner.adapted
         self.backbone = self.adapted.backbone
         self.spec = self.backbone.spec
         self._encoded: dict[str, Encoded] = {}
@@ -48,18 +47,16 @@ class ServerModel:
     def evaluate(self, weights: Weights, split: Literal["validation", "test"] = "validation") -> dict[str, float]:
         """The task's metrics of a global model on one of the server's splits."""
         if split not in self._encoded:
-            self._encoded[split] = self.task.encode(
-                self.tokenizer, getattr(self.federation, split), self.settings.data.max_length
-            )
+            self._encoded[split] = self.learner.encode(getattr(self.federation, split), self.settings.data.max_length)
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
         self._load(weights)
-        return predict(self.adapted, self.task, self.tokenizer, self._encoded[split], self.settings.train.batch_tokens)
+        return self.learner.evaluate(self._encoded[split], self.settings.train.batch_tokens)
 
     def expected(self, terms: frozenset[str]) -> Expected:
         """What nodes must agree on."""
         return Expected(
             self.spec.fingerprint,
-            tokenizer_digest(self.tokenizer),
+            self.learner.tokenizer_digest,
             self.federation.digest if self._with_data else "",
             self.labels,
             terms,
@@ -95,8 +92,8 @@ class ServerModel:
             raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
         else:
             save = save_plain_lora if kind == "lora" else save_peft if "E" in weights.arrays else save_lora
-            save(folder, self.backbone, weights, self.task.peft_task_type)
-        self.tokenizer.save_pretrained(str(folder))
+            save(folder, self.backbone, weights, self.learner.task.peft_task_type)
+        self.learner.tokenizer.save_pretrained(str(folder))
 
     @property
     def revision(self) -> str | None:

@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.model.draws import draw
@@ -33,7 +34,7 @@ from fedara_flwr.server.lines import client_means, round_line, shared_metrics
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import ACTOR_DIED, BUSY, Merger, Record, Round
+from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.wire.codec import Broadcast
 from fedara_flwr.wire.meter import ByteMeter

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 from flwr.app import Message
 
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms, Sizes, sizes
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
@@ -24,24 +24,6 @@ from fedara_flwr.wire.records import Rejected, lacks_delta, says_busy, update_fr
 logger = logging.getLogger(__name__)
 Record = dict[str, object]
 ACTOR_DIED, BUSY = "actor-died", "busy"
-
-
-class Merger(Protocol):
-    """Takes updates in sampling order, one at a time (contracts.md §4).
-
-    `memory` says what it holds: "one" a running sum, "stack" all factors, "all" all updates. One that leaves whole updates out
-    names their clients in `left_out` after `result`.
-    """
-
-    memory: str
-
-    def add(self, client_key: str, update: Update, weight: int) -> None: ...
-
-    def result(self) -> Arrays: ...
-
-    def report(self) -> Record:
-        """What to write into the round's line, after `result`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from fedara_flwr import seeds
 from fedara_flwr.config import QUANTISED, ConfigError, Group, Settings, check_options
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.private import PrivateMean
 from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
@@ -22,7 +23,7 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
-from fedara_flwr.server.round import Merger, Record
+from fedara_flwr.server.round import Record
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.wire.plan import TrainPlan, Update
 

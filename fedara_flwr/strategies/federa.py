@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedara_flwr.merging.mean import module_factors, split_svd
+from fedara_flwr.merging.factors import module_factors, split_svd
 from fedara_flwr.model.deltas import Piece, Weights, dense, factors, from_factors, pack_factors
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays

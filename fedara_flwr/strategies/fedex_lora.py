@@ -8,7 +8,7 @@ the residual makes that exact as well.
 
 from __future__ import annotations
 
-from fedara_flwr.merging.mean import Stack
+from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import from_factors
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.client_ranks import ClientRanks
@@ -23,9 +23,9 @@ class FedExLoRA(ClientRanks):
     paper = "arXiv 2410.09432"
     changes_backbone = True
 
-    def merger(self) -> Stack:
+    def merger(self) -> FactorStack:
         """Means, and all factors for the residual."""
-        self._stack = Stack(self.spec, self.state.mask, self.state.arrays, self.scales())
+        self._stack = FactorStack(self.spec, self.state.mask, self.state.arrays, self.scales())
         return self._stack
 
     def finish_round(self, server_round: int) -> None:

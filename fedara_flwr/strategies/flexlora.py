@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedara_flwr.merging.mean import Stack, module_factors, split_product
+from fedara_flwr.merging.factors import module_factors, split_product
+from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import pack_factors
 from fedara_flwr.model.draws import lora_a
 from fedara_flwr.model.ranks import RankMask
@@ -22,7 +23,7 @@ from fedara_flwr.strategies.client_ranks import ClientRanks
 ZERO = 1e-12  # singular values below this share of the largest one
 
 
-class SplitStack(Stack):
+class SplitStack(FactorStack):
     """Stacks the clients' factors and splits the sum of their products into rank-r factors again."""
 
     def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, scales: Sequence[float], seed: int) -> None:

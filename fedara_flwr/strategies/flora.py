@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.merging.mean import Stack
+from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import from_factors
 from fedara_flwr.model.draws import lora_a
 from fedara_flwr.strategies import register
@@ -37,9 +37,9 @@ class FLoRA(ClientRanks):
         seed = seeds.derive(self.settings.seed, "flora", server_round)
         return replace(super().plan(server_round, client_key), drawn=frozenset({"A", "B"}), draw_seed=seed)
 
-    def merger(self) -> Stack:
+    def merger(self) -> FactorStack:
         """Keep all factors."""
-        self._stack = Stack(self.spec, self.state.mask, self.state.arrays, self.scales())
+        self._stack = FactorStack(self.spec, self.state.mask, self.state.arrays, self.scales())
         return self._stack
 
     def finish_round(self, server_round: int) -> None:

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from fedara_flwr.merging.mean import PaddedMean, delta_norm
+from fedara_flwr.merging.factors import delta_norm
+from fedara_flwr.merging.mean import PaddedMean
 from fedara_flwr.strategies import register
 from fedara_flwr.strategies.client_ranks import ClientRanks, RankOptions
 from fedara_flwr.wire.plan import TrainPlan, Update

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from fedara_flwr.config import ConfigError, Group
-from fedara_flwr.merging.mean import split_svd
+from fedara_flwr.merging.factors import split_svd
 from fedara_flwr.model.deltas import Weights, dense_size, pack_factors
 from fedara_flwr.model.draws import sparse_positions
 from fedara_flwr.model.ranks import RankMask

@@ -1,0 +1,114 @@
+"""A learner: model, task and tokenizer of one process, and what can be done with the three of them alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedara_flwr.adapters.attach import AdaptedModel
+from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.config import Settings
+from fedara_flwr.data.examples import Examples
+from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks.base import Batch, Encoded, Task
+
+BATCH = 32
+
+
+def parts(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cut a batch into as few parts of neighbouring rows as have at most `tokens` tokens each, padding counted.
+
+    Args:
+        rows: row numbers, by length, so that little of a part is padding.
+        lengths: tokens of every row there is.
+        tokens: the bound, which a row alone may exceed; 0 = one part.
+    """
+    found: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if not found or (tokens and (len(found[-1]) + 1) * longest > tokens):
+            found.append([])
+            longest = lengths[row]
+        found[-1].append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns in one process.
+
+    Attributes:
+        adapted: the model, with adapters.
+        task: what is learnt.
+        tokenizer: the backbone's own, of transformers.
+    """
+
+    adapted: AdaptedModel
+    task: Task
+    tokenizer: Any
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the vocabulary with its ids; kept, since making it takes longer than a step of a small client."""
+        return hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+
+    def encode(self, examples: Examples, max_length: int) -> Encoded:
+        """The examples tokenised as the task wants them, each cut at `max_length` tokens."""
+        return self.task.encode(self.tokenizer, examples, max_length)
+
+    def batch(self, data: Encoded, rows: Iterable[int]) -> Batch:
+        """These rows of `data` as one padded batch, on the device where the model is."""
+        rows = list(rows)
+        batch = self.task.collate(self.tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
+        return {name: values.to(self.adapted.device) for name, values in batch.items()}
+
+    @torch.no_grad()
+    def evaluate(self, data: Encoded, batch_tokens: int = 0) -> dict[str, float]:
+        """The task's metrics of the loaded model on all of `data`; rows of similar length go together.
+
+        Args:
+            batch_tokens: most tokens of a batch, as in `parts`.
+        """
+        adapted = self.adapted
+        adapted.model.eval()
+        lengths = [len(row) for row in data.ids]
+        order = np.argsort(lengths, kind="stable").tolist()
+        logits: dict[int, NDArray[np.float32]] = {}
+        for start in range(0, len(order), BATCH):
+            for rows in parts(order[start : start + BATCH], lengths, batch_tokens):
+                batch = self.batch(data, rows)
+                logits |= dict(zip(rows, adapted.logits(batch, adapted.below(batch)).cpu().numpy(), strict=True))
+        return self.task.metrics([logits[i] for i in range(len(order))], data.labels, adapted.backbone.labels)
+
+
+def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Learner:
+    """The model, task and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
+
+    The model goes to the device here, and what comes to it by `AdaptedModel.load`, `set_delta` and `Learner.batch` follows it.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not fit.
+    """
+    silence_libraries()
+    task = TASKS[settings.data.task]
+    tokenizer = load_tokenizer(settings.model.name, task.words)
+    backbone = Backbone(
+        settings.model.name,
+        task,
+        labels,
+        dtype=settings.model.dtype,
+        pooling=settings.model.pooling,
+        target_modules=settings.adapter.target_modules,
+        pad_token_id=tokenizer.pad_token_id,
+        device=device,
+    )
+    train = settings.train
+    return Learner(AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb), task, tokenizer)
