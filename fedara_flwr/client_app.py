@@ -1,4 +1,4 @@
-"""fedara_flwr: the Flower ClientApp. Thin; torch is imported when a handler needs it (contracts.md §3, §9)."""
+"""fedara_flwr: the Flower ClientApp. Thin; torch is imported when a handler needs it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedara_flwr.client import terms
 from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.model.parts import declared
 from fedara_flwr.node import power, worker
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.wire import PROTOCOL
@@ -20,7 +21,9 @@ from fedara_flwr.wire import PROTOCOL
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
     from fedara_flwr.client.train import ClientData
+    from fedara_flwr.model.kept import Kept
     from fedara_flwr.model.spec import Arrays
+    from fedara_flwr.node.kept import KeptStore
     from fedara_flwr.wire.plan import TrainPlan, Update
 
 logger = logging.getLogger(__name__)
@@ -85,7 +88,7 @@ def _check_memory(node: NodeSettings) -> None:
 
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
-    """Client key, number of partitions, protocol version and terms."""
+    """Client key, number of partitions, protocol version, and the terms and parts that this node knows."""
     partitions = context.node_config.get("num-partitions", 0)
     answer = ConfigRecord(
         {
@@ -93,6 +96,7 @@ def whoami(message: Message, context: Context) -> Message:
             "client-key": client_key(context),
             "num-partitions": partitions if isinstance(partitions, int) else 0,
             "terms": ",".join(terms.names()),
+            "parts": ",".join(declared()),
             "simulated": in_simulation(context),
         }
     )
@@ -158,29 +162,41 @@ class Received:
     @property
     def updates(self) -> int:
         """Optimiser steps that this client would do."""
-        return self.plan.updates(len(self.data.train))
+        return self.plan.train.updates(len(self.data.train))
 
     def arrays(self) -> Arrays:
         """The values that came with the plan."""
-        from fedara_flwr.wire.records import read_arrays
+        from fedara_flwr.wire.arrays import read_arrays
 
         plan = self.plan
         return read_arrays(self.message.content, self.session.adapted.spec, plan.mask, plan.carries, plan.entries, plan.down)
 
+    def stayed(self, server_round: int) -> Kept | None:
+        """What this node kept before `server_round` of the parts that stay with it."""
+        return self._store("parts").take(server_round) if self.plan.kept else None
+
+    def _store(self, what: str) -> KeptStore:
+        """Where this client keeps things of this run: `what` names the folder, and the thing should it be lost."""
+        from fedara_flwr.node.kept import KeptStore
+
+        return KeptStore(self.node.store / what, self.plan.run, self.client_key)
+
     def answer(self, update: Update, arrays: Arrays) -> Message:
         """The reply to TRAIN; `arrays` are what `arrays()` gave."""
-        from fedara_flwr.node.residues import ResidueStore
+        from fedara_flwr.model.kept import Kept
         from fedara_flwr.wire.records import update_to_content
-        from fedara_flwr.wire.upload import Residue, code_update
+        from fedara_flwr.wire.upload import code_update, residue_of
 
         _check_memory(self.node)
         plan, spec, guard = self.plan, self.session.adapted.spec, self.node.guard
-        kept, residue = ResidueStore(self.node.store / "residues", plan.run, self.client_key), None
+        store, residue = self._store("residues"), None
         if plan.feedback and not guard.clip:  # what a guard has cut, and noised, is all that may leave
-            residue = (kept.take(plan.server_round) or Residue({}, plan.mask)).fit(plan, spec)
+            residue = residue_of(store.take(plan.server_round), plan, spec)
         coded, said = code_update(update, plan, spec, arrays, self.client_key, residue)
         if residue is not None:
-            kept.put(residue, plan.server_round)
+            store.put(residue, plan.server_round)
+        if plan.kept:
+            self._store("parts").put(Kept(update.stays, plan.mask, plan.draw_seed, plan.entries), plan.server_round)
         update = replace(update, metrics={**update.metrics, **guard.let_out(said)})
         return Message(update_to_content(update, plan, coded), reply_to=self.message)
 
@@ -235,14 +251,14 @@ def train(message: Message, context: Context) -> Message:
 
     model, simulated = received.session, in_simulation(context)
     data, plan, arrays, key = received.data, received.plan, received.arrays(), received.client_key
-    update = run(model.learner, data, plan, arrays, key, simulated, node.guard)
+    update = run(model.learner, data, plan, arrays, key, simulated, node.guard, received.stayed(plan.server_round))
     return received.answer(update, arrays)
 
 
 @app.evaluate()
 @_resident
 def evaluate(message: Message, context: Context) -> Message:
-    """The received model on this client's own held-out rows."""
+    """The received model, with the parts that stay here, on this client's own held-out rows."""
     received = receive(message, context, NodeSettings.read(context.node_config))
     if isinstance(received, Message):
         return received
@@ -250,7 +266,7 @@ def evaluate(message: Message, context: Context) -> Message:
     from fedara_flwr.client.train import load
 
     model, plan = received.session, received.plan
-    load(model.adapted, plan, received.arrays())
-    found = run(model.learner, received.data, plan.batch_tokens)
+    load(model.adapted, plan, received.arrays(), received.stayed(plan.server_round + 1))
+    found = run(model.learner, received.data, plan.train.batch_tokens)
     metrics: dict[str, Any] = {"eval-examples": 0} | received.node.guard.let_out(found)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

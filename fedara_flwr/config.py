@@ -58,12 +58,7 @@ class ModelSettings(Group):
 
 class AdapterSettings(Group):
     rank: int = Field(12, ge=1, le=1024, description="rank slots per module at the start (r0)")
-    final_rank: float = Field(3.0, gt=0, description="rank slots per module, on average, when the budget has fallen")
     alpha: float = Field(24.0, gt=0, description="scale of the adapters: alpha / rank, fixed for the whole run")
-    init: Literal["unit", "gaussian"] = Field(
-        "unit", description="how A and B start: N(0, init-scale²/d), unit-norm vectors at 1.0, or N(0, init-scale²)"
-    )
-    init_scale: float = Field(1.0, gt=0, description="factor of the start (init)")
     target_modules: str = Field(
         "", description="name endings of the linear layers to adapt, comma-separated; '' = all inside the blocks"
     )
@@ -79,19 +74,6 @@ class StrategySettings(Group):
     max_failed_rounds: int = Field(3, ge=1, description="so many such rounds in a row end the run")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for nodes and for their answers to queries")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round goes on with the replies it has")
-    arbitration: Literal["budget", "threshold"] = Field("budget", description="fedara: how votes become the global mask")
-    threshold: float = Field(0.5, gt=0, le=1, description="fedara: share of votes (weighted) that a slot needs")
-    warmup_rounds: int = Field(-1, ge=-1, description="fedara: rounds before the budget falls; -1 = a tenth")
-    final_rounds: int = Field(-1, ge=-1, description="fedara: rounds at the final budget; -1 = a tenth")
-    importance: Literal["sensitivity", "gradient-product", "magnitude"] = Field(
-        "gradient-product", description="fedara: how a client scores its slots"
-    )
-    importance_time: Literal["before", "after"] = Field(
-        "before", description="fedara: weights in the score taken before or after the optimiser's step"
-    )
-    upload_mask: Literal["global", "local"] = Field(
-        "global", description="fedara: slots a client sends back: all it got, or those it voted for"
-    )
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in every average")
     weight_cap: float = Field(
         3.0, ge=0, description="a client weighs at most this many times the median of the round's clients; 0 = no cap"
@@ -135,7 +117,9 @@ class WireSettings(Group):
     )
 
 
-class TrainSettings(Group):
+class LocalTraining(Group):
+    """How a client trains in one round: these keys travel in the plan of every round, as they are named here."""
+
     steps: int = Field(6, ge=0, description="optimiser steps per client and round; 0 = count by epochs")
     epochs: int = Field(1, ge=1, description="passes over a client's examples per round, where steps = 0")
     batch_size: int = Field(16, ge=1, description="examples per step")
@@ -154,6 +138,19 @@ class TrainSettings(Group):
     dropout: bool = Field(
         False, description="whether the backbone's own dropout is on while training; with train.cache only above what is kept"
     )
+
+    def updates(self, examples: int) -> int:
+        """Optimiser steps of a client with so many examples, at least one."""
+        return self.steps or self.epochs * -(-examples // min(self.batch_size, examples))
+
+    def rows(self, examples: int) -> int:
+        """Examples that go through the model in one round of a client with so many, repeated ones counted again."""
+        return self.steps * min(self.batch_size, examples) if self.steps else self.epochs * examples
+
+
+class TrainSettings(LocalTraining):
+    """Training: what travels in the plan (LocalTraining), and what a process reads once from the run configuration."""
+
     cache: Literal["off", "exact", "half"] = Field(
         "exact",
         description="the output of the blocks below the lowest living adapter: run at every step, or once for each example and "
@@ -166,6 +163,11 @@ class TrainSettings(Group):
     prox_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 times the squared distance from the received values")
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
+
+    def local(self, learning_rate: float) -> LocalTraining:
+        """What travels; `learning_rate` is the method's own, used where the configuration leaves it open."""
+        values = {name: getattr(self, name) for name in LocalTraining.model_fields}
+        return LocalTraining.model_construct(**values | {"learning_rate": self.learning_rate or learning_rate})
 
 
 class DataSettings(Group):
@@ -219,7 +221,7 @@ class OutputSettings(Group):
 
 
 class Settings(Group):
-    """The run configuration (contracts.md §5)."""
+    """The run configuration: what a run does follows from it and the data alone."""
 
     num_server_rounds: int = Field(20, ge=1, description="rounds")
     seed: int = Field(42, ge=0, lt=2**62, description="seed of every random stream")
@@ -257,16 +259,6 @@ class Settings(Group):
         return settings
 
     def _check_relations(self) -> None:
-        rounds = self.num_server_rounds
-        if self.adapter.final_rank > self.adapter.rank:
-            raise ConfigError(
-                f"adapter.final-rank = {self.adapter.final_rank!r}: allowed is at most adapter.rank = {self.adapter.rank}"
-            )
-        if self.warmup_rounds + self.final_rounds >= rounds and rounds > 1:
-            raise ConfigError(
-                f"strategy.warmup-rounds = {self.warmup_rounds}: with strategy.final-rounds = {self.final_rounds} "
-                f"allowed is a sum below num-server-rounds = {rounds}"
-            )
         if self.run.dir and not self.run.dir.startswith(("/", "~")):
             raise ConfigError(
                 f"run.dir = {self.run.dir!r}: allowed is an absolute path (Flower runs apps from a folder of its own)"
@@ -280,7 +272,7 @@ class Settings(Group):
         self._check_privacy()
 
     def _check_privacy(self) -> None:
-        """With central differential privacy nothing may depend on clients' data but the noised sum (contracts.md §9)."""
+        """With central differential privacy nothing may depend on clients' data but the noised sum (docs/privacy.md)."""
         clip, noise = self.privacy.clip, self.privacy.noise_multiplier
         if not clip and noise:
             raise ConfigError(f"privacy.clip = 0.0: privacy.noise-multiplier = {noise!r} needs a length above 0")
@@ -293,8 +285,6 @@ class Settings(Group):
         bound: list[tuple[str, object, bool, str]] = [
             ("strategy.weighting", strategy.weighting, strategy.weighting == "uniform", "'uniform'"),
             ("strategy.robust", strategy.robust, strategy.robust == "mean", "'mean'"),
-            ("strategy.upload-mask", strategy.upload_mask, strategy.upload_mask == "global", "'global'"),
-            ("strategy.arbitration", strategy.arbitration, strategy.arbitration == "budget", "'budget'"),
             ("data.client-validation", self.data.client_validation, not self.data.client_validation, "0.0"),
             # a round that is done again would be seen twice
             ("run.checkpoint-every", self.run.checkpoint_every, self.run.checkpoint_every <= 1, "1 or 0"),
@@ -304,19 +294,6 @@ class Settings(Group):
         ]
         if wrong:
             raise ConfigError("; ".join(wrong))
-
-    @property
-    def warmup_rounds(self) -> int:
-        """Rounds before the budget falls (t_i)."""
-        return self._tenth(self.strategy.warmup_rounds)
-
-    @property
-    def final_rounds(self) -> int:
-        """Rounds at the final budget (t_f)."""
-        return self._tenth(self.strategy.final_rounds)
-
-    def _tenth(self, value: int) -> int:
-        return round(0.1 * self.num_server_rounds) if value < 0 else value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -401,39 +378,3 @@ def _walk(group: Group, prefix: str = "") -> dict[str, tuple[Any, Any]]:
 def describe() -> dict[str, Any]:
     """Every key with its pydantic field (default, description, constraints)."""
     return {key: field for key, (_, field) in _walk(Settings()).items()}
-
-
-def reference() -> str:
-    """All keys as Markdown tables, one per group: docs/config.md."""
-    lines = ["# Configuration", "", "Made by `fedara config` from `fedara_flwr/config.py`. `''` means unset.", ""]
-    group = None
-    for key, (value, field) in _walk(Settings()).items():
-        if group != key.rpartition(".")[0]:
-            group = key.rpartition(".")[0]
-            lines += ["", f"## {group or 'the run'}", ""] if lines[-1] else [f"## {group or 'the run'}", ""]
-            lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-        text = str(field.description).replace("|", "\\|")
-        lines.append(f"| `{key}` | `{toml(value)}` | {allowed(field)} | {text} |")
-    return "\n".join(lines) + "\n"
-
-
-def toml(value: object) -> str:
-    """A value as one writes it in TOML."""
-    return str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
-
-
-def allowed(field: Any) -> str:
-    """Type and limits of a pydantic field, as Markdown."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(f"`'{choice}'`" for choice in get_args(field.annotation))
-    signs = {"Ge": ("≥", "ge"), "Gt": (">", "gt"), "Le": ("≤", "le"), "Lt": ("<", "lt")}
-    limits = [
-        f"{sign} {getattr(rule, name):g}"
-        for rule in field.metadata
-        for kind, (sign, name) in signs.items()
-        if type(rule).__name__ == kind
-    ]
-    kinds = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}
-    other = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    kind = kinds.get(field.annotation, other)
-    return " ".join([kind, ", ".join(limits)]).strip()

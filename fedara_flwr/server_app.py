@@ -1,4 +1,4 @@
-"""fedara_flwr: the Flower ServerApp. Thin: settings, model, strategy, run directory."""
+"""fedara_flwr: the Flower ServerApp. Thin: settings, model, method, loop, run directory."""
 
 from __future__ import annotations
 
@@ -35,26 +35,28 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
         TimeoutError: too few nodes came.
     """
     log.show()
-    method = strategies.find(settings.method)
+    strategies.find(settings.method).check(settings)
     resumed = RunDirectory.resume(settings) if settings.run.resume else None
     from fedara_flwr.runs.keeper import Keeper
     from fedara_flwr.runs.trackers import check
     from fedara_flwr.server.evaluate import ServerModel
+    from fedara_flwr.server.loop import RoundLoop
 
     check(settings.run.track)
     if settings.privacy.on:
         accounting()
     model = ServerModel(settings)
-    strategy = method(settings, model)
+    method = strategies.find(settings.method)(settings, model)
+    state = None if resumed else method.start()
     directory = resumed or RunDirectory.create(settings)
-    keeper = Keeper(directory, strategy, model)
+    keeper = Keeper(directory, method, model)
     try:
-        if resumed:
-            keeper.restore()
+        expected = model.expected(method.all_terms(), method.parts)
+        loop = RoundLoop(settings, method, state or keeper.restored(), expected, run_id=directory.facts["id"])
         logger.info("run directory: %s", directory.path)
         try:
-            keeper.begin()
-            strategy.start(grid, strategy.initial_arrays(), settings.num_server_rounds)
+            keeper.begin(loop)
+            loop.start(grid, loop.initial_arrays(), settings.num_server_rounds)
         except Exception as error:
             keeper.fail(str(error))
             raise

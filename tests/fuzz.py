@@ -47,22 +47,18 @@ from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Round
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_arrays, to_record
 from fedara_flwr.wire.codec import CODECS, Broadcast
 from fedara_flwr.wire.meter import COUNTED, payload
 from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
 from fedara_flwr.wire.records import (
-    LARGEST,
     MAX_METRICS,
-    MAX_NAME,
     MAX_VALUE,
-    Rejected,
     need_delta,
     plan_from_content,
     plan_to_content,
-    read_arrays,
     read_pieces,
     sent_parts,
-    to_record,
     update_to_content,
 )
 from fedara_flwr.wire.upload import code_update
@@ -608,7 +604,7 @@ def check_update(update: Update, plan: TrainPlan) -> None:
     for part, vector in update.arrays.items():
         if vector.dtype != np.float32 or vector.shape != (SPEC.length(part, update.mask, plan.entries),):
             raise Broken(f"{part} is {vector.dtype} {vector.shape}")
-        if not (np.abs(vector) <= LARGEST).all():
+        if not (np.abs(vector) <= LARGEST_VALUE).all():
             raise Broken(f"{part} holds {vector}")
     if type(update.num_examples) is not int or not 1 <= update.num_examples <= MOST:
         raise Broken(f"{update.num_examples!r} examples")
@@ -691,7 +687,7 @@ class FuzzGrid(InProcessGrid):
     def _reply_to(self, message_id: str, message: Message) -> tuple[Message, str, Objects]:
         if message_id not in self._good:
             plan = self.loop.plan(ROUND, str(message.metadata.dst_node_id - 1000))
-            work = self.loop._round
+            work = self.loop.work
             index = next(i for i, node in enumerate(work.asked) if node.node_id == message.metadata.dst_node_id)
             lacks = plan is PLANS["flora"] and not message_id.endswith("again")
             reply = Message(answer(work.plans[index], lacks), reply_to=message)
@@ -734,7 +730,7 @@ def fuzz_replies(
     grid = FuzzGrid(rng, loop)
     grid.begin()
     loop.configure_train(ROUND, to_record(loop.state.arrays), ConfigRecord(), grid)
-    first = loop._round
+    first = loop.work
     logger, handler = logging.getLogger("fedara_flwr.server"), Lines()
     before, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -742,7 +738,7 @@ def fuzz_replies(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's, of headers in the style of Python 2
             while outcome.count < count:
-                loop._round = again(first)
+                loop.work = again(first)
                 grid.begin()
                 before = grid.pulled
                 play(loop, grid, outcome)
@@ -767,7 +763,7 @@ def again(work: Round) -> Round:
 
 def play(loop: Loop, grid: Grid, outcome: Outcome) -> None:
     """One round of mutated replies, and what must hold after it; `grid.raised` counts what Flower could not inflate."""
-    work, unreadable = loop._round, grid.raised.total()
+    work, unreadable = loop.work, grid.raised.total()
     merger = Checker({node.key: plan for node, plan in zip(work.asked, work.plans, strict=True)})
     state = {part: vector.copy() for part, vector in loop.state.arrays.items()}
     work.collect(loop._receive(grid, 3600.0), merger, lambda key, update, weight: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from fedara_flwr import strategies
 from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.evaluate import ServerModel
-from fedara_flwr.server.loop import RoundLoop
+from fedara_flwr.server.loop import Callback, RoundLoop
 
 PHASES = ("all", "backward", "elapsed", "evaluate", "forward", "train")
 WALL_CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" for phase in PHASES)}
@@ -23,10 +24,7 @@ CLIENTS = 6
 SMALL = {
     "num-server-rounds": 4,
     "adapter.rank": 4,
-    "adapter.final-rank": 1.0,
     "strategy.fraction-train": 0.5,
-    "strategy.warmup-rounds": 1,
-    "strategy.final-rounds": 1,
     "train.steps": 2,
     "train.batch-size": 4,
     "data.max-length": 16,
@@ -36,34 +34,64 @@ SMALL = {
 }
 
 
+FEDARA = {"final-rank": 1.0, "warmup-rounds": 1, "final-rounds": 1}
+"""fedara's options in those runs."""
+
+
+def options(**values: object) -> str:
+    """`strategy.options` of these values; keys have _ for -."""
+    return "\n".join(f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items())
+
+
 def config(model: Path, **changes: object) -> dict:
-    """A flat run configuration; keys of `changes` have _ for - and __ for a dot."""
+    """A flat run configuration; keys of `changes` have _ for - and __ for a dot; `fedara__…` are options of that method."""
     named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
-    return {**SMALL, "model.name": str(model), **named}
+    own = {key.partition(".")[2]: named.pop(key) for key in list(named) if key.startswith("fedara.")}
+    flat = {**SMALL, "model.name": str(model), **named}
+    if flat.get("method", "fedara") == "fedara" and "strategy.options" not in flat:
+        flat["strategy.options"] = options(**FEDARA | own)
+    return flat
+
+
+class Lines(Callback):
+    """Keeps the lines of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+
+    def record(self, line: dict) -> None:
+        self.lines.append(line)
 
 
 _models: dict[str, ServerModel] = {}
 
 
 def prepare(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
-    """(strategy, grid) ready to start; server models are shared between tests that use the same model and data."""
+    """(loop, grid) ready to start; server models are shared between tests that use the same model and data."""
     settings = Settings.from_flat(flat)
     train = {"cache", "cache_mb", "cache_disk_mb", "batch_tokens"}
     matters = {"model": True, "data": True, "seed": True, "adapter": {"target_modules"}, "train": train}
     key = settings.model_dump_json(include=matters)
     if key not in _models:
         _models[key] = ServerModel(settings)
-    lines: list[dict] = []
-    strategy = strategies.find(settings.method)(settings, _models[key], lines.append)
-    strategy.lines = lines
-    return strategy, grid_class(settings.to_flat(), clients, **grid_options)
+    loop = make_loop(settings, _models[key])
+    return loop, grid_class(settings.to_flat(), clients, **grid_options)
+
+
+def make_loop(settings: Settings, model: ServerModel, *callbacks: Callback) -> RoundLoop:
+    """The loop of a new run; what it records is in its `lines`."""
+    method, kept = strategies.find(settings.method)(settings, model), Lines()
+    expected = model.expected(method.all_terms(), method.parts)
+    loop = RoundLoop(settings, method, method.start(), expected, [kept, *callbacks])
+    loop.lines = kept.lines
+    return loop
 
 
 def start(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
-    """A finished strategy."""
-    strategy, grid = prepare(flat, grid_class, clients, **grid_options)
-    strategy.start(grid, strategy.initial_arrays(), strategy.settings.num_server_rounds)
-    return strategy
+    """A finished loop."""
+    loop, grid = prepare(flat, grid_class, clients, **grid_options)
+    loop.start(grid, loop.initial_arrays(), loop.settings.num_server_rounds)
+    return loop
 
 
 @contextmanager

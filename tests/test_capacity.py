@@ -187,7 +187,7 @@ def test_calibration_frees_what_it_kept(adapted):
 
 def test_calibration_does_not_see_the_delta_of_a_run_before(tiny_bert):
     """One process, a run of flora and then two of legend with the same model and data: as if flora had not been."""
-    changes = {"num_server_rounds": 1, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+    changes = {"num_server_rounds": 1, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
     def reports():
         strategy, grid = prepare(config(tiny_bert, method="legend", **changes))

@@ -24,8 +24,9 @@ from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.strategies import find
 from fedara_flwr.strategies.client_ranks import first_slots
+from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.plan import Update
-from fedara_flwr.wire.records import Rejected, update_from_content, update_to_content
+from fedara_flwr.wire.records import update_from_content, update_to_content
 
 laws = hypothesis_settings(deadline=None, max_examples=50)
 RANKED = ("hetlora", "flexlora", "flora", "fedex-lora")
@@ -451,7 +452,7 @@ def test_flora_draws_the_rounds_adapters_afresh():
 
 
 # -- whole runs ------------------------------------------------------------
-ALL = {"strategy__fraction_train": 1.0, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+ALL = {"strategy__fraction_train": 1.0, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
 
 def lines(strategy, kind):
@@ -527,5 +528,5 @@ def test_what_prepare_gives_is_what_start_gives(tiny_bert):
     """A run may be driven step by step: the masks that are planned are those that travel."""
     strategy, grid = prepare(config(tiny_bert, method="flexlora", strategy__options="ranks = [1, 4]", **ALL))
     strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid)
-    for node, orders in zip(strategy._round.asked, strategy._round.plans, strict=True):
+    for node, orders in zip(strategy.work.asked, strategy.work.plans, strict=True):
         assert orders.mask == first_slots(strategy.state.mask, strategy.client_rank(node.key))

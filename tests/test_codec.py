@@ -14,17 +14,11 @@ from test_wire import MASK, MOST, PLAN, PLANS, SPEC, VOTING, changed_plan, plan_
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import PARTS
+from fedara_flwr.wire.arrays import Rejected, read_arrays
 from fedara_flwr.wire.codec import CODECS, Broadcast, nbytes
 from fedara_flwr.wire.meter import payload
 from fedara_flwr.wire.plan import Update
-from fedara_flwr.wire.records import (
-    Rejected,
-    plan_to_content,
-    read_arrays,
-    sent_parts,
-    update_from_content,
-    update_to_content,
-)
+from fedara_flwr.wire.records import plan_to_content, sent_parts, update_from_content, update_to_content
 from fedara_flwr.wire.upload import code_update
 
 laws = settings(deadline=None, max_examples=200)

@@ -345,6 +345,6 @@ def test_the_reference_is_current():
     """docs/config.md is what `fedara config` prints."""
     from pathlib import Path
 
-    from fedara_flwr.config import reference
+    from fedara_flwr.cli.reference import reference
 
     assert (Path(__file__).parent.parent / "docs" / "config.md").read_text() == reference()

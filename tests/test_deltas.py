@@ -15,16 +15,10 @@ from fedara_flwr.model.deltas import DeltaLog, Holding, Piece, as_dense, compose
 from fedara_flwr.model.draws import draw, lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter, payload
 from fedara_flwr.wire.plan import TrainPlan
-from fedara_flwr.wire.records import (
-    Rejected,
-    lacks_delta,
-    need_delta,
-    plan_from_content,
-    plan_to_content,
-    read_pieces,
-)
+from fedara_flwr.wire.records import lacks_delta, need_delta, plan_from_content, plan_to_content, read_pieces
 
 SHAPES = ((3, 2), (2, 4), (1, 5))
 SPEC = ModelSpec("", tuple(ModuleSpec(f"m{i}", *s, i) for i, s in enumerate(SHAPES)), (ParameterSpec("h", (2,)),))

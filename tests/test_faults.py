@@ -26,8 +26,8 @@ FLAT = {
     "method": "fedara",
     "num_server_rounds": LAST + 1,
     "strategy__fraction_train": 1.0,
-    "strategy__warmup_rounds": 0,
-    "strategy__final_rounds": 1,
+    "fedara__warmup_rounds": 0,
+    "fedara__final_rounds": 1,
 }
 
 
@@ -330,8 +330,8 @@ def test_a_thousand_clients_of_which_a_fifth_are_bad(tiny_bert):
         tiny_bert,
         num_server_rounds=1,
         strategy__fraction_train=1.0,
-        strategy__warmup_rounds=0,
-        strategy__final_rounds=0,
+        fedara__warmup_rounds=0,
+        fedara__final_rounds=0,
         train__steps=1,
         data__test=0.1,
         data__partition="iid",

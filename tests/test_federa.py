@@ -73,7 +73,7 @@ def bare_logits(path, head, dtype="float32"):
 def test_the_start_is_the_backbones_function(tiny_models, name, rank, alpha):
     """Rank 20 is above that of most modules (16); neither start nor delta may change the function."""
     adapted, strategy = federa(tiny_models[name], rank, alpha)
-    weights = strategy.weights()
+    weights = strategy.method.weights(strategy.state)
     expected = bare_logits(tiny_models[name], weights.arrays["head"])
     torch.testing.assert_close(logits(adapted, weights), expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(logits(adapted, weights, delta=False), expected, atol=1e-3)
@@ -83,7 +83,7 @@ def test_the_start_is_the_backbones_function(tiny_models, name, rank, alpha):
 def test_the_start_is_the_backbones_function_in_bfloat16(tiny_models, name):
     """bfloat16 keeps 8 bits: the sum of two products differs from one in the third digit."""
     adapted, strategy = federa(tiny_models[name], 3, 12.0, "bfloat16")
-    weights = strategy.weights()
+    weights = strategy.method.weights(strategy.state)
     expected = bare_logits(tiny_models[name], weights.arrays["head"], "bfloat16")
     torch.testing.assert_close(logits(adapted, weights), expected, atol=0.03, rtol=0.03)
 
@@ -130,7 +130,7 @@ def test_what_is_exported_is_the_model_without_an_delta(tiny_models, name, rank)
     assert exported.delta is None and "E" not in exported.arrays
     # a start above a layer's own rank needs no more than that
     assert list(exported.mask.ranks) == [rank + min(rank, m.d_out, m.d_in) for m in adapted.spec.modules]
-    expected = logits(adapted, strategy.weights())
+    expected = logits(adapted, strategy.method.weights(strategy.state))
     torch.testing.assert_close(logits(adapted, exported), expected, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(expected, bare_logits(tiny_models[name], exported.arrays["head"]), atol=1e-3)
 
@@ -138,7 +138,7 @@ def test_what_is_exported_is_the_model_without_an_delta(tiny_models, name, rank)
 def test_the_export_loads_in_stock_peft(tiny_models, tmp_path):
     adapted, strategy = federa(tiny_models["bert"], 3, 12.0)
     expected = logits(adapted, trained(strategy).weights()).numpy()
-    save_lora(tmp_path, adapted.backbone, strategy.exported(), "SEQ_CLS")
+    save_lora(tmp_path, adapted.backbone, strategy.method.exported(strategy.state), "SEQ_CLS")
     import json
 
     written = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -174,7 +174,7 @@ class WatchedGrid(InProcessGrid):
 
 def short(model, **changes):
     """A run's configuration without rounds of warm-up."""
-    return config(model, **{"strategy__warmup_rounds": 0, "strategy__final_rounds": 0, **changes})
+    return config(model, **{"fedara__warmup_rounds": 0, "fedara__final_rounds": 0, **changes})
 
 
 def play(flat, grid_class=WatchedGrid, **options):
@@ -315,7 +315,7 @@ def test_flowers_own_loop_recovers_a_lost_delta_in_the_next_round(tiny_bert, hom
             del grid.contexts[1002].state["delta"]
         replies = grid.send_and_receive(strategy.configure_train(server_round, arrays, {}, grid))
         arrays, _ = strategy.aggregate_train(server_round, replies)
-        good.append((strategy._round.good, [(d.client, d.reason) for d in strategy._round.drops]))
+        good.append((strategy.work.good, [(d.client, d.reason) for d in strategy.work.drops]))
     assert good == [(4, []), (3, [("2", "delta")]), (4, [])]
     assert [bool(delta_bytes(content)) for _, node, content, _ in grid.seen if node == 2] == [True, False, True]
 
@@ -460,9 +460,9 @@ def test_slora_trains_drawn_positions_then_starts_lora_from_their_svd(tiny_bert)
         left = np.linalg.norm(change - scale * b @ a)
         assert left == pytest.approx(np.sqrt(np.square(values[settings.adapter.rank :]).sum()), rel=1e-3, abs=1e-6)
         start += change.size
-    assert "backbone" not in finish[1] and strategy.weights().positions is None
-    assert strategy.exported().delta is None
-    adapted = strategy.model.adapted
+    assert "backbone" not in finish[1] and strategy.method.weights(strategy.state).positions is None
+    assert strategy.method.exported(strategy.state).delta is None
+    adapted = strategy.method.model.adapted
     kept = dict(zip(adapted._frozen, adapted._resident, strict=True))
     assert all(p.data_ptr() == kept[p].data_ptr() for p in adapted._frozen)  # the server's own model, after the last round
 

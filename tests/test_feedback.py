@@ -19,7 +19,7 @@ from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.merging.private import PrivateMean
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import PARTS, SLOT_PARTS
-from fedara_flwr.node.residues import ResidueStore
+from fedara_flwr.node.kept import KeptStore
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.upload import Residue, code_update
@@ -161,7 +161,7 @@ def same(found, expected):
 
 
 def test_a_round_that_is_done_again_starts_from_the_same(tmp_path):
-    store, kept = ResidueStore(tmp_path, "run", "3"), {number: residue_of(number) for number in (2, 5, 9)}
+    store, kept = KeptStore(tmp_path, "run", "3"), {number: residue_of(number) for number in (2, 5, 9)}
     assert store.take(1) is None
     for number, residue in kept.items():
         store.put(residue, number)
@@ -175,15 +175,15 @@ def test_a_round_that_is_done_again_starts_from_the_same(tmp_path):
 def test_no_run_and_no_client_sees_anothers(tmp_path):
     names = [("run", "3"), ("run", "4"), ("other", "3"), ("run\x1f3", ""), ("../..", "/etc/x\0y")]
     for seed, (run, key) in enumerate(names):
-        ResidueStore(tmp_path / "a", run, key).put(residue_of(seed, seed), 1)
-    assert [ResidueStore(tmp_path / "a", run, key).take(2).entries for run, key in names] == list(range(5))
+        KeptStore(tmp_path / "a", run, key).put(residue_of(seed, seed), 1)
+    assert [KeptStore(tmp_path / "a", run, key).take(2).entries for run, key in names] == list(range(5))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 5
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o700}
 
 
 def test_what_is_lost_or_damaged_is_zero(tmp_path):
     """Every byte flipped, a file cut off, an empty one. The older file is in an upload already and never taken instead."""
-    store = ResidueStore(tmp_path, "run", "3")
+    store = KeptStore(tmp_path, "run", "3")
     store.put(residue_of(1), 1)
     store.put(residue_of(2), 2)
     file = store.folder / "2.safetensors"
@@ -198,7 +198,7 @@ def test_what_is_lost_or_damaged_is_zero(tmp_path):
 
 def test_a_full_disk_costs_the_residue_alone(tmp_path, monkeypatch, caplog):
     """The older file must not stay as if it were the last one."""
-    store = ResidueStore(tmp_path, "run", "3")
+    store = KeptStore(tmp_path, "run", "3")
     store.put(residue_of(1), 1)
 
     def full(self, data):
@@ -212,7 +212,7 @@ def test_a_full_disk_costs_the_residue_alone(tmp_path, monkeypatch, caplog):
 
 def test_those_who_wrote_longest_ago_make_room(tmp_path):
     """A file has 1,200 bytes and two are reckoned with: three clients of 1,200 and a new one are 6,000 of at most 5,000."""
-    stores = [ResidueStore(tmp_path, "run", str(key), limit=5000) for key in range(4)]
+    stores = [KeptStore(tmp_path, "run", str(key), limit=5000) for key in range(4)]
     for age, store in enumerate(stores[:3]):
         store.put(Residue({"head": np.zeros(260, np.float32)}, MASK), 1)
         assert 1100 < (store.folder / "1.safetensors").stat().st_size < 1500
@@ -230,8 +230,8 @@ def flat(model, method="fedara", **more):
             "num_server_rounds": 3,
             "strategy__fraction_train": 1.0,
             "strategy__options": OPTIONS.get(method, ""),
-            "strategy__warmup_rounds": 0,
-            "strategy__final_rounds": 0,
+            "fedara__warmup_rounds": 0,
+            "fedara__final_rounds": 0,
             "wire__down": "int8",
             "wire__up": "int4",
             "wire__feedback": True,
@@ -300,7 +300,7 @@ def test_a_node_that_cuts_its_updates_keeps_nothing(tiny_bert):
     strategy.start(grid, strategy.initial_arrays(), 1)
     assert {line["client"] for line in of(strategy) if "feedback-norm" not in line} == {"0"}
     root = Path(os.environ["FLWR_HOME"]) / "fedara-store" / "residues"
-    mine = [ResidueStore(root, strategy.run_id, str(key)).take(2) is not None for key in range(CLIENTS)]
+    mine = [KeptStore(root, strategy.run_id, str(key)).take(2) is not None for key in range(CLIENTS)]
     assert mine == [False] + [True] * (CLIENTS - 1)
 
 
@@ -315,7 +315,7 @@ def test_a_lost_reply_leaves_the_residue_of_what_was_sent(tiny_bert):
     strategy = start(flat(tiny_bert), TamperedGrid, tamper=tamper)
     assert [drop["client"] for line in of(strategy, "round") for drop in line["dropped"]] == ["0"]
     assert [line["feedback-norm"] > 0 for line in of(strategy) if line["client"] == "0"] == [False, True]
-    store = ResidueStore(Path(os.environ["FLWR_HOME"]) / "fedara-store" / "residues", strategy.run_id, "0")
+    store = KeptStore(Path(os.environ["FLWR_HOME"]) / "fedara-store" / "residues", strategy.run_id, "0")
     assert {file.name for file in store.folder.iterdir()} == {"2.safetensors", "3.safetensors"}
 
 

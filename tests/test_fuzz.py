@@ -15,8 +15,8 @@ import pytest
 from deployment import Deployment, wait_for
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedara_flwr.wire.arrays import Rejected, read_vector
 from fedara_flwr.wire.meter import payload
-from fedara_flwr.wire.records import Rejected, read_vector
 
 HERE = Path(__file__).parent
 COUNT = int(os.environ.get("FUZZ_COUNT", 1_000_000))

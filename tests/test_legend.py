@@ -450,7 +450,7 @@ def test_blocks_are_found_from_the_structure(tiny_models, architecture):
 
 
 # -- whole runs ------------------------------------------------------------
-ALL = {"num_server_rounds": 2, "strategy__fraction_train": 1.0, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+ALL = {"num_server_rounds": 2, "strategy__fraction_train": 1.0, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
 
 def lines(strategy, kind):
@@ -470,7 +470,7 @@ def test_depth_is_known_before_the_first_round(tiny_bert, finished):
     speeds = {key: strategy.profile(node).flops for key, node in strategy.roster.nodes.items()}
     assert len(set(strategy.depth.values())) > 1
     assert strategy.depth[max(speeds, key=speeds.get)] == 3 and strategy.depth[min(speeds, key=speeds.get)] < 3
-    for node, plan in zip(strategy._round.asked, strategy._round.plans, strict=True):
+    for node, plan in zip(strategy.work.asked, strategy.work.plans, strict=True):
         assert plan.mask == last_blocks(strategy.spec, strategy.state.mask, strategy.depth[node.key])
     trained = {line["client"]: line["blocks"] for line in lines(finished, "client") if line["round"] == 1}
     assert trained == strategy.depth

@@ -40,7 +40,7 @@ assert not any(name.startswith("fedara") for name in sys.modules)
 
 
 def flat(tiny_bert, method, wire=EXACT):
-    rounds = {"num_server_rounds": 2, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+    rounds = {"num_server_rounds": 2, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
     formats = {"wire__down": wire[0], "wire__up": wire[1]}
     return config(tiny_bert, method=method, strategy__options=OPTIONS.get(method, ""), **rounds, **formats)
 
@@ -64,7 +64,7 @@ class Spied:
     def __init__(self, tiny_bert, method, grid_class=InProcessGrid, wire=EXACT):
         self.strategy, grid = prepare(flat(tiny_bert, method, wire), grid_class)
         strategy, self.plans, self.updates, self.fetched = self.strategy, {}, {}, {}
-        self.start = strategy.weights()
+        self.start = strategy.method.weights(strategy.state)
         pack, take = strategy._pack, strategy.take
 
         def spy_pack(node, plan, have):
@@ -75,7 +75,7 @@ class Spied:
             return plan, content
 
         def spy_take(key, update, weight):
-            self.updates[strategy._round.number, key] = update
+            self.updates[strategy.work.number, key] = update
             take(key, update, weight)
 
         strategy._pack, strategy.take = spy_pack, spy_take
@@ -100,7 +100,7 @@ def test_starts_as_the_backbone(runs, method):
     run = runs(method)
     empty = RankMask.full([0] * len(run.strategy.spec.modules))
     bare = Weights({"head": run.start.arrays["head"]}, empty, run.start.scales)
-    np.testing.assert_allclose(logits(run.strategy.model, run.start), logits(run.strategy.model, bare), atol=2e-6)
+    np.testing.assert_allclose(logits(run.strategy.method.model, run.start), logits(run.strategy.method.model, bare), atol=2e-6)
 
 
 @every_method
@@ -109,7 +109,9 @@ def test_learns_something_finite_from_every_reply(runs, method):
     state = run.strategy.state
     assert state.server_round == 2 and len(run.updates) == 6
     assert all(np.isfinite(vector).all() for vector in state.arrays.values())
-    change = logits(run.strategy.model, run.strategy.weights()) - logits(run.strategy.model, run.start)
+    change = logits(run.strategy.method.model, run.strategy.method.weights(run.strategy.state)) - logits(
+        run.strategy.method.model, run.start
+    )
     assert np.isfinite(change).all() and np.abs(change).max() > 1e-5
 
 
@@ -153,8 +155,8 @@ def test_what_is_left_loads_in_stock_peft_or_transformers(runs, tiny_bert, tmp_p
     expected, folders = {}, {}
     for method in METHODS:
         strategy = runs(method).strategy
-        expected[method] = logits(strategy.model, strategy.weights())
-        folders[method] = strategy.model.export(tmp_path / method, strategy.exported())
+        expected[method] = logits(strategy.method.model, strategy.method.weights(strategy.state))
+        folders[method] = strategy.method.model.export(tmp_path / method, strategy.method.exported(strategy.state))
     whole = {method for method, folder in folders.items() if folder.name == "model"}
     assert whole == {"head", "full", "flora", "fedex-lora"}
     ids = json.dumps(torch.arange(5, 19).view(2, 7).tolist())

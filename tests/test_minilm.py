@@ -26,11 +26,13 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     }
     strategy = start(flat, clients=6)
     rounds = [line for line in strategy.lines if line["type"] == "round"]
-    majority = np.bincount(strategy.model.federation.validation.labels).max() / len(strategy.model.federation.validation)
+    majority = np.bincount(strategy.method.model.federation.validation.labels).max() / len(
+        strategy.method.model.federation.validation
+    )
     assert rounds[-1]["accuracy"] > rounds[0]["accuracy"]
     assert rounds[-1]["accuracy"] > 1.5 * majority
     assert rounds[-1]["alive"] == 4 * 36
-    model, weights = strategy.model, strategy.weights()
+    model, weights = strategy.method.model, strategy.method.weights(strategy.state)
     folder = model.export(tmp_path, weights)
     batch = model.learner.task.collate(model.learner.tokenizer, model._encoded["validation"].ids[:1], [0])
     model.adapted.load(weights.arrays, weights.mask, weights.scales)

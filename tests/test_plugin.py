@@ -23,7 +23,7 @@ from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_methods
 from fedara_flwr.client import terms
 from fedara_flwr.config import ConfigError, Settings, describe
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "write-a-strategy.md").read_text()
@@ -132,7 +132,7 @@ def test_the_terms_act(with_client_half, in_process, tiny_bert):
 
     def after_two_rounds(**options: float):
         toml = "\n".join(f"{key} = {value}" for key, value in options.items())
-        rounds = {"num_server_rounds": 2, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+        rounds = {"num_server_rounds": 2, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
         return start(config(tiny_bert, method="last-layers-small-e", strategy__options=toml, **rounds))
 
     free, pulled, held = after_two_rounds(mu=0.0, pull=0.0), after_two_rounds(mu=0.0, pull=100.0), after_two_rounds(mu=100.0)
@@ -187,8 +187,8 @@ BROKEN = {
     "raises": ("stranger_raises:Method", "RuntimeError: first line second line"),
     "leaves": ("stranger_leaves:Method", "SystemExit: 3"),
     "syntax": ("stranger_syntax:Method", "SyntaxError: "),
-    "function": ("stranger:function", "stranger:function is no subclass of BaseStrategy"),
-    "unrelated": ("stranger:Unrelated", "stranger:Unrelated is no subclass of BaseStrategy"),
+    "function": ("stranger:function", "stranger:function is no subclass of Method"),
+    "unrelated": ("stranger:Unrelated", "stranger:Unrelated is no subclass of Method"),
     "renamed": ("stranger:Sound", "stranger:Sound has the name 'sound', its entry point 'renamed'"),
     "nameless": ("stranger:Nameless", "stranger:Nameless has the name '', its entry point 'nameless'"),
     "optionless": ("stranger:Optionless", "stranger:Optionless.Options is no pydantic model"),
@@ -199,22 +199,22 @@ MODULES = {
     "stranger": """
 from pydantic import Field
 from fedara_flwr.config import Group
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
 def function(): ...
 class Unrelated: ...
-class Sound(BaseStrategy):
+class Sound(Method):
     name = "sound"
     title = "[red]brackets[/red] are text"
     class Options(Group):
         words: list[str] = Field(default_factory=lambda: ["a"], description="some words")
         limit: int | None = None
         needed: float
-class Nameless(BaseStrategy): ...
-class Optionless(BaseStrategy):
+class Nameless(Method): ...
+class Optionless(Method):
     name, Options = "optionless", dict
-class Keyless(BaseStrategy):
+class Keyless(Method):
     name, keys = "keyless", "adapter.rank"
-class Impostor(BaseStrategy):
+class Impostor(Method):
     name = "fedara"
 """,
     "stranger_raises": "raise RuntimeError('first line\\nsecond line')",
@@ -295,7 +295,7 @@ def test_methods_name_keys_that_exist():
         assert set(cls.keys) <= set(describe()), name
 
 
-@pytest.mark.parametrize("base", [BaseStrategy, terms.Term])
+@pytest.mark.parametrize("base", [Method, terms.Term])
 def test_the_page_names_every_hook(base):
     rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     helpers = set(re.findall(r"`(\w+)\(", PAGE[PAGE.index("To call, not to override") :]))

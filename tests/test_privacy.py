@@ -413,7 +413,7 @@ def test_nodes_with_choices_of_their_own_in_a_run(tiny_bert):
 
     def look(server_round, index, reply):
         if index == 0 and server_round == 2:
-            mask = strategy._round.plans[0].mask
+            mask = strategy.work.plans[0].mask
             record = reply.content.array_records["arrays"]
             arrays = {part: record[part].numpy() for part in ("B", "E", "A")}
             largest = select_top(strategy.spec.slot_sizes(arrays, mask), strategy.budget(2))

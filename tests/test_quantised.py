@@ -293,7 +293,7 @@ def run(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr("fedara_flwr.runs.keeper.write_report", lambda path: path / "report.html")  # pictures take seconds
 
     def make(**changes):
-        flat = config(tiny_bert, num_server_rounds=2, strategy__warmup_rounds=0, run__dir=str(tmp_path), **changes)
+        flat = config(tiny_bert, num_server_rounds=2, fedara__warmup_rounds=0, run__dir=str(tmp_path), **changes)
         return engine.run(flat, CLIENTS).path
 
     return make
@@ -311,7 +311,7 @@ def test_a_run_of_two_rounds_and_what_it_leaves(run, tiny_bert, dtype):
     facts = read_facts(path)
     assert facts["outcome"] == "completed" and facts["rounds"] == 2 and not facts["left-out"]
     strategy, model = open_run(path)
-    weights = strategy.weights()
+    weights = strategy.method.weights(strategy.state)
     merged = export(path, "merged", say=lambda line: None)
     with torch.no_grad():
         own = model.adapted

@@ -468,7 +468,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("colour", plots.COLOURS)
-def test_colours_stand_out_on_both_grounds(colour):
+def test_colours_drop_busy_on_both_grounds(colour):
     assert contrast(colour, "#ffffff") >= 3 and contrast(colour, "#14171c") >= 3
 
 

@@ -121,7 +121,7 @@ def test_a_phone_scrolls_tables_but_not_the_page(view, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_texts_stand_out(view, name, scheme):
+def test_texts_drop_busy(view, name, scheme):
     found = view(name, scheme=scheme).evaluate(COLOURS)
     assert len(found) > 40
     assert {ground for *_, ground in found} <= ({"#ffffff", "#f4f6f8"} if scheme == "light" else {"#14171c", "#1c2128"})

@@ -401,7 +401,7 @@ def test_a_minority_moves_the_bound_only_within_the_good_lengths(good, data):
 
 # -- attackers in whole runs ----------------------------------------------------------------------------------------
 ALL = {"strategy__fraction_train": 1.0}
-TWO = ALL | {"num_server_rounds": 2, "strategy__warmup_rounds": 0, "strategy__final_rounds": 0}
+TWO = ALL | {"num_server_rounds": 2, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
 
 class SeeingGrid(InProcessGrid):
@@ -501,7 +501,7 @@ def test_replies_in_any_order_give_the_same_bits(tiny_bert):
             replies = list(grid.send_and_receive(strategy.configure_train(number, arrays, ConfigRecord(), grid)))
             random.Random(seed).shuffle(replies)
             arrays, _ = strategy.aggregate_train(number, replies)
-            assert [(drop.client, drop.reason) for drop in strategy._round.drops] == [("2", "norm")]
+            assert [(drop.client, drop.reason) for drop in strategy.work.drops] == [("2", "norm")]
         found.append(strategy)
     assert all(same_model(found[0], other) and found[0].state.norms == other.state.norms for other in found[1:])
 
@@ -525,7 +525,7 @@ def test_every_rule_runs_and_says_what_it_did(tiny_bert, rule):
 
 
 @pytest.mark.parametrize(
-    ("rule", "unequal"), [("multi-krum", {"strategy__upload_mask": "local"}), ("median", {"method": "legend"})]
+    ("rule", "unequal"), [("multi-krum", {"fedara__upload_mask": "local"}), ("median", {"method": "legend"})]
 )
 def test_rules_with_updates_of_unequal_slots(tiny_bert, rule, unequal):
     strategy = start(config(tiny_bert, **TWO, strategy__robust=rule, **unequal))
@@ -662,7 +662,7 @@ def same_votes(count):
 
 def test_one_poisoned_voter_of_five_in_a_run_changes_nothing_where_four_agree(tiny_bert):
     """Four vote for the first slots, so that what is right is known; the fifth for the last ones, round after round."""
-    flat = config(tiny_bert, **ALL, num_server_rounds=3, strategy__weighting="uniform", strategy__warmup_rounds=0)
+    flat = config(tiny_bert, **ALL, num_server_rounds=3, strategy__weighting="uniform", fedara__warmup_rounds=0)
     agreed = poisoned_votes(same_votes)
     liar = poisoned_votes(lambda count: np.arange(count)[::-1])
 

@@ -53,7 +53,7 @@ def test_a_second_reply_of_one_client_does_not_count(tiny_bert):
     messages = list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
     replies = list(grid.send_and_receive(messages))
     strategy.aggregate_train(1, [replies[0], *replies])
-    assert [(drop.client, drop.reason) for drop in strategy._round.drops] == [(strategy._round.asked[0].key, "duplicate")]
+    assert [(drop.client, drop.reason) for drop in strategy.work.drops] == [(strategy.work.asked[0].key, "duplicate")]
     plain = start(flat)
     assert all(np.array_equal(strategy.state.arrays[part], plain.state.arrays[part]) for part in plain.state.arrays)
 
@@ -64,7 +64,7 @@ def test_clients_with_more_to_do_are_asked_first(tiny_bert):
         flat = config(tiny_bert, **ONE_ROUND, train__steps=steps, train__batch_size=1)
         strategy, grid = prepare(flat)
         list(strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid))
-        work = strategy._round
+        work = strategy.work
         examples = [strategy.roster.examples[node.key] for node in work.asked]
         assert [message.metadata.dst_node_id for message in work.messages] == [node.node_id for node in work.asked]
         assert len(set(examples)) > 3 and (examples == sorted(examples, reverse=True)) is sizes
@@ -89,8 +89,8 @@ def test_a_reply_nobody_asked_for_does_not_count(tiny_bert):
     replies = list(grid.send_and_receive(messages))
     stranger = Message(replies[0].content, 1, "train")
     strategy.aggregate_train(1, [stranger, *replies])
-    assert [drop.reason for drop in strategy._round.drops] == ["not-asked"]
-    assert strategy._round.good == 6
+    assert [drop.reason for drop in strategy.work.drops] == ["not-asked"]
+    assert strategy.work.good == 6
 
 
 def test_what_flower_cannot_read_is_that_clients_failure(tiny_bert):

@@ -32,7 +32,7 @@ def test_order_of_replies_does_not_matter(tiny_bert):
 
 @pytest.mark.parametrize("method", ["fedara", "federa", "flora", "legend", "slora"])
 def test_flowers_own_start_drives_the_same_run(tiny_bert, method):
-    flat = config(tiny_bert, method=method, num_server_rounds=2, strategy__warmup_rounds=0, strategy__final_rounds=0)
+    flat = config(tiny_bert, method=method, num_server_rounds=2, fedara__warmup_rounds=0, fedara__final_rounds=0)
     ours = start(flat)
     theirs, grid = prepare(flat)
     result = Strategy.start(theirs, grid, theirs.initial_arrays(), num_rounds=2)
@@ -70,7 +70,7 @@ def test_fedara_prunes_by_its_budget_and_for_good(tiny_bert):
 
 def test_votes_travel_only_when_the_budget_falls(tiny_bert):
     """Warm-up and final rounds ask for none: their upstream mask bytes are 0."""
-    strategy = start(config(tiny_bert, num_server_rounds=6, strategy__warmup_rounds=2, strategy__final_rounds=2))
+    strategy = start(config(tiny_bert, num_server_rounds=6, fedara__warmup_rounds=2, fedara__final_rounds=2))
     up = [line["bytes"]["up.mask"] for line in strategy.lines if line["type"] == "round"]
     assert up[0] == up[1] == up[4] == up[5] == 0
     alive = 4 * len(strategy.spec.modules)
@@ -80,19 +80,19 @@ def test_votes_travel_only_when_the_budget_falls(tiny_bert):
 @pytest.mark.parametrize("importance", ["sensitivity", "gradient-product", "magnitude"])
 @pytest.mark.parametrize("time", ["before", "after"])
 def test_every_importance_reading_gives_its_own_valid_mask(tiny_bert, importance, time):
-    strategy = start(config(tiny_bert, strategy__importance=importance, strategy__importance_time=time, train__steps=3))
+    strategy = start(config(tiny_bert, fedara__importance=importance, fedara__importance_time=time, train__steps=3))
     assert strategy.state.mask.count == strategy.final_budget
 
 
 def test_threshold_arbitration_keeps_at_least_the_final_budget(tiny_bert):
-    lenient = start(config(tiny_bert, strategy__arbitration="threshold", strategy__threshold=0.01))
-    strict = start(config(tiny_bert, strategy__arbitration="threshold", strategy__threshold=1.0))
+    lenient = start(config(tiny_bert, fedara__arbitration="threshold", fedara__threshold=0.01))
+    strict = start(config(tiny_bert, fedara__arbitration="threshold", fedara__threshold=1.0))
     assert strict.final_budget <= strict.state.mask.count < lenient.state.mask.count
 
 
 def test_local_upload_sends_less_and_keeps_unsent_slots(tiny_bert):
     whole = start(config(tiny_bert, num_server_rounds=3))
-    local = start(config(tiny_bert, num_server_rounds=3, strategy__upload_mask="local"))
+    local = start(config(tiny_bert, num_server_rounds=3, fedara__upload_mask="local"))
     sent = [[line["bytes"]["up.B"] for line in s.lines if line["type"] == "round"] for s in (whole, local)]
     assert sent[1][1] < sent[0][1] and sent[1][0] == sent[0][0]
     assert all(np.isfinite(v).all() for v in local.state.arrays.values())
@@ -138,7 +138,7 @@ def test_more_slots_than_a_vote_can_rank_are_refused(tiny_bert, monkeypatch):
 
 def test_proximal_term_and_orthogonality_change_the_result(tiny_bert):
     plain, prox, orthogonal = (
-        start(config(tiny_bert, method="fedara-static", num_server_rounds=2, strategy__final_rounds=0, **term))
+        start(config(tiny_bert, method="fedara-static", num_server_rounds=2, fedara__final_rounds=0, **term))
         for term in ({}, {"train__prox_mu": 10.0}, {"train__orthogonality": 0.5})
     )
     assert not same(plain.state.arrays, prox.state.arrays)

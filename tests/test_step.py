@@ -353,7 +353,7 @@ def test_a_run_in_parts(tiny_bert, monkeypatch):
     logits = AdaptedModel.logits
     monkeypatch.setattr(AdaptedModel, "logits", lambda self, batch, *rest: seen.append(batch) or logits(self, batch, *rest))
     changes = {"method": "legend", "num_server_rounds": 2, "data__client_validation": 0.3}
-    changes |= {"strategy__warmup_rounds": 0, "strategy__final_rounds": 0, "train__batch_size": 8}
+    changes |= {"fedara__warmup_rounds": 0, "fedara__final_rounds": 0, "train__batch_size": 8}
     losses, largest = [], []
     for tokens in (0, 40):
         seen.clear()

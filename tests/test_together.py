@@ -329,7 +329,7 @@ def test_groups_are_of_one_plan(tiny_bert, groups):
     """HetLoRA gives clients 1, 2 or 4 slots a module."""
     options = {"method": "hetlora", "strategy__options": "ranks = [1, 2, 4]", "strategy__fraction_train": 1.0}
     strategy = start(
-        config(tiny_bert, num_server_rounds=1, strategy__warmup_rounds=0, strategy__final_rounds=0, run__together=9, **options)
+        config(tiny_bert, num_server_rounds=1, fedara__warmup_rounds=0, fedara__final_rounds=0, run__together=9, **options)
     )
     assert strategy.state.server_round == 1 and len([line for line in strategy.lines if line["type"] == "client"]) == 6
     assert groups and all(len({job.plan.mask for job in group}) == 1 for group in groups)
@@ -362,9 +362,7 @@ class Robbed(InProcessGrid):
 
 def test_one_bad_client_in_a_run(tiny_bert, groups):
     strategy = start(
-        config(
-            tiny_bert, num_server_rounds=1, strategy__fraction_train=1.0, strategy__warmup_rounds=0, strategy__final_rounds=0
-        )
+        config(tiny_bert, num_server_rounds=1, strategy__fraction_train=1.0, fedara__warmup_rounds=0, fedara__final_rounds=0)
         | {"run.together": 9},
         Robbed,
     )
@@ -380,7 +378,7 @@ def of_engine(caplog):
 
 def test_where_a_group_fails_as_a_whole(tiny_bert, monkeypatch, caplog):
     """One after the other, so the run is bit for bit the one without groups."""
-    flat = config(tiny_bert, num_server_rounds=2, strategy__warmup_rounds=0, strategy__final_rounds=0)
+    flat = config(tiny_bert, num_server_rounds=2, fedara__warmup_rounds=0, fedara__final_rounds=0)
     expected = start(flat)
 
     def full(*_):
@@ -397,7 +395,7 @@ def test_where_a_group_fails_as_a_whole(tiny_bert, monkeypatch, caplog):
 def test_a_model_that_cannot_says_so_once(tiny_bert, groups, monkeypatch, caplog):
     monkeypatch.setattr(session, "problem", lambda adapted: "it is odd")
     session._resident.clear()
-    flat = config(tiny_bert, num_server_rounds=2, strategy__warmup_rounds=0, strategy__final_rounds=0)
+    flat = config(tiny_bert, num_server_rounds=2, fedara__warmup_rounds=0, fedara__final_rounds=0)
     with caplog.at_level(logging.WARNING, "fedara_flwr.engine"):
         start(flat | {"run.together": 3})
     session._resident.clear()

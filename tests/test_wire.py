@@ -18,15 +18,13 @@ from hypothesis import strategies as st
 from fedara_flwr.model.ranks import RankMask, rank_order
 from fedara_flwr.model.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_vector
 from fedara_flwr.wire.meter import COUNTED, ByteMeter, payload
 from fedara_flwr.wire.plan import TrainPlan, Update, Vote
 from fedara_flwr.wire.records import (
     MAX_METRICS,
-    MAX_NAME,
-    Rejected,
     plan_from_content,
     plan_to_content,
-    read_vector,
     sent_parts,
     update_from_content,
     update_to_content,

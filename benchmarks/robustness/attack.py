@@ -20,7 +20,8 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.ranks import pack_bits
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.tasks import Encoded
-from fedara_flwr.wire.records import LARGEST, to_record
+from fedara_flwr.wire.arrays import to_record
+from fedara_flwr.wire.records import LARGEST
 
 Z = 1.5  # standard deviations of little-is-enough, as in its paper's experiments; its formula gives 0 to 0.4 for ten clients
 NOISE = 10.0  # times an honest change, the length of the Gaussian one: below the default norm bound

@@ -88,7 +88,7 @@ def run(cell: dict, model: ServerModel | None) -> tuple[dict, ServerModel]:
     drops = Counter(("bad" if int(d["client"]) in bad else "good", d["reason"]) for line in rounds for d in line["dropped"])
     left = [int(client) for line in rounds for client in line.get("left-out-by-krum", ())]
     with np.errstate(all="ignore"):
-        test = model.evaluate(strategy.weights(), "test")
+        test = model.evaluate(strategy.method.weights(strategy.state), "test")
     return {
         **cell,
         "accuracy": test["accuracy"],

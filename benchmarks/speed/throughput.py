@@ -39,8 +39,9 @@ from fedara_flwr.client.session import Session
 from fedara_flwr.config import Settings
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.tasks import TASKS
+from fedara_flwr.wire.arrays import read_arrays
 from fedara_flwr.wire.plan import TrainPlan
-from fedara_flwr.wire.records import plan_from_content, read_arrays
+from fedara_flwr.wire.records import plan_from_content
 
 ROOT = Path(__file__).parent.parent.parent
 FLOWERTUNE = Path(__file__).parent / "flowertune"

@@ -24,6 +24,7 @@ from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
 from fedara_flwr.config import ConfigError
 from fedara_flwr.model.deltas import Piece, factors
+from fedara_flwr.model.parts import is_slot_part, of_backbone
 from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import SLOT_PARTS, Arrays, Vector
 from fedara_flwr.tasks.base import Batch
@@ -64,7 +65,7 @@ class AdaptedModel:
         self._resident = [p.data for p in self._frozen]
         self._base = self._resident
         self._positions: Ints | None = None
-        self._changed = False
+        self._changes: dict[str, list[nn.Parameter]] = {}
         self._delta: Piece | None = None
         inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
         self.layers: list[LowRankLinear] = []
@@ -147,29 +148,37 @@ class AdaptedModel:
             parameter.requires_grad_(False)
         self._base = self._resident
 
-    def _change_backbone(self, change: Vector | None, positions: Ints | None, trainable: bool) -> None:
+    def _change_backbone(self, changes: Arrays, positions: Ints | None, trainable: frozenset[str]) -> None:
         """The backbone for one client: resident, plus a dense delta, plus what is trained of it; copies where it differs.
 
         Args:
-            change: differences from the pre-trained values, of all parameters or at `positions` of the modules' weights.
+            changes: differences from the pre-trained values by part of the backbone, each of the part's parameters or, with
+                `positions`, at those of the modules' weights.
             positions: as `draws.sparse_positions`; None = all.
+            trainable: parts that get gradients.
         """
         self._release()
-        self._positions, self._changed = positions, change is not None
+        self._positions, self._changes = positions, {}
         weights = self._weights()
         if self._delta is not None and not self._delta.ranks:
             _add(weights, self._tensor(self._delta.arrays["dense"]))
             self._base = [p.data for p in self._frozen]
-        if change is None:
-            return
-        if positions is None:
-            _add(self._frozen, self._tensor(change))
-        else:
-            whole = torch.zeros(sum(w.numel() for w in weights), device=self.device)
-            whole[self._tensor(positions)] = self._tensor(change)
-            _add(weights, whole)
-        for parameter in self._frozen if positions is None else weights:
-            parameter.requires_grad_(trainable)
+        for name, change in changes.items():
+            values = self._tensor(change)
+            if positions is None:
+                members = self._members(name)
+            else:
+                members, values = weights, torch.zeros(sum(w.numel() for w in weights), device=self.device)
+                values[self._tensor(positions)] = self._tensor(change)
+            _add(members, values)
+            self._changes[name] = members
+            for parameter in members if name in trainable else ():
+                parameter.requires_grad_(True)
+
+    def _members(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a part of the backbone, in the order of `spec.parameters`."""
+        held = {p.name for p in self.spec.parameters(name)}
+        return [p for p, spec in zip(self._frozen, self.spec.backbone, strict=True) if spec.name in held]
 
     def gradient_masks(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """(weight, which of its numbers may change) where only drawn positions of the backbone are trained."""
@@ -192,20 +201,22 @@ class AdaptedModel:
         """Shrink to `mask` and take over values.
 
         Args:
-            arrays: B, E, A packed under `mask` and head; E may be absent, then it is 1; backbone only where it differs.
+            arrays: B, E, A packed under `mask` and head; E may be absent, then it is 1; parts of the backbone only where
+                they differ from the pre-trained values.
             scales: s, one per module.
             trainable: parts that get gradients.
             positions: numbers of the backbone that `arrays["backbone"]` holds, as `draws.sparse_positions`; None = all.
 
         Raises:
-            ConfigError: there is a backbone among the arrays, and it is quantised.
+            ConfigError: there is a part of the backbone among the arrays, and that is quantised.
         """
-        if "backbone" in arrays:
+        changes = {name: vector for name, vector in arrays.items() if of_backbone([name])}
+        if changes:
             self._check_frozen()
         self.mask = mask
         self.lowest = self.spec.lowest(mask)
-        self._change_backbone(arrays.get("backbone"), positions, "backbone" in trainable)
-        factors = self.spec.rows({"E": np.ones(mask.count, dtype=np.float32), **arrays}, mask)
+        self._change_backbone(changes, positions, trainable)
+        factors = self.spec.rows(self.spec.complete(arrays, mask), mask)
         for rows, layer, place, scale in zip(factors, self.layers, self._places, scales, strict=True):
             count = len(rows["E"])
             active = [name for name, there in ((ADAPTER, count), (DELTA, DELTA in layer.lora_A)) if there]
@@ -241,30 +252,28 @@ class AdaptedModel:
                 yield index, {part: held[part][ADAPTER] for part in SLOT_PARTS}
 
     def parameters(self, part: str) -> list[nn.Parameter]:
-        """The parameters of one part that exist now; of the backbone those that are trained."""
-        match part:
-            case "head":
-                return list(self.head)
-            case "backbone":
-                return [p for p in self._frozen if p.requires_grad]
+        """The parameters of one part that exist now; of a part of the backbone those that are trained."""
+        if part == "head":
+            return list(self.head)
+        if not is_slot_part(part):
+            return [p for p in self._changes.get(part, ()) if p.requires_grad]
         return [values[part] for _, values in self.alive()]
 
     def collect(self, parts: frozenset[str]) -> Arrays:
         """The inverse of `load`: packed float32 vectors of `parts` under the present mask."""
         out: Arrays = {}
         for part in parts:
-            if part == "backbone":
-                out[part] = self._backbone_change()
+            if of_backbone([part]):
+                out[part] = self._backbone_change(part)
                 continue
             rows = [(p.detach().T if part == "B" else p.detach()).contiguous().view(-1) for p in self.parameters(part)]
             out[part] = _vector(rows)
         return out
 
-    def _backbone_change(self) -> Vector:
-        """What training made of the backbone, as differences from the resident values, the delta not counted."""
+    def _backbone_change(self, part: str) -> Vector:
+        """What training made of a part of the backbone: differences from the resident values, the delta not counted."""
         base = dict(zip(self._frozen, self._base, strict=True))
-        parameters = self._frozen if self._positions is None else self._weights()
-        rows = _vector([(p.detach() - base[p]).float().view(-1) for p in parameters])
+        rows = _vector([(p.detach() - base[p]).float().view(-1) for p in self._changes[part]])
         return rows if self._positions is None else rows[self._positions]
 
     @torch.no_grad()
@@ -298,7 +307,7 @@ class AdaptedModel:
     @property
     def boundary(self) -> int:
         """Blocks whose output `below` keeps: those under `lowest`; 0 where that differs by client, or without cache."""
-        return 0 if self._prefix is None or self._changed else self.lowest
+        return 0 if self._prefix is None or self._changes else self.lowest
 
     def below(self, batch: Batch) -> torch.Tensor | None:
         """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `logits`.

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone, locate
 from fedara_flwr.model.deltas import Weights
-from fedara_flwr.model.spec import SLOT_PARTS, Vector
+from fedara_flwr.model.spec import Vector
 
 
 def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
@@ -101,16 +101,9 @@ def _alive(weights: Weights) -> list[int]:
 
 def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Index and B (k, d_out), E (k, 1), A (k, d_in) of every module with k > 0 slots."""
-    starts = dict.fromkeys(SLOT_PARTS, 0)
-    arrays = {"E": np.ones(weights.mask.count, dtype=np.float32), **weights.arrays}
+    rows = backbone.spec.rows(backbone.spec.complete(weights.arrays, weights.mask), weights.mask)
     for m in _alive(weights):
-        module, count = backbone.spec.modules[m], int(weights.mask.alive[m])
-        rows = {}
-        for part, width in (("B", module.d_out), ("E", 1), ("A", module.d_in)):
-            values = arrays[part][starts[part] : starts[part] + count * width]
-            rows[part] = torch.from_numpy(np.array(values)).view(count, width)
-            starts[part] += count * width
-        yield m, rows
+        yield m, {part: torch.from_numpy(np.array(values)) for part, values in rows[m].items()}
 
 
 def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector) -> None:

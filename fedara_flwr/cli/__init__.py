@@ -51,7 +51,7 @@ def run(
 @app.command()
 def config() -> None:
     """Print every configuration key, its default and what is allowed, as Markdown."""
-    from fedara_flwr.config import reference
+    from fedara_flwr.cli.reference import reference
 
     typer.echo(reference(), nl=False)
 

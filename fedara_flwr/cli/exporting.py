@@ -61,11 +61,12 @@ def export(
     facts = read_facts(run)
     from fedara_flwr.runs.keeper import open_run
 
-    strategy, model = open_run(run)
+    saved = open_run(run)
+    method, state, model = saved.method, saved.state, saved.model
     if model.revision:
         facts["revision"] = model.revision
     with _beside(out) as made:
-        model.save(made, strategy.weights() if kind == "merged" else strategy.exported(), cast("Kind", kind))
+        model.save(made, method.weights(state) if kind == "merged" else method.exported(state), cast("Kind", kind))
         write_card(made, facts, kind)
         if push and kind != "merged" and not is_hub_id(facts["model"]):
             _rename_base(made, base_name(facts))

@@ -30,7 +30,7 @@ from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
-from fedara_flwr.config import ConfigError, Scalar, Settings, check_options
+from fedara_flwr.config import ConfigError, Scalar, Settings
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
@@ -127,7 +127,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     config["run.dir"] = config.get("run.dir") or str(app / "runs")
     settings = Settings.from_flat(config)
     config["run.name"] = settings.run.name or new_name(settings.method)
-    check_options(find(settings.method).Options, settings.options, settings.method)
+    find(settings.method).check(settings)
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
         config["data.path"] = str(Path(settings.data.path).expanduser().resolve())

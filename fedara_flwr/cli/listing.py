@@ -1,18 +1,17 @@
-"""What `fedara methods` shows: every method, its keys and options, and the plug-ins that cannot be used."""
+"""What `fedara methods` shows: every method with its options, and the plug-ins that cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic.fields import FieldInfo
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedara_flwr.config import allowed, toml
+from fedara_flwr.cli.reference import allowed, default
 from fedara_flwr.strategies import methods, plugins
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
 
 
 def print_methods(console: Console) -> None:
@@ -30,18 +29,16 @@ def print_methods(console: Console) -> None:
             console.print()
 
 
-def _describe(name: str, cls: type[BaseStrategy], package: str) -> Iterator[RenderableType]:
+def _describe(name: str, cls: type[Method], package: str) -> Iterator[RenderableType]:
     yield _heading(name, cls.paper, package and f"plug-in of {package}")
     yield _indented(Text(cls.title))
-    if cls.keys:
-        yield _indented(Text.assemble(("keys: ", "dim"), ", ".join(cls.keys)))
     if cls.Options.model_fields:
         yield _indented(Text("strategy.options:", style="dim"))
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         for key, field in cls.Options.model_fields.items():
             kind = Text(allowed(field).replace("`", ""))
-            table.add_row(Text(field.alias or key), kind, Text(_default(field)), Text(field.description or ""))
+            table.add_row(Text(field.alias or key), kind, Text(default(field)), Text(field.description or ""))
         yield _indented(table, 4)
 
 
@@ -51,7 +48,3 @@ def _heading(name: str, *facts: str) -> Text:
 
 def _indented(what: RenderableType, columns: int = 2) -> Padding:
     return Padding(what, (0, 0, 0, columns), expand=False)
-
-
-def _default(field: FieldInfo) -> str:
-    return "required" if field.is_required() else toml(field.get_default(call_default_factory=True))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner, parts
+from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded
 
@@ -77,9 +78,9 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def backward_blocks(adapted: AdaptedModel, trains_backbone: bool) -> int:
+def backward_blocks(adapted: AdaptedModel, trained: frozenset[str]) -> int:
     """Blocks that the backward pass goes through: from the lowest one with a living module to the top."""
-    if trains_backbone:
+    if of_backbone(trained):  # it may be of any block
         return adapted.spec.blocks
     return adapted.spec.blocks - adapted.lowest
 

@@ -1,4 +1,4 @@
-"""Terms: what a method adds to local training. Training knows terms, never methods (contracts.md §1).
+"""Terms: what a method adds to local training, its half on the client. Training knows terms, never methods.
 
 Another package adds one with the entry-point group `fedara_flwr.client_terms`. torch is imported where it is used: a node
 tells its terms' names without loading it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fedara_flwr.adapters.attach import AdaptedModel
     from fedara_flwr.model.ranks import Bools
+    from fedara_flwr.model.spec import Arrays
 
 GROUP = "fedara_flwr.client_terms"
 
@@ -25,9 +26,12 @@ TERMS: dict[str, type[Term]] = {}
 
 
 class Term:
-    """Base: does nothing. A subclass overrides what it needs; parameters come as keyword arguments."""
+    """Base: does nothing. A subclass overrides what it needs.
 
-    def __init__(self, adapted: AdaptedModel, **parameters: float) -> None:
+    Parameters come as keyword arguments: numbers as floats, texts as they are.
+    """
+
+    def __init__(self, adapted: AdaptedModel, **parameters: Any) -> None:
         """Called after the received values are loaded and before the first step."""
         if parameters:
             raise ValueError(f"{type(self).__name__} takes no parameters, got {sorted(parameters)}")
@@ -47,8 +51,19 @@ class Term:
         """After the last step, before values are collected."""
 
     def kept(self) -> Bools | None:
-        """Slots worth sending back, shape (alive slots,); None = all. Asked after `finish` where the plan reports "kept"."""
+        """Slots worth sending back, shape (alive slots,); None = all. Asked after `finish` where the plan wants to know."""
         return None
+
+    def report(self) -> bytes:
+        """What the server is to know besides the arrays; asked after `finish` where the plan's `report` names this term.
+
+        The method reads it in `Method.read_report`. Never empty.
+        """
+        raise ValueError(f"{type(self).__name__} has nothing to report")
+
+    def private_report(self, released: Arrays) -> bytes:
+        """`report` of a client that adds noise to its updates: it may depend on `released`, the noised arrays, alone."""
+        raise ValueError(f"{type(self).__name__} cannot report with update-noise: its report would tell more than the update")
 
 
 def register(name: str) -> Callable[[type[Term]], type[Term]]:
@@ -63,7 +78,14 @@ def register(name: str) -> Callable[[type[Term]], type[Term]]:
 
 def names() -> list[str]:
     """Names of all terms of this node, built in and from installed packages."""
-    return sorted(set(TERMS) | set(_installed()))
+    return sorted(set(_known()) | set(_installed()))
+
+
+def _known() -> dict[str, type[Term]]:
+    """Built-in terms, and those that were loaded or registered before."""
+    from fedara_flwr.client import vote  # noqa: F401 (registers itself)
+
+    return TERMS
 
 
 @lru_cache
@@ -74,7 +96,7 @@ def _installed() -> dict[str, EntryPoint]:
 
 def find(name: str) -> type[Term]:
     """The term `name`; ValueError where this node has none."""
-    if name not in TERMS:
+    if name not in _known():
         if name not in _installed():
             raise ValueError(f"unknown term {name!r}, this node has {names()}")
         TERMS[name] = _installed()[name].load()

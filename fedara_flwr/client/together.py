@@ -10,6 +10,7 @@ from fedara_flwr.adapters.stack import Stack, loaded
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.step import backward_together
 from fedara_flwr.client.train import Job, Trainee, make_optimizer
+from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.tasks.base import Encoded
 from fedara_flwr.wire.plan import TrainPlan, Update
 
@@ -20,7 +21,12 @@ def allows(plan: TrainPlan) -> bool:
     Not with a trained or changed backbone, which would be another one for each; not with dropout, whose draws would be shared;
     not with `batch_tokens`, which bounds what one pass takes.
     """
-    return "backbone" not in plan.trainable | plan.carries and not plan.dropout and not plan.batch_tokens
+    return (
+        not of_backbone(plan.trained | plan.carries)
+        and not plan.train.dropout
+        and not plan.train.batch_tokens
+        and not plan.kept
+    )
 
 
 def train_together(learner: Learner, jobs: Sequence[Job]) -> list[Update | Exception]:
@@ -56,15 +62,15 @@ def train_together(learner: Learner, jobs: Sequence[Job]) -> list[Update | Excep
             trainee.spent.tokens += len(own) * max(trainee.lengths[row] for row in own)
             for name, value in seconds.items():
                 trainee.spent.seconds[name] += value / len(jobs)
-            for term in trainee.terms:
+            for term in trainee.terms.values():
                 if (penalty := term.penalty()) is not None and penalty.requires_grad:
                     penalty.backward()
-            trainee.before_update(step)
+            trainee.before_update()
         optimizer.step()
         scheduler.step()
         for i, trainee in enumerate(trainees):
             stack.show(i)
-            trainee.after_update(step)
+            trainee.after_update()
     trained = (clock(adapted.device) - started) / len(jobs)
     found: list[Update | Exception] = []
     for i, trainee in enumerate(trainees):

@@ -15,20 +15,20 @@ from torch import nn
 from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner, parts
-from fedara_flwr.adapters.score import SlotScorer
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.step import Spent, backward, count_flops
 from fedara_flwr.client.terms import Term, find
+from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.draws import draw, sparse_positions
-from fedara_flwr.model.ranks import rank_order
-from fedara_flwr.model.spec import PARTS, Arrays
+from fedara_flwr.model.kept import Kept
+from fedara_flwr.model.parts import declared, in_order
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.power import PowerMeter, peak_memory
 from fedara_flwr.tasks.base import Encoded
-from fedara_flwr.wire.plan import TrainPlan, Update, Vote
-from fedara_flwr.wire.records import sent_parts
+from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 
-WINDOW = 8  # batches among which examples are sorted by length
+SORTING_WINDOW = 8  # batches among which examples are sorted by length
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,25 @@ class ClientData:
     skipped: str = ""
 
 
-def batches(lengths: list[int], plan: TrainPlan, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def batches(lengths: list[int], train: LocalTraining, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Row numbers of each step's batch, in order of length.
 
     By steps: `steps` batches of min(batch_size, n) rows from one permutation after another. By epochs: every row once per
     epoch, the last batch may be short. Within a window of up to 8 batches of one permutation rows go together by length,
     and the batches are shuffled, so that padding is short and the order still random.
     """
-    n, size = len(lengths), min(plan.batch_size, len(lengths))
-    if plan.steps:
-        repeats = -(-plan.steps * size // n)
-        passes = [np.concatenate([rng.permutation(n) for _ in range(repeats)])[: plan.steps * size]]
+    n, size = len(lengths), min(train.batch_size, len(lengths))
+    if train.steps:
+        repeats = -(-train.steps * size // n)
+        passes = [np.concatenate([rng.permutation(n) for _ in range(repeats)])[: train.steps * size]]
     else:
-        passes = [rng.permutation(n) for _ in range(plan.epochs)]
+        passes = [rng.permutation(n) for _ in range(train.epochs)]
     for rows in passes:
         start = 0
         while start < len(rows):
             # never across permutations, where sorting would put copies of one row into one batch
             whole = max((n - start % n) // size, 1)
-            window = rows[start : start + min(WINDOW, whole) * size]
+            window = rows[start : start + min(SORTING_WINDOW, whole) * size]
             start += len(window)
             window = window[np.argsort([lengths[i] for i in window], kind="stable")]
             pieces = [window[i : i + size] for i in range(0, len(window), size)]
@@ -85,6 +85,7 @@ class Job:
     Attributes:
         arrays: what came with the plan.
         guard: what the client lets out.
+        stayed: what this node kept of the plan's kept parts; None at its first round.
     """
 
     data: ClientData
@@ -92,6 +93,7 @@ class Job:
     arrays: Arrays
     client_key: str
     guard: Guard = Guard()
+    stayed: Kept | None = None
 
 
 class Trainee:
@@ -105,47 +107,35 @@ class Trainee:
         self.stream = seeds.derive(self.plan.seed, "train", self.plan.server_round, job.client_key)
         torch.manual_seed(self.stream)
         self.power = None if simulated else PowerMeter()
-        self.received = load(self.adapted, self.plan, job.arrays)
+        self.received = load(self.adapted, self.plan, job.arrays, job.stayed)
         self.metrics: dict[str, float] = {}
         if self.plan.evaluate:
-            self.metrics |= evaluate(learner, job.data, self.plan.batch_tokens)
+            self.metrics |= evaluate(learner, job.data, self.plan.train.batch_tokens)
 
     def begin(self) -> None:
         """Set up what goes from step to step."""
         adapted, plan = self.adapted, self.plan
-        self.terms: list[Term] = [find(name)(adapted, **parameters) for name, parameters in sorted(plan.terms.items())]
-        self.scorer = SlotScorer(adapted, plan.importance) if "votes" in plan.report else None
-        self.trainable = [p for part in PARTS if part in plan.trainable for p in adapted.parameters(part)]
+        self.terms: dict[str, Term] = {name: find(name)(adapted, **values) for name, values in sorted(plan.terms.items())}
+        self.trainable = [p for part in in_order(plan.trained) for p in adapted.parameters(part)]
         self.gradient_masks = adapted.gradient_masks()
         self.lengths = [len(row) for row in self.job.data.train.ids]
-        self.steps = list(batches(self.lengths, plan, np.random.default_rng(self.stream)))
+        self.steps = list(batches(self.lengths, plan.train, np.random.default_rng(self.stream)))
         self.losses: list[torch.Tensor] = []
         self.spent = Spent()
-        self._gradients: list[list[torch.Tensor | None]] = []
 
-    def _scored(self, step: int) -> SlotScorer | None:
-        # with E = 0 the first step gives A and B no gradient, so it is scored only where it is the only one
-        return self.scorer if step > 0 or len(self.steps) == 1 else None
-
-    def before_update(self, step: int) -> None:
+    def before_update(self) -> None:
         """Between the backward pass and the optimiser's step."""
         for parameter, allowed in self.gradient_masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(allowed)
-        if scorer := self._scored(step):
-            self._gradients = scorer.gradients(copy=self.plan.clip_norm > 0)
-            if self.plan.importance_time == "before":
-                scorer.observe(self._gradients)
-        for term in self.terms:
+        for term in self.terms.values():
             term.after_backward()
-        if self.plan.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.trainable, self.plan.clip_norm)
+        if self.plan.train.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.plan.train.clip_norm)
 
-    def after_update(self, step: int) -> None:
+    def after_update(self) -> None:
         """After the optimiser's step."""
-        if (scorer := self._scored(step)) and self.plan.importance_time == "after":
-            scorer.observe(self._gradients)
-        for term in self.terms:
+        for term in self.terms.values():
             term.after_step()
 
     def update(self, before: float, trained: float) -> Update:
@@ -160,7 +150,7 @@ class Trainee:
         """
         began = time.perf_counter()
         adapted, plan, spent = self.adapted, self.plan, self.spent
-        for term in self.terms:
+        for term in self.terms.values():
             term.finish()
         values = torch.stack(self.losses)
         if not bool(torch.isfinite(values).all()):
@@ -170,18 +160,33 @@ class Trainee:
             "loss-last": float(values[-1]),
             "steps": len(values),
             "tokens": spent.tokens,
-            "blocks": backward_blocks(adapted, "backbone" in plan.trainable),
+            "blocks": backward_blocks(adapted, plan.trained),
             "seconds-train": trained,
             "bytes-free": free_memory(adapted.device),
         }
         metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
         if self.simulated:
-            metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trainable, spent).items()}
-        found = _collect(adapted, plan, self.scorer, self.terms, len(self.job.data.train), self.job.guard, self.received)
+            metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trained, spent).items()}
+        found = self._collect()
         metrics["peak-memory-mb"] = peak_memory()
         metrics |= self.power.read() if self.power is not None else {}
         metrics["seconds-all"] = before + trained + time.perf_counter() - began
         return replace(found, metrics=self.job.guard.let_out(metrics))
+
+    def _collect(self) -> Update:
+        """What was trained, as it may leave, and what stays."""
+        adapted, plan, guard = self.adapted, self.plan, self.job.guard
+        released = guard.protect(adapted.collect(plan.returns(plan.mask)), self.received)
+        mask = plan.mask
+        if KEPT_SLOTS in plan.report and mask.count and not guard.noise:
+            for kept in (term.kept() for term in self.terms.values()):
+                mask = mask if kept is None else mask.intersect(plan.mask.keep(kept))
+        reporting = [(name, term) for name, term in self.terms.items() if name in plan.report]
+        # behind noise nothing may leave but what follows from the noised arrays
+        reports = {name: term.private_report(released) if guard.noise else term.report() for name, term in reporting}
+        sliced = adapted.spec.slice(released, plan.mask, mask)
+        arrays = {part: sliced[part] for part in plan.returns(mask)}
+        return Update(arrays, mask, len(self.job.data.train), {}, reports, adapted.collect(plan.kept))
 
 
 def train(
@@ -192,12 +197,14 @@ def train(
     client_key: str,
     simulated: bool = False,
     guard: Guard | None = None,
+    stayed: Kept | None = None,
 ) -> Update:
     """Run one client's round.
 
     Args:
         simulated: the machine is not this client's: floating-point operations are counted, for the modelled clock, not power.
         guard: what the client lets out; by default everything below.
+        stayed: what this node kept of the plan's kept parts.
 
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
@@ -212,30 +219,36 @@ def train(
     """
     began = time.perf_counter()
     adapted = learner.adapted
-    trainee = Trainee(learner, Job(data, plan, arrays, client_key, guard or Guard()), simulated)
+    trainee = Trainee(learner, Job(data, plan, arrays, client_key, guard or Guard(), stayed), simulated)
     trainee.begin()
     optimizer, scheduler = make_optimizer(plan, adapted.parameters)
-    adapted.model.train(plan.dropout)
+    adapted.model.train(plan.train.dropout)
     started = clock(adapted.device)
-    for step, rows in enumerate(trainee.steps):
-        cut = parts(rows.tolist(), trainee.lengths, plan.batch_tokens)
+    for rows in trainee.steps:
+        cut = parts(rows.tolist(), trainee.lengths, plan.train.batch_tokens)
         batch = [learner.batch(data.train, part) for part in cut]
         optimizer.zero_grad(set_to_none=True)
-        trainee.losses.append(backward(learner, batch, trainee.terms, trainee.spent))
-        trainee.before_update(step)
+        trainee.losses.append(backward(learner, batch, list(trainee.terms.values()), trainee.spent))
+        trainee.before_update()
         optimizer.step()
         scheduler.step()
-        trainee.after_update(step)
+        trainee.after_update()
     return trainee.update(started - began, clock(adapted.device) - started)
 
 
-def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays) -> Arrays:
-    """Shrink the model to the plan's mask and take over what came and what both sides draw; both are returned."""
+def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays, stayed: Kept | None = None) -> Arrays:
+    """Shrink the model to the plan's mask and take over what came, what both sides draw, and what stayed here.
+
+    Returns:
+        What came and what was drawn: the part of it that the server knows.
+    """
     spec = adapted.spec
     positions = sparse_positions(spec, plan.entries, plan.draw_seed) if plan.entries else None
     drawn = draw(spec, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
-    adapted.load(arrays | drawn, plan.mask, plan.scales, plan.trainable, positions)
-    return arrays | drawn
+    received = arrays | drawn
+    own = stayed.only(plan.kept).over(received, plan.mask, spec) if stayed is not None else received
+    adapted.load(own, plan.mask, plan.scales, plan.trained, positions)
+    return received
 
 
 def make_optimizer(plan: TrainPlan, parameters: Callable[[str], list[nn.Parameter]]) -> tuple[torch.optim.AdamW, Any]:
@@ -244,47 +257,14 @@ def make_optimizer(plan: TrainPlan, parameters: Callable[[str], list[nn.Paramete
     Args:
         parameters: of one part.
     """
-    rates = {
-        "B": plan.learning_rate,
-        "E": plan.learning_rate * plan.e_lr_factor,
-        "A": plan.learning_rate,
-        "head": plan.head_learning_rate,
-        "backbone": plan.learning_rate,
-    }
     groups = [
-        {"params": trained, "lr": rate}
-        for part, rate in rates.items()
-        if part in plan.trainable and (trained := parameters(part))
+        {"params": trained, "lr": part.rate(plan.train)}
+        for name, part in declared().items()
+        if name in plan.trained and (trained := parameters(name))
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    warmup = plan.warmup_steps
+    warmup = plan.train.warmup_steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)) if warmup else 1.0
     )
     return optimizer, scheduler
-
-
-def _collect(
-    adapted: AdaptedModel,
-    plan: TrainPlan,
-    scorer: SlotScorer | None,
-    terms: list[Term],
-    examples: int,
-    guard: Guard,
-    received: Arrays,
-) -> Update:
-    vote, mask = None, plan.mask
-    arrays = guard.protect(adapted.collect(sent_parts(plan)), received)
-    if scorer is not None:
-        # behind noise nothing may leave but what follows from the noised arrays
-        ranks = rank_order(adapted.spec.slot_sizes(arrays, plan.mask) if guard.noise else scorer.scores())
-        vote = Vote(ranks < plan.budget, ranks.astype(np.uint16) if "scores" in plan.report else None)
-        if plan.upload_mask == "local":
-            mask = plan.mask.keep(vote.keep)
-    if "kept" in plan.report and plan.mask.count and not guard.noise:
-        for term in terms:
-            kept = term.kept()
-            mask = mask if kept is None else mask.intersect(plan.mask.keep(kept))
-    arrays = adapted.spec.slice(arrays, plan.mask, mask)
-    arrays = {part: arrays[part] for part in sent_parts(replace(plan, mask=mask))}
-    return Update(arrays, mask, examples, {}, vote)

@@ -11,11 +11,8 @@ from fedara_flwr.wire.plan import Update
 
 def module_factors(spec: ModelSpec, mask: RankMask, arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
     """(B·diag(E) of shape (d_out, k), A of shape (k, d_in)) of every module under `mask`, float64; without E it is 1."""
-    found = []
-    for rows in spec.rows(arrays, mask):
-        left = rows["B"].T.astype(np.float64)
-        found.append((left * rows["E"][:, 0] if "E" in rows else left, rows["A"].astype(np.float64)))
-    return found
+    modules = spec.rows(spec.complete(arrays, mask), mask)
+    return [(rows["B"].T.astype(np.float64) * rows["E"][:, 0], rows["A"].astype(np.float64)) for rows in modules]
 
 
 def delta_norm(spec: ModelSpec, update: Update) -> float:

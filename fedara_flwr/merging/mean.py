@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fedara_flwr.model.parts import SLOT_PARTS, is_slot_part
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
 
@@ -41,14 +42,10 @@ class SlotMean:
             if part not in self._sums:
                 size = len(self.arrays[part])
                 self._sums[part] = np.zeros(size, dtype=np.float64)
-                self._weights[part] = np.zeros(size if part in SLOT_PARTS else 1, dtype=np.float64)
-            if part not in SLOT_PARTS or update.mask == self.mask:
-                self._sums[part] += weight * values.astype(np.float64)
-                self._weights[part] += weight
-            else:
-                index = self.mask.elements(self.spec.widths(part), update.mask)
-                self._sums[part][index] += weight * values.astype(np.float64)
-                self._weights[part][index] += weight
+                self._weights[part] = np.zeros(size if is_slot_part(part) else 1, dtype=np.float64)
+            places = self.spec.places(part, self.mask, update.mask)
+            self._sums[part][places] += weight * values.astype(np.float64)
+            self._weights[part][places] += weight
 
     def result(self) -> Arrays:
         """The merged model, float32, packed under the same mask."""
@@ -144,7 +141,7 @@ class PaddedMean(SlotMean):
         """Add one client's update; `weight` counts for the parts without slots."""
         norm = self._of(update)
         for slots, share in ((True, norm), (False, float(weight))):
-            parts = {part: values for part, values in update.arrays.items() if (part in SLOT_PARTS) == slots}
+            parts = {part: values for part, values in update.arrays.items() if is_slot_part(part) == slots}
             self.add_weighted(replace(update, arrays=parts), share)
         self._all += norm
 

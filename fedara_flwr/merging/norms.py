@@ -9,24 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from fedara_flwr.model.spec import Arrays
-
-KEPT = 64  # lengths remembered of each part
+LENGTHS_KEPT = 64  # lengths remembered of each part
 ENOUGH = 3  # lengths that make a median
 
 Sizes = dict[str, float]
-
-
-def sizes(arrays: Arrays, sent: Arrays) -> Sizes:
-    """Root mean square of the differences from `sent`, part by part."""
-    found = {}
-    for part, values in arrays.items():
-        if len(values):
-            change = values.astype(np.float64) - sent[part]
-            found[part] = float(np.sqrt(change @ change / len(change)))
-    return found
+"""Root mean square of an update's differences by part (model/difference.py)."""
 
 
 class Norms:
@@ -66,4 +53,4 @@ class Norms:
                 if size > 0:
                     self.history.setdefault(part, []).append(size)
         for part in self.history:
-            del self.history[part][:-KEPT]
+            del self.history[part][:-LENGTHS_KEPT]

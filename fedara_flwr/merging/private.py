@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from fedara_flwr.config import ConfigError, PrivacySettings
+from fedara_flwr.model.difference import difference, share_within
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.seeds import secure_normal
 from fedara_flwr.wire.plan import Update
 
@@ -61,16 +62,10 @@ class PrivateMean:
     def add(self, client_key: str, update: Update, weight: int) -> None:
         """Add one client's difference, cut to `clip`; one that is not finite adds nothing."""
         sent = self.spec.slice(self.arrays, self.mask, update.mask)
-        moved = {part: update.arrays[part].astype(np.float64) - sent[part] for part in self.sums if part in update.arrays}
-        length = sqrt(sum(float(change @ change) for change in moved.values()))
-        if not np.isfinite(length):
-            return
-        share = min(1.0, self.clip / length) if length else 1.0
-        for part, change in moved.items():
-            if part in SLOT_PARTS and update.mask != self.mask:
-                self.sums[part][self.mask.elements(self.spec.widths(part), update.mask)] += share * change
-            else:
-                self.sums[part] += share * change
+        moved = difference({part: update.arrays[part] for part in self.sums if part in update.arrays}, sent)
+        share = share_within(moved, self.clip)
+        for part, change in moved.items() if share else ():
+            self.sums[part][self.spec.places(part, self.mask, update.mask)] += share * change
 
     def result(self) -> Arrays:
         """The merged model, float32, packed under the same mask. To be called once: each call draws noise of its own."""
@@ -86,29 +81,17 @@ class PrivateMean:
         return {"planned": self.planned, "noise": self.noise_multiplier * self.clip / self.planned}
 
 
-def epsilon(noise_multiplier: float, rounds: int, delta: float, sampled: tuple[int, int] | None = None) -> float:
-    """ε of `rounds` rounds at `delta`.
+def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """ε of `rounds` rounds at `delta`, adjacency as `ADJACENCY` says.
 
-    Without `sampled` no use is made of chance: the client may be in every round. All rounds together are then one Gaussian
-    mechanism of noise-multiplier/√rounds, whose ε is known exactly (arXiv 1805.06530); adjacency is `ADJACENCY`.
-
-    Args:
-        sampled: (k, n): each round draws k of n clients, and nobody who sees the models knows which. The bound is that of
-            arXiv 1808.00087 (Rényi); adjacency is another, "one client's updates replaced by any others", under which the
-            sum moves by up to 2·clip. A run cannot claim it: its sample follows from the seed, which clients know.
+    No use is made of chance: the client may be in every round, since its sample follows from a seed that clients know. All
+    rounds together are then one Gaussian mechanism of noise-multiplier/√rounds, whose ε is known exactly (arXiv 1805.06530).
 
     Raises:
         ConfigError: dp-accounting is not installed.
     """
     library = accounting()
-    if not rounds:
-        return 0.0
-    if sampled is None:
-        return float(library.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta))
-    accountant = library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
-    event = library.GaussianDpEvent(noise_multiplier / 2.0)
-    accountant.compose(library.SampledWithoutReplacementDpEvent(sampled[1], sampled[0], event), rounds)
-    return float(accountant.get_epsilon(delta))
+    return float(library.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta)) if rounds else 0.0
 
 
 def ledger(settings: PrivacySettings, rounds: int, planned: int) -> dict[str, object]:
@@ -140,7 +123,6 @@ def accounting() -> Any:
     """
     try:
         import dp_accounting
-        import dp_accounting.rdp
     except ImportError:
         raise ConfigError(
             "privacy.clip: dp-accounting, which counts ε, is missing; pip install 'fedara-flwr[privacy]'"

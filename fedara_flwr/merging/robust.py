@@ -14,8 +14,9 @@ import numpy as np
 
 from fedara_flwr.merging.mean import SlotMean
 from fedara_flwr.merging.merger import Merger
+from fedara_flwr.model.difference import difference, length, share_within
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.wire.plan import Update
 
 
@@ -46,11 +47,7 @@ class KeepAll(ABC):
         if part not in update.arrays:
             return np.full(len(self.arrays[part]), np.nan)
         values = update.arrays[part].astype(np.float64)
-        if part not in SLOT_PARTS or update.mask == self.mask:
-            return values
-        whole = np.full(len(self.arrays[part]), np.nan)
-        whole[self.mask.elements(self.spec.widths(part), update.mask)] = values
-        return whole
+        return self.spec.scatter(part, values, self.mask, update.mask, np.full(len(self.arrays[part]), np.nan))
 
     def _parts(self) -> list[str]:
         return [part for part in self.arrays if any(part in update.arrays for _, update, _ in self._updates)]
@@ -150,25 +147,20 @@ class NormClip(SlotMean):
     def result(self) -> Arrays:
         """As SlotMean's over the clipped updates."""
         sent = [self.spec.slice(self.arrays, self.mask, update.mask) for _, update, _ in self._held]
-        lengths = [length(update.arrays, before) for (_, update, _), before in zip(self._held, sent, strict=True)]
-        limit = float(np.median([size for size in lengths if size > 0] or [0.0]))
-        for (key, update, weight), before, size in zip(self._held, sent, lengths, strict=True):
-            if size > limit:
+        moved = [difference(update.arrays, before) for (_, update, _), before in zip(self._held, sent, strict=True)]
+        limit = float(np.median([size for size in map(length, moved) if size > 0] or [0.0]))
+        for (key, update, weight), before, change in zip(self._held, sent, moved, strict=True):
+            if length(change) > limit:
                 self._clipped += 1
-                share = limit / size
-                cut = {p: (before[p] + share * (v.astype(np.float64) - before[p])) for p, v in update.arrays.items()}
-                update = replace(update, arrays={part: values.astype(np.float32) for part, values in cut.items()})
+                share = share_within(change, limit)
+                cut = {part: (before[part] + share * values).astype(np.float32) for part, values in change.items()}
+                update = replace(update, arrays=cut)
             super().add(key, update, weight)
         return super().result()
 
     def report(self) -> dict[str, object]:
         """`clipped`, how many updates were cut, beside SlotMean's."""
         return {**super().report(), "clipped": self._clipped}
-
-
-def length(arrays: Arrays, before: Arrays) -> float:
-    """‖arrays - before‖ over the parts of `arrays`."""
-    return float(sum(np.square(values.astype(np.float64) - before[part]).sum() for part, values in arrays.items()) ** 0.5)
 
 
 Make = Callable[[ModelSpec, RankMask, Arrays, float], Merger]

@@ -38,7 +38,7 @@ def draw(spec: ModelSpec, mask: RankMask, parts: frozenset[str], seed: int, entr
     Raises:
         ValueError: they would be many times larger than the model.
     """
-    full, most = RankMask.full(mask.ranks), MOST_DRAWN * (dense_size(spec) + spec.head_size + spec.backbone_size)
+    full, most = RankMask.full(mask.ranks), MOST_DRAWN * (dense_size(spec) + spec.size("head") + spec.size("backbone"))
     for part in parts:  # sizes come from the server
         if (size := spec.length(part, full, entries)) > most:
             raise ValueError(f"{part} would be {size} numbers, allowed are {most} with this model")

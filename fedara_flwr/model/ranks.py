@@ -155,11 +155,26 @@ def unpack_bits(data: bytes, length: int) -> Bools:
     return bits[:length]
 
 
+def pack_order(ranks: Ints) -> bytes:
+    """Two bytes for each rank of a permutation of 0..n-1, lowest byte first; n is at most 2^16."""
+    return ranks.astype("<u2").tobytes()
+
+
+def unpack_order(data: bytes, length: int) -> Ints:
+    """The inverse of `pack_order`; ValueError unless `data` is exactly a permutation of 0..length-1."""
+    if len(data) != 2 * length:
+        raise ValueError(f"slot ranks have {len(data)} bytes, expected {2 * length}")
+    ranks = np.frombuffer(data, dtype="<u2").astype(np.int64)
+    if not np.array_equal(np.sort(ranks), np.arange(length)):
+        raise ValueError(f"slot ranks are no permutation of 0..{length - 1}")
+    return ranks
+
+
 def rank_order(scores: Floats) -> Ints:
     """Rank of every slot by score, 0 = best; ties go to the lower (module, slot), NaN counts as -inf.
 
-    `scores` are in (module, slot) order; the result has the same shape. Deterministic, unlike a threshold on the
-    k-th score, which keeps too many or none on ties (methods.md, FedARA 2).
+    `scores` are in (module, slot) order; the result has the same shape. Deterministic, unlike a threshold on the k-th score,
+    which keeps too many or none on ties.
     """
     scores = np.where(np.isnan(scores), -np.inf, scores)
     order = np.argsort(-scores, kind="stable")

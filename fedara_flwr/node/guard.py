@@ -5,13 +5,13 @@ The server has no say in it and is not told. No torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fedara_flwr.model.difference import difference, share_within
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.seeds import secure_normal
 
@@ -68,9 +68,8 @@ class Guard:
         """Trained arrays as they may leave: the difference from `received`, packed alike, cut to `clip` and noised."""
         if not self.clip:
             return arrays
-        moved = {part: values.astype(np.float64) - received[part] for part, values in arrays.items()}
-        length = math.sqrt(sum(float(change @ change) for change in moved.values()))
-        share = min(1.0, self.clip / length) if length else 1.0
+        moved = difference(arrays, received)
+        share = share_within(moved, self.clip)
         spread = self.noise * self.clip
         out = {}
         for part, change in moved.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,41 @@ from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_
 from fedara_flwr.runs.trackers import Trackers, open_trackers
 from fedara_flwr.server.checkpoint import Checkpoints
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.server.loop import Callback, RoundLoop
+from fedara_flwr.server.roster import Node
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
 
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
-    """Takes what a strategy makes to where it is kept: lines, checkpoints, facts, trackers, and at the end the results."""
+class Keeper(Callback):
+    """Takes what a run makes to where it is kept: lines, checkpoints, facts, and at the end the results."""
 
-    def __init__(self, directory: RunDirectory, strategy: BaseStrategy, model: ServerModel) -> None:
-        self.directory, self.strategy, self.model = directory, strategy, model
+    def __init__(self, directory: RunDirectory, method: Method, model: ServerModel, state: ServerState | None = None) -> None:
+        """`state` is what a run that is only concluded had reached; else the loop's counts from `begin` on."""
+        self.directory, self.method, self.model, self._state = directory, method, model, state
+        self.settings = method.settings
+        self.loop: RoundLoop | None = None
         self.checkpoints = _checkpoints(directory.path, directory.facts, model)
         self._before = float(directory.facts.get("seconds", 0.0))
         self._began = time.monotonic()
         self._trackers = Trackers({})
-        strategy.write, strategy.save = self.write, self.save
-        strategy.run_id = directory.facts["id"]
 
-    def restore(self) -> None:
-        """Put the strategy where the run's newest good checkpoint was; later lines of metrics.jsonl are taken back.
+    @property
+    def state(self) -> ServerState:
+        """What the run has reached."""
+        found = self.loop.state if self.loop is not None else self._state
+        assert found is not None, "a keeper without a run"
+        return found
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Nodes that are there; none where the run is only concluded."""
+        return list(self.loop.roster.nodes.values()) if self.loop is not None else []
+
+    def restored(self) -> ServerState:
+        """The state of the run's newest good checkpoint; later lines of metrics.jsonl are taken back.
 
         Raises:
             ConfigError: no checkpoint can be used, or the data is not what it was.
@@ -48,45 +64,47 @@ class Keeper:
             raise ConfigError(
                 f"run.resume: the training data's hash is {digest[:16]!r}, it was {before[:16]!r} when the run began"
             )
-        state, length = _newest(self.checkpoints, self.strategy)
+        state, length = _newest(self.checkpoints, self.model)
         self.directory.cut(length)
-        self.strategy.restore(state)
         resumed = [*self.directory.facts["resumed"], state.server_round]
         self.directory.update({"resumed": resumed, "outcome": "running", "reason": ""})
+        return state
 
-    def begin(self) -> None:
-        """Write what the run is, say what privacy all of it will have, and open the trackers."""
+    def begin(self, loop: RoundLoop) -> None:
+        """Write what the run is, say what privacy all of it will have, open the trackers, and be told of all that comes."""
+        self.loop = loop
         self.directory.update(self._facts() | {"outcome": "running", "reason": "", "data": self.model.federation.digest})
-        settings = self.strategy.settings
+        settings = self.settings
         if settings.privacy.on:
             logger.info("%s", in_words(settings.privacy, settings.num_server_rounds))
-        self._trackers = open_trackers(
-            settings.run.track, self.directory.path, settings.to_flat(), self.strategy.state.server_round
-        )
+        round_before = self.state.server_round
+        self._trackers = open_trackers(settings.run.track, self.directory.path, settings.to_flat(), round_before)
+        loop.callbacks += [self, Tracking(self._trackers)]
 
-    def write(self, record: dict[str, Any]) -> None:
+    def record(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        self.directory.write(record)
-        self._trackers.take(record)
+        self.directory.write(line)
 
-    def save(self, state: ServerState) -> None:
+    def after_round(self, loop: RoundLoop) -> None:
         """A checkpoint where one is due, and the facts as they are now."""
-        every = self.strategy.settings.run.checkpoint_every
-        if every and (state.server_round % every == 0 or state.server_round == self.strategy.settings.num_server_rounds):
+        every, state = self.settings.run.checkpoint_every, loop.state
+        if every and (state.server_round % every == 0 or state.server_round == self.settings.num_server_rounds):
             self.checkpoints.save(state, self.directory.sync())
         self.directory.update(self._facts())
 
     def conclude(self, outcome: str, reason: str = "") -> None:
         """Test once if the run is complete, export what was reached, write page and summary."""
-        strategy, model, directory = self.strategy, self.model, self.directory
+        method, model, directory, state = self.method, self.model, self.directory, self.state
         try:
-            test = model.evaluate(strategy.weights(), "test") if outcome == "completed" else {}
-            exported = model.export(directory.path, strategy.exported())
+            test = model.evaluate(method.weights(state), "test") if outcome == "completed" else {}
+            exported = model.export(directory.path, method.exported(state))
         except Exception as error:
             directory.update({"outcome": "failed", "reason": f"its results could not be written: {error}"})
             raise
-        end = {"type": "end", "outcome": outcome, "rounds": strategy.state.server_round, "seconds": self._seconds()}
-        self.write(end | {f"test-{name}": value for name, value in test.items()})
+        end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": self._seconds()}
+        end |= {f"test-{name}": value for name, value in test.items()}
+        self.record(end)
+        self._trackers.take(end)
         results = {"outcome": outcome, "reason": reason, "test": test, "exported": exported.name}
         directory.update(self._facts() | results | {"modelled": directory.modelled()})
         write_card(exported, directory.facts, "merged" if exported.name == "model" else "peft")
@@ -94,7 +112,7 @@ class Keeper:
 
     def fail(self, reason: str) -> None:
         """The rounds ended by an error: finish with what there is; a run without a round leaves nothing."""
-        if self.strategy.state.server_round:
+        if self.state.server_round:
             self.conclude("failed", reason)
         else:
             self._trackers.close()
@@ -104,14 +122,13 @@ class Keeper:
         return self._before + time.monotonic() - self._began
 
     def _facts(self) -> dict[str, Any]:
-        strategy, state, spec = self.strategy, self.strategy.state, self.model.spec
-        settings, nodes = strategy.settings, strategy.roster.nodes.values()
+        method, state, spec, settings, nodes = self.method, self.state, self.model.spec, self.settings, self.nodes
         return {
             "rounds": state.server_round,
             "seconds": self._seconds(),
-            "method": strategy.name,
-            "title": strategy.title,
-            "paper": strategy.paper,
+            "method": method.name,
+            "title": method.title,
+            "paper": method.paper,
             "seed": settings.seed,
             "model": settings.model.name,
             "revision": self.model.revision,
@@ -135,34 +152,33 @@ class Keeper:
 
     def _privacy(self) -> dict[str, Any]:
         """ε so far. Each time that a run went on counts as a round more: one may have been seen that was not kept."""
-        strategy, facts = self.strategy, self.directory.facts
-        rounds = strategy.state.server_round + len(facts.get("resumed", ()))
-        planned = strategy.planned or facts.get("privacy", {}).get("planned", 0)
-        return {"privacy": ledger(strategy.settings.privacy, rounds, planned)}
+        facts = self.directory.facts
+        rounds = self.state.server_round + len(facts.get("resumed", ()))
+        planned = (self.loop.planned if self.loop is not None else 0) or facts.get("privacy", {}).get("planned", 0)
+        return {"privacy": ledger(self.settings.privacy, rounds, planned)}
 
     def _partition(self) -> dict[str, Any]:
         """Examples of each client by label; known in a simulation, where the server dealt them out, and nowhere else."""
-        nodes = self.strategy.roster.nodes.values()
+        nodes = self.nodes
         if not nodes or not all(node.simulated and node.key.isdigit() for node in nodes):
             return {}
-        settings, pool = self.strategy.settings, self.model.federation.pool
+        settings, pool = self.settings, self.model.federation.pool
         dealt = shares(settings.data, settings.seed, max(node.partitions for node in nodes))
         count = len(self.model.labels)
         return {"partition": {str(i): np.bincount(pool.labels[rows], minlength=count).tolist() for i, rows in enumerate(dealt)}}
 
     def _show(self, test: dict[str, float], exported: Path) -> None:
         down, up = (
-            sum(size for name, size in self.strategy.state.bytes_total.items() if name.startswith(way)) / 1e6
-            for way in ("down.", "up.")
+            sum(size for name, size in self.state.bytes_total.items() if name.startswith(way)) / 1e6 for way in ("down.", "up.")
         )
         if test:
             logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
         logger.info("sent: %.1f MB down, %.1f MB up", down, up)
         if privacy := self.directory.facts.get("privacy"):
-            logger.info("%s; %s", in_words(self.strategy.settings.privacy, privacy["rounds"]), privacy["adjacency"])
+            logger.info("%s; %s", in_words(self.settings.privacy, privacy["rounds"]), privacy["adjacency"])
         if modelled := self.directory.facts["modelled"]:
             figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
-            profiles = self.strategy.settings.fleet.profiles
+            profiles = self.settings.fleet.profiles
             logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", profiles, *figures)
         logger.info("%s: %s", exported.name, exported)
         try:
@@ -172,14 +188,34 @@ class Keeper:
         logger.info("run directory: %s", self.directory.path)
 
 
-def open_run(path: Path) -> tuple[BaseStrategy, ServerModel]:
-    """A run's strategy as its newest good checkpoint has it, and the model, without the run's data.
+class Tracking(Callback):
+    """Sends every line to the trackers that the run named."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
+
+    def record(self, line: dict[str, Any]) -> None:
+        """As they take it."""
+        self.trackers.take(line)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run as its newest good checkpoint has it, without its data."""
+
+    method: Method
+    state: ServerState
+    model: ServerModel
+
+
+def open_run(path: Path) -> SavedRun:
+    """A run that exists.
 
     Raises:
         ConfigError: `path` is no run's folder, the model cannot be loaded, or no checkpoint can be used.
     """
-    strategy, model, _ = _open(path)
-    return strategy, model
+    run, _ = _open(path)
+    return run
 
 
 def conclude_stopped(path: Path) -> None:
@@ -193,28 +229,27 @@ def conclude_stopped(path: Path) -> None:
         if not any((path / "checkpoint").glob("round-*")):
             directory.discard()
             return
-        strategy, model, length = _open(path)
+        run, length = _open(path)
         directory.cut(length)
-        Keeper(directory, strategy, model).conclude("stopped", "stopped by the user")
+        Keeper(directory, run.method, run.model, run.state).conclude("stopped", "stopped by the user")
     finally:
         directory.close()
 
 
-def _open(path: Path) -> tuple[BaseStrategy, ServerModel, int]:
+def _open(path: Path) -> tuple[SavedRun, int]:
     facts, settings = read_facts(path), Settings.from_flat(read_config(path))
     model = ServerModel(settings, tuple(facts["labels"]))
-    strategy = strategies.find(settings.method)(settings, model)
-    state, length = _newest(_checkpoints(path, facts, model), strategy)
-    strategy.restore(state)
-    return strategy, model, length
+    method = strategies.find(settings.method)(settings, model)
+    state, length = _newest(_checkpoints(path, facts, model), model)
+    return SavedRun(method, state, model), length
 
 
 def _checkpoints(path: Path, facts: dict[str, Any], model: ServerModel) -> Checkpoints:
     return Checkpoints(path / "checkpoint", {"run": facts["id"], "fingerprint": model.spec.fingerprint})
 
 
-def _newest(checkpoints: Checkpoints, strategy: BaseStrategy) -> tuple[ServerState, int]:
-    found = checkpoints.newest(strategy.spec)
-    if found is None:
+def _newest(checkpoints: Checkpoints, model: ServerModel) -> tuple[ServerState, int]:
+    newest = checkpoints.newest(model.spec)
+    if newest is None:
         raise ConfigError(f"{checkpoints.folder}: no checkpoint that can be used (run.checkpoint-every = 0 writes none)")
-    return found
+    return newest

@@ -15,6 +15,7 @@ from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data.federation import Federation, federation
 from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.tasks import Encoded
 
@@ -22,7 +23,7 @@ Kind = Literal["peft", "lora", "merged"]
 
 
 class ServerModel:
-    """What strategies see of the model: `spec`, `weight` and `evaluate` (contracts.md §3)."""
+    """What strategies see of the model: `spec`, `weight` and `evaluate`."""
 
     def __init__(self, settings: Settings, labels: tuple[str, ...] | None = None) -> None:
         """`labels` stand for the data's own, which is then loaded only when it is needed."""
@@ -52,7 +53,7 @@ class ServerModel:
         self._load(weights)
         return self.learner.evaluate(self._encoded[split], self.settings.train.batch_tokens)
 
-    def expected(self, terms: frozenset[str]) -> Expected:
+    def expected(self, terms: frozenset[str], parts: frozenset[str]) -> Expected:
         """What nodes must agree on."""
         return Expected(
             self.spec.fingerprint,
@@ -60,6 +61,7 @@ class ServerModel:
             self.federation.digest if self._with_data else "",
             self.labels,
             terms,
+            parts,
         )
 
     def _load(self, weights: Weights) -> None:
@@ -103,6 +105,6 @@ class ServerModel:
 
 def _unfit(weights: Weights) -> str:
     """Why a model is not its backbone and adapters; '' where it is."""
-    if weights.delta is not None or "backbone" in weights.arrays:
+    if weights.delta is not None or of_backbone(weights.arrays):
         return "changes the backbone"
     return "" if weights.mask.count else "has no adapter"

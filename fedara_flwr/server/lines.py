@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from flwr.app import Message, MetricRecord
 
 from fedara_flwr.server.fleet import Profile, device_cost, round_cost
 from fedara_flwr.server.round import Record, Round
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.wire.arrays import Rejected
+from fedara_flwr.wire.meter import ByteMeter
+from fedara_flwr.wire.records import MAX_EXAMPLES, check_metrics
+
+logger = logging.getLogger(__name__)
 
 
 def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None]) -> Record:
@@ -52,6 +60,28 @@ def client_means(lines: Sequence[Record]) -> dict[str, float]:
         if pairs:
             means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
     return means
+
+
+def client_evaluation(replies: Iterable[Message], meter: ByteMeter) -> MetricRecord | None:
+    """Means of the replies to EVALUATE, weighted by held-out examples, as `client-eval-…`; a bad reply is left out."""
+    good: list[tuple[int, dict[str, float]]] = []
+    for reply in replies:
+        try:
+            if reply.has_error():
+                raise Rejected(f"error-{reply.error.code}", str(reply.error.reason)[-300:])
+            meter.count("up", reply.content)
+            metrics = reply.content.metric_records.get("metrics", MetricRecord())
+            examples = check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
+            good.append((examples, {name: float(value) for name, value in metrics.items()}))  # type: ignore[arg-type]
+        except Rejected as error:
+            logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
+    if not good:
+        return None
+    total = sum(examples for examples, _ in good)
+    # fsum: the last bits must not depend on the order of the replies
+    names = shared_metrics([values for _, values in good])
+    means = {name: math.fsum(k * values[name] for k, values in good) / total for name in names}
+    return MetricRecord({**{f"client-{name}": value for name, value in means.items()}, "clients": len(good)})
 
 
 def shared_metrics(reports: Sequence[Mapping[str, object]]) -> list[str]:

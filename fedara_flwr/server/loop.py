@@ -1,53 +1,44 @@
-"""The rounds: Flower's Strategy on this project's hooks.
+"""The rounds: Flower's Strategy, which owns a method (strategies/base.py) and does all that methods have in common.
 
 `configure_train` builds the messages, `aggregate_train` takes the replies; Flower's own `Strategy.start` can drive them.
-`start` here adds what that lacks: a deadline per round, replies taken one by one, failed rounds counted, records written.
+`start` here adds what that lacks: a deadline per round, replies taken one by one, failed rounds counted, callbacks.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import time
 import uuid
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms
+from fedara_flwr.merging.private import PrivateMean
+from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.model.draws import draw
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.server.dispatch import Dispatch
 from fedara_flwr.server.fleet import Profile, assign, read_profiles
-from fedara_flwr.server.lines import client_means, round_line, shared_metrics
+from fedara_flwr.server.lines import client_evaluation, client_means, round_line
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round
+from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round, weight_cap
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.wire.codec import Broadcast
+from fedara_flwr.strategies.base import Client, Method, State
+from fedara_flwr.wire.arrays import read_vector, to_record
 from fedara_flwr.wire.meter import ByteMeter
-from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import (
-    MAX_EXAMPLES,
-    Rejected,
-    check_metrics,
-    lacks_delta,
-    plan_to_content,
-    read_vector,
-    to_record,
-)
+from fedara_flwr.wire.plan import TrainPlan
 
 logger = logging.getLogger(__name__)
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -57,72 +48,83 @@ class RunFailed(RuntimeError):
     """The run cannot go on; one line that says why."""
 
 
+class Callback:
+    """What is told of a run as it goes: a subclass keeps lines, checkpoints, or sends figures elsewhere."""
+
+    def record(self, line: Record) -> None:
+        """A line of metrics: of the start, a round, a client's round, an evaluation."""
+
+    def after_round(self, loop: RoundLoop) -> None:
+        """The state is what it is after a round, whose lines are recorded."""
+
+
 class RoundLoop(Strategy):
-    """Samples, plans, sends, checks, merges, moves on to the next mask, records. What differs by method is a hook."""
+    """Samples, plans, sends, checks, merges, moves on to the next state, records.
 
-    name: ClassVar[str] = ""
-    state: ServerState
+    Attributes:
+        state: all that must survive a crash.
+        planned: how many clients the present round meant to ask.
+        work: the present round; None before the first.
+    """
 
-    def __init__(self, settings: Settings, spec: ModelSpec, expected: Expected, write: Callable[[Record], None]) -> None:
-        self.settings, self.spec, self.write = settings, spec, write
-        self.save: Callable[[ServerState], None] = lambda state: None
-        self.meter = ByteMeter()
-        asked = {**self.calibration, **({"changes-backbone": 1} if self.changes_backbone else {})}
-        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self.ready, asked)
+    def __init__(
+        self,
+        settings: Settings,
+        method: Method,
+        state: State,
+        expected: Expected,
+        callbacks: Sequence[Callback] = (),
+        run_id: str = "",
+    ) -> None:
+        """Nothing is sent or computed yet.
+
+        Args:
+            state: where the method starts (`method.start()`), or went on to.
+            expected: what every node must agree on.
+            run_id: a name that no other run has; '' = a new one.
+        """
+        self.settings, self.method, self.spec, self.callbacks = settings, method, method.spec, list(callbacks)
+        self.state = state if isinstance(state, ServerState) else ServerState(**vars(state))
+        self.meter = ByteMeter(Counter(self.state.bytes_total))
+        asked = {**method.calibration, **({"changes-backbone": 1} if method.changes_backbone else {})}
+        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self._ready, asked)
         self.fleet = read_profiles(settings.fleet.profiles)
+        self._speeds = sorted({profile.flops for profile in self.fleet})
         self.planned = 0
-        self.run_id = uuid.uuid4().hex  # nodes keep things under it: no other run may have it
-        self._round: Round | None = None
+        self.run_id = run_id or uuid.uuid4().hex
+        self.work: Round | None = None
+        self._evaluators: list[tuple[Node, TrainPlan, Message]] = []
+        self._dispatch = self._new_dispatch()
 
+    def _new_dispatch(self) -> Dispatch:
+        return Dispatch(self.settings, self.spec, self.method.remade, self.run_id, self.meter)
+
+    # -- what the method sees ---------------------------------------------------------------------------------------
     def profile(self, node: Node) -> Profile | None:
         """The device that a simulated node stands for, drawn by seed and client key; None for a real one."""
         return assign(self.fleet, self.settings.seed, node.key) if node.simulated else None
 
-    # -- hooks ------------------------------------------------------------------------------------------------------
-    calibration: ClassVar[Mapping[str, int]] = {}
-    """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+    def client(self, node: Node) -> Client:
+        """A node as the method sees it."""
+        profile = self.profile(node)
+        speed = (self._speeds.index(profile.flops), len(self._speeds)) if profile is not None else None
+        return Client(node.key, self.roster.examples.get(node.key, 0), profile, speed)
 
-    changes_backbone: ClassVar[bool] = False
-    """Whether the frozen weights change during the run, as quantised ones cannot: nodes that have such are left out."""
+    def _ready(self, node: Node, metrics: Mapping[str, float]) -> None:
+        self.method.ready(self.state, self.client(node), metrics)
 
-    remade: ClassVar[frozenset[str]] = frozenset()
-    """Parts whose numbers mean something else after each round (fresh or split anew): nodes keep no rounding error of them."""
-
-    @abstractmethod
-    def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
-        """See what a node reports of itself when it is first drawn."""
-
-    @abstractmethod
-    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
-        """See all nodes of a round before the first plan is made."""
-
-    @abstractmethod
-    def finish_round(self, server_round: int) -> None:
-        """Change the state once the round is merged: fresh values, what joins the delta."""
-
-    @abstractmethod
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
-        """One client's orders."""
-
-    @abstractmethod
-    def merger(self) -> Merger:
-        """What merges this round's updates into `state.arrays`."""
-
-    @abstractmethod
-    def take(self, client_key: str, update: Update, weight: int) -> None:
-        """See one good update, in sampling order, beside the merger (votes, capacities)."""
-
-    @abstractmethod
-    def leave_out(self, client_key: str) -> None:
-        """Forget what `take` saw of a client whose update the merger left out."""
-
-    @abstractmethod
-    def next_mask(self, server_round: int) -> RankMask:
-        """The global mask after this round; must be covered by the present one."""
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the present global model on the server's validation data."""
+    def _merger(self, plans: Sequence[TrainPlan]) -> Merger:
+        """The method's own, or the run's rule: `strategy.robust`, or PrivateMean with `privacy.clip`."""
+        state, strategy, privacy = self.state, self.settings.strategy, self.settings.privacy
+        own = self.method.merger(state)
+        if (own is not None) != self.method.own_merger:
+            raise TypeError(f"method {self.method.name!r}: own_merger is {self.method.own_merger}, its merger says otherwise")
+        if own is not None:
+            return own
+        if privacy.on:
+            sent = frozenset[str]().union(*(plan.sent for plan in plans))
+            return PrivateMean(self.spec, state.mask, state.arrays, sent, privacy.clip, privacy.noise_multiplier, self.planned)
+        return RULES[strategy.robust](self.spec, state.mask, state.arrays, strategy.attackers)
 
     # -- Flower's Strategy ------------------------------------------------------------------------------------------
     def initial_arrays(self) -> ArrayRecord:
@@ -131,44 +133,48 @@ class RoundLoop(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Sample, plan and build one message per client; `arrays` is the global model under `state.mask`."""
-        state = self.state
+        state, method = self.state, self.method
         lengths = {part: len(vector) for part, vector in state.arrays.items()}
         state.arrays = {part: read_vector(array, lengths[part], part) for part, array in arrays.items()}
+        state.server_round = server_round - 1
         if server_round == 1 or not self.roster.nodes:
             self.roster.wait(grid)
         else:
             self.roster.refresh(grid)
         self.planned = self.roster.count()
         asked = self.roster.sample(grid, server_round, self.planned)
-        self.prepare(server_round, asked)
-        plans = [self.plan(server_round, node.key) for node in asked]
+        clients = [self.client(node) for node in asked]
+        method.prepare(state, clients)
+        plans = [method.plan(state, client) for client in clients]
         # longest first: where fewer train at a time than there are, the last to begin should not be the last to end
-        effort = [plan.work(self.spec, self.roster.examples[node.key]) for node, plan in zip(asked, plans, strict=True)]
+        effort = [plan.work(self.spec, client.examples) for client, plan in zip(clients, plans, strict=True)]
         order = sorted(range(len(asked)), key=lambda index: -effort[index])
         asked, plans = [asked[index] for index in order], [plans[index] for index in order]
-        self._broadcast = Broadcast(self.spec)
+        self._dispatch = self._new_dispatch()
         private = self.settings.privacy.on  # a bound on lengths would tell of them, and every update is cut anyway
         work = Round(
-            server_round,
-            self.spec,
-            asked,
-            plans,
-            [],
-            self.roster.examples,
-            self.meter,
-            self.settings.strategy.weighting,
-            Norms(0.0 if private else self.settings.strategy.norm_bound, state.norms),
-            self._start(),
-            self._weight_cap(asked),
-            private,
+            number=server_round,
+            spec=self.spec,
+            asked=asked,
+            plans=plans,
+            messages=[],
+            limits=self.roster.examples,
+            meter=self.meter,
+            weighting=self.settings.strategy.weighting,
+            norms=Norms(0.0 if private else self.settings.strategy.norm_bound, state.norms),
+            start=self._start(),
+            client=self.client,
+            read=method.read_report,
+            cap=weight_cap(self.settings.strategy.weight_cap, [client.examples for client in clients]),
+            private=private,
         )
-        work.stand_out(self.roster.busy)
+        work.drop_busy(self.roster.busy)
         for index, node in enumerate(asked):
-            plans[index], content = self._pack(node, plans[index], self._held_by(node))
+            plans[index], content = self._dispatch.pack(state, plans[index], self._held_by(node))
             work.down.append(dict(self.meter.count("down", content)))
-            work.messages.append(self._message(content, node, MessageType.TRAIN))
-        work.coding = self._broadcast.report()
-        self._round = work
+            work.messages.append(self._dispatch.message(content, node, MessageType.TRAIN))
+        work.coding = self._dispatch.broadcast.report()
+        self.work = work
         return work.messages
 
     def _start(self) -> Callable[[TrainPlan, RankMask], Arrays]:
@@ -176,48 +182,15 @@ class RoundLoop(Strategy):
         arrays, mask = self.state.arrays, self.state.mask
         return lambda plan, sub: plan.start(self.spec, arrays, mask, sub)
 
-    def _weight_cap(self, asked: Sequence[Node]) -> float:
-        """The most examples that one client may weigh: a multiple of the median that the round's clients declared."""
-        cap = self.settings.strategy.weight_cap
-        if not cap or not asked:
-            return math.inf
-        return max(1.0, cap * statistics.median_low([self.roster.examples[node.key] for node in asked]))
-
     def _held_by(self, node: Node) -> Holding:
         return self.state.holdings.get(node.key, Holding())
 
-    def _message(self, content: RecordDict, node: Node, kind: str) -> Message:
-        return Message(content, node.node_id, kind, ttl=self.settings.strategy.round_timeout)
-
-    def _pack(self, node: Node, plan: TrainPlan, have: Holding) -> tuple[TrainPlan, RecordDict]:
-        """The plan with what travels filled in, and its message: values under its mask, and the pieces that the node lacks."""
-        state = self.state
-        there, pieces = state.delta.fetch(have)
-        slots = plan.mask.count > 0
-        carries = frozenset(p for p in state.arrays if p not in plan.drawn and (slots or p not in SLOT_PARTS))
-        feedback = plan.trainable - self.remade if self.settings.wire.feedback else frozenset()
-        run = self.run_id if feedback else ""
-        plan = replace(plan, carries=carries, delta=there.digests, feedback=feedback, run=run)
-        sliced = self.spec.slice(state.arrays, state.mask, plan.mask)
-        return plan, plan_to_content(plan, self._broadcast.encode(plan, {part: sliced[part] for part in carries}), pieces)
-
-    def _again(self, node: Node, plan: TrainPlan, message: Message, reply: Message) -> tuple[TrainPlan, Message] | None:
-        """A second message for a node that lost pieces of the delta: the plan with all of them; None for any other reply."""
-        if reply.has_error() or reply.metadata.src_node_id != node.node_id or not lacks_delta(reply.content, plan):
-            return None
-        self.meter.count("up", reply.content)
-        self.state.holdings.pop(node.key, None)
-        logger.info("client %s lacks pieces of the delta: they are sent again", node.key)
-        plan, content = self._pack(node, plan, Holding())
-        return plan, self._message(content, node, message.metadata.message_type)
-
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check and merge the replies, then move on to the next mask. Too few good ones leave the model as it was."""
-        state, work = self.state, self._round
+        """Check and merge the replies, then move on to the next state. Too few good ones leave the model as it was."""
+        state, work = self.state, self.work
         assert work is not None, "aggregate_train before configure_train"
-        merger = self.merger()
-        # a private update is for the merger alone
-        work.collect(replies, merger, self.take if not work.private else lambda client_key, update, weight: None)
+        merger = self._merger(work.plans)
+        work.collect(replies, merger)
         for drop in work.drops:
             if drop.reason.startswith("error-") or drop.reason == BUSY:
                 self.roster.forget(drop.client)
@@ -232,12 +205,9 @@ class RoundLoop(Strategy):
             logger.warning("round %d: %d good replies, the model stays as it was", server_round, work.good)
         else:
             state.failed_rounds = 0
-            state.arrays = merger.result()
-            for client_key in getattr(merger, "left_out", ()):
-                self.leave_out(client_key)
-            mask = self.next_mask(server_round)
-            state.arrays, state.mask = self.spec.slice(state.arrays, state.mask, mask), mask
-            self.finish_round(server_round)
+            merged = merger.result()
+            left_out = set(getattr(merger, "left_out", ()))
+            self.method.next(state, merged, [reply for reply in work.replies if reply.client.key not in left_out], merger)
             work.merging = merger.report()
         metrics = client_means(work.records)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
@@ -252,44 +222,21 @@ class RoundLoop(Strategy):
             return []
         ready = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
         ready.sort(key=lambda node: (len(node.key), node.key))
-        self._evaluators, self._broadcast = [], Broadcast(self.spec)
+        self._evaluators, self._dispatch = [], self._new_dispatch()
+        last = replace(state, server_round=server_round - 1)  # whose plan is that of the round that was
         for node in ready:
             # the global model as it is: whole, and drawn only where the draw is what the model holds
-            plan = replace(self.plan(server_round, node.key), mask=state.mask, trainable=frozenset(), report=frozenset())
+            plan = replace(self.method.plan(last, self.client(node)), mask=state.mask, sent=frozenset(), report=frozenset())
             drawn = draw(self.spec, state.mask, plan.drawn, plan.draw_seed, plan.entries)
             same = (p for p in drawn if p in state.arrays and np.array_equal(drawn[p], state.arrays[p]))
-            plan = replace(plan, drawn=frozenset(same))
-            plan, content = self._pack(node, plan, self._held_by(node))
+            plan, content = self._dispatch.pack(state, replace(plan, drawn=frozenset(same)), self._held_by(node))
             self.meter.count("down", content)
-            self._evaluators.append((node, plan, self._message(content, node, MessageType.EVALUATE)))
+            self._evaluators.append((node, plan, self._dispatch.message(content, node, MessageType.EVALUATE)))
         return [message for *_, message in self._evaluators]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by their held-out examples; a bad reply is left out."""
-        good: list[tuple[int, dict[str, float]]] = []
-        for reply in replies:
-            try:
-                if reply.has_error():
-                    raise Rejected(f"error-{reply.error.code}", str(reply.error.reason)[-300:])
-                self.meter.count("up", reply.content)
-                metrics = reply.content.metric_records.get("metrics", MetricRecord())
-                examples = check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
-                good.append((examples, {name: float(value) for name, value in metrics.items()}))  # type: ignore[arg-type]
-            except Rejected as error:
-                logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
-        if not good:
-            return None
-        total = sum(examples for examples, _ in good)
-        # fsum: the last bits must not depend on the order of the replies
-        names = shared_metrics([values for _, values in good])
-        means = {name: math.fsum(k * values[name] for k, values in good) / total for name in names}
-        summary: dict[str, Any] = {f"client-{name}": value for name, value in means.items()}
-        return MetricRecord({**summary, "clients": len(good)})
-
-    def restore(self, state: ServerState) -> None:
-        """Go on from this state: `start` then begins with the round after it."""
-        self.state = state
-        self.meter.total = Counter(state.bytes_total)
+        return client_evaluation(replies, self.meter)
 
     def _rejoin(self, grid: Grid) -> None:
         """Find the nodes again; what that costs is in the totals, and apart from every round."""
@@ -297,12 +244,12 @@ class RoundLoop(Strategy):
         self.roster.wait(grid)
         self.roster.rejoin(grid, state.examples, state.unfit, state.holdings)
         state.bytes_total = dict(self.meter.total)
-        self.write({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
+        self._tell({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
 
     def summary(self) -> None:
         """Log what will happen."""
-        mask = self.state.mask
-        logger.info("%s: %d modules, %d slots, head of %d", self.name, len(mask.ranks), mask.count, self.spec.head_size)
+        mask, head = self.state.mask, self.spec.size("head")
+        logger.info("%s: %d modules, %d slots, head of %d", self.method.name, len(mask.ranks), mask.count, head)
 
     def start(
         self,
@@ -314,9 +261,7 @@ class RoundLoop(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run all rounds; Flower's signature. Without `evaluate_fn` the server's validation data is used.
-
-        `write` gets a record of each round and client, `save` the state after each round.
+        """Run all rounds that are left; Flower's signature. Without `evaluate_fn` the server's validation data is used.
 
         Raises:
             RunFailed: `max-failed-rounds` rounds in a row had too few good replies.
@@ -324,11 +269,11 @@ class RoundLoop(Strategy):
         """
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
-        evaluate = evaluate_fn or (lambda server_round, arrays: MetricRecord(dict(self.evaluate())))
+        evaluate = evaluate_fn or self._validate
         if self.state.server_round:
             self._rejoin(grid)
         else:
-            self.write({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
+            self._tell({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
         progress = Progress(self.settings.num_server_rounds)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
@@ -340,36 +285,45 @@ class RoundLoop(Strategy):
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             record = self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
-            self.save(self.state)
+            for callback in self.callbacks:
+                callback.after_round(self)
             logger.info("%s", progress.line(record))  # a round that is shown is kept
-            if self._round is not None and any(drop.reason == ACTOR_DIED for drop in self._round.drops):
-                raise RunFailed(
-                    "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
-                    "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
-                )
-            if not self._asked_any() and self.roster.unfit and not self.roster.busy:
-                client, reason = next(iter(self.roster.unfit.items()))
-                raise RunFailed(f"no node can train; client {client}: {reason}")
-            if self.state.failed_rounds >= self.settings.strategy.max_failed_rounds:
-                raise RunFailed(
-                    f"{self.state.failed_rounds} rounds in a row had fewer than strategy.min-replies = "
-                    f"{self.settings.strategy.min_replies} good replies (strategy.max-failed-rounds)"
-                )
+            if failure := self._failure():
+                raise RunFailed(failure)
         self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), result)
         return result
 
     # -- the rest ---------------------------------------------------------------------------------------------------
-    def _asked_any(self) -> bool:
-        return self._round is not None and bool(self._round.asked)
+    def _tell(self, line: Record) -> None:
+        for callback in self.callbacks:
+            callback.record(line)
+
+    def _failure(self) -> str:
+        """Why the run cannot go on after this round; '' where it can."""
+        work, strategy = self.work, self.settings.strategy
+        if work is not None and any(drop.reason == ACTOR_DIED for drop in work.drops):
+            return (
+                "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
+                "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
+            )
+        if (work is None or not work.asked) and self.roster.unfit and not self.roster.busy:
+            client, reason = next(iter(self.roster.unfit.items()))
+            return f"no node can train; client {client}: {reason}"
+        if self.state.failed_rounds >= strategy.max_failed_rounds:
+            return (
+                f"{self.state.failed_rounds} rounds in a row had fewer than strategy.min-replies = "
+                f"{strategy.min_replies} good replies (strategy.max-failed-rounds)"
+            )
+        return ""
 
     def _receive(self, grid: Grid, timeout: float) -> Iterator[Message]:
         """Replies of the present round as they come, until its deadline."""
-        work = self._round
+        work = self.work
         assert work is not None
         limit = min(timeout, self.settings.strategy.round_timeout)
 
         def again(index: int, reply: Message) -> Message | None:
-            more = self._again(work.asked[index], work.plans[index], work.messages[index], reply)
+            more = self._dispatch.again(self.state, work.asked[index], work.plans[index], work.messages[index], reply)
             if more is None:
                 return None
             work.plans[index], work.messages[index] = more
@@ -387,11 +341,14 @@ class RoundLoop(Strategy):
             else:
                 yield reply
 
+    def _validate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        return MetricRecord(dict(self.method.model.evaluate(self.method.weights(self.state))))
+
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
-        found = evaluate(server_round, arrays)
-        if found is not None:
-            result.evaluate_metrics_serverapp[server_round] = found
-        return found
+        metrics = evaluate(server_round, arrays)
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
+        return metrics
 
     def _evaluate_on_clients(self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, result: Result) -> None:
         server_round = self.state.server_round
@@ -400,22 +357,24 @@ class RoundLoop(Strategy):
             return
 
         def again(index: int, reply: Message) -> Message | None:
-            more = self._again(*self._evaluators[index], reply)
-            if more is not None:
-                self.meter.count("down", more[1].content)
-                self._evaluators[index] = (self._evaluators[index][0], *more)
-            return more[1] if more is not None else None
+            node, plan, message = self._evaluators[index]
+            more = self._dispatch.again(self.state, node, plan, message, reply)
+            if more is None:
+                return None
+            self.meter.count("down", more[1].content)
+            self._evaluators[index] = (node, *more)
+            return more[1]
 
         answers = exchange(grid, messages, self.settings.strategy.round_timeout, again)
         metrics = self.aggregate_evaluate(server_round, (a for _, a in answers if not isinstance(a, Exception)))
         self.state.bytes_total = dict(self.meter.total)
         if metrics is not None:
             result.evaluate_metrics_clientapp[server_round] = metrics
-            self.write({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
+            self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
     def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Record:
-        """Write the round's line and its clients' lines."""
-        work, state = self._round, self.state
+        """Record the round's line and its clients' lines."""
+        work, state = self.work, self.state
         assert work is not None
         sent = self.meter.take_round()
         state.bytes_total = dict(self.meter.total)
@@ -428,7 +387,6 @@ class RoundLoop(Strategy):
             "seconds": seconds,
             "seconds-evaluate": evaluation,
         }
-        self.write(record)
-        for line in work.records:
-            self.write(line)
+        for line in (record, *work.records):
+            self._tell(line)
         return record

@@ -1,6 +1,6 @@
 """The roster: which nodes are there, under which client key, and which of them can train.
 
-Two queries (contracts.md §3): `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
+Two queries: `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
 is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer three
 times in a row is left alone, too. One that is busy is asked again when it is next drawn.
 """
@@ -40,6 +40,7 @@ class Expected:
     data: str
     labels: tuple[str, ...]
     terms: frozenset[str]
+    parts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Roster:
         ready: Callable[[Node, Mapping[str, float]], None] = lambda node, metrics: None,
         asked: Mapping[str, int] | None = None,
     ) -> None:
-        """`ready` sees what a node that can train says of itself; `asked` is added to the question (RoundLoop)."""
+        """`ready` sees what a node that can train says of itself; `asked` is added to the question (server/loop.py)."""
         self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
         self._ready, self._more = ready, dict(asked or {})
         self.nodes: dict[str, Node] = {}
@@ -80,7 +81,7 @@ class Roster:
         """Until as many nodes are there as the first one says there are, or `node-timeout` is over.
 
         Raises:
-            ConfigError: a term of the run is missing on a node.
+            ConfigError: a term or a part of the run is missing on a node.
             TimeoutError: fewer than `min-train-nodes` came in time.
         """
         deadline = time.monotonic() + self.settings.node_timeout
@@ -128,10 +129,10 @@ class Roster:
         if who.get("protocol") != PROTOCOL:
             logger.warning("node %d dropped: protocol version %r, expected %d", node_id, who.get("protocol"), PROTOCOL)
             return
-        terms = who.get("terms", "")
-        missing = self.expected.terms - set(terms.split(",") if isinstance(terms, str) else ())
-        if missing:
-            reason = f"client {key!r} does not know the term {sorted(missing)[0]!r} that this run needs"
+        lacks = [f"term {name!r}" for name in sorted(self.expected.terms - _listed(who, "terms"))]
+        lacks += [f"part {name!r}" for name in sorted(self.expected.parts - _listed(who, "parts"))]
+        if lacks:
+            reason = f"client {key!r} does not know the {lacks[0]} that this run needs"
             if not self._started:
                 raise ConfigError(reason)
             logger.warning("node %d dropped: %s", node_id, reason)
@@ -269,6 +270,12 @@ class Roster:
                 self.meter.count("up", reply.content)
                 answers[index] = reply.content
         return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(questions)]
+
+
+def _listed(who: ConfigRecord, key: str) -> set[str]:
+    """Names that a node lists under a key, joined by commas."""
+    names = who.get(key, "")
+    return set(names.split(",")) if isinstance(names, str) else set()
 
 
 def last_line(reason: str | None) -> str:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from flwr.app import Message
 
 from fedara_flwr.merging.merger import Merger
-from fedara_flwr.merging.norms import Norms, Sizes, sizes
+from fedara_flwr.merging.norms import Norms, Sizes
+from fedara_flwr.model.difference import difference, root_mean_squares
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.roster import Node, last_line
+from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
-from fedara_flwr.wire.records import Rejected, lacks_delta, says_busy, update_from_content
+from fedara_flwr.wire.records import lacks_delta, says_busy, update_from_content
 
 logger = logging.getLogger(__name__)
 Record = dict[str, object]
@@ -35,6 +40,13 @@ class Drop:
     detail: str
 
 
+def weight_cap(cap: float, examples: Sequence[int]) -> float:
+    """The most examples that one client may weigh: `cap` times the median that the round's clients declared; 0 = any."""
+    if not cap or not examples:
+        return math.inf
+    return max(1.0, cap * statistics.median_low(examples))
+
+
 @dataclass
 class Round:
     """The work of one round from sampling to the last reply.
@@ -43,11 +55,12 @@ class Round:
         asked: nodes in sampling order, those with more to do before the others; `plans` and `messages` go with them.
         limits: examples that each node declared first.
         norms: judges how far an update may move; `start` gives the values that it started from, under its mask.
+        client: what the method may know of a node; `read` is its reading of terms' reports.
         coding: what the arrays that were sent lost in their format.
         cap: the largest weight that one client may have.
         private: of a reply nothing is used or written but its arrays and whether it counted.
         down: bytes sent to each client, by part.
-        answered: clients whose updates counted.
+        answered: clients whose updates counted; `replies`, what the method sees of them, none in a private run.
         merging: what the merger reports of itself.
         began: when the messages were pushed, by the monotonic clock.
     """
@@ -62,6 +75,8 @@ class Round:
     weighting: str
     norms: Norms
     start: Callable[[TrainPlan, RankMask], Arrays]
+    client: Callable[[Node], Client]
+    read: Callable[[TrainPlan, str, bytes], Any]
     cap: float = math.inf
     private: bool = False
     coding: Record = field(default_factory=dict)
@@ -71,6 +86,7 @@ class Round:
     sizes: list[Sizes] = field(default_factory=list)
     merging: Record = field(default_factory=dict)
     answered: list[str] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     _results: dict[int, tuple[Update, Record] | None] = field(default_factory=dict)
     _next: int = 0
@@ -81,8 +97,8 @@ class Round:
         """How many replies counted."""
         return len(self.answered)
 
-    def collect(self, replies: Iterable[Message], merger: Merger, take: Callable[[str, Update, int], None]) -> None:
-        """Feed every good update to `merger` and `take`, in sampling order, whatever order the replies come in.
+    def collect(self, replies: Iterable[Message], merger: Merger) -> None:
+        """Feed every good update to `merger`, in sampling order, whatever order the replies come in.
 
         While there is no history to judge lengths by, updates are held until the last one is there.
         """
@@ -102,15 +118,15 @@ class Round:
                 self._results[index] = self._check(index, reply)
             except Exception as error:  # no reply may end a run, whatever it does to the checks themselves
                 self.refuse(index, "unreadable", f"{type(error).__name__}: {str(error)[:200]}")
-            self._feed(merger, take)
+            self._feed(merger)
         for index in range(self._next, len(self.asked)):
             if index not in self._results:
                 self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
                 self._results[index] = None
-        self._feed(merger, take)
+        self._feed(merger)
         beside = [found for *_, found in self._held]
         for node, update, record, found in self._held:
-            self._judge(node, update, record, found, beside, merger, take)
+            self._judge(node, update, record, found, beside, merger)
         self._held.clear()
         self.norms.learn(self.sizes)
         place = {node.key: i for i, node in enumerate(self.asked)}
@@ -122,34 +138,30 @@ class Round:
         self._drop(self.asked[index].key, reason, detail)
         self._results[index] = None
 
-    def stand_out(self, busy: Mapping[str, str]) -> None:
+    def drop_busy(self, busy: Mapping[str, str]) -> None:
         """Clients that were drawn and said why they do not train now, before anything was sent to them."""
         for client, why in busy.items():
             self._drop(client, BUSY, why)
 
-    def _feed(self, merger: Merger, take: Callable[[str, Update, int], None]) -> None:
+    def _feed(self, merger: Merger) -> None:
         while self._next in self._results:
             found, node, plan = self._results.pop(self._next), self.asked[self._next], self.plans[self._next]
             self._next += 1
             if found is None:
                 continue
             update, record = found
-            moved = sizes(update.arrays, self.start(plan, update.mask)) if self.norms.bound else {}
+            moved = self._moved(plan, update)
             if self.norms.known(moved):
-                self._judge(node, update, record, moved, (), merger, take)
+                self._judge(node, update, record, moved, (), merger)
             else:
                 self._held.append((node, update, record, moved))
 
-    def _judge(
-        self,
-        node: Node,
-        update: Update,
-        record: Record,
-        moved: Sizes,
-        beside: Sequence[Sizes],
-        merger: Merger,
-        take: Callable[[str, Update, int], None],
-    ) -> None:
+    def _moved(self, plan: TrainPlan, update: Update) -> Sizes:
+        if not self.norms.bound:
+            return {}
+        return root_mean_squares(difference(update.arrays, self.start(plan, update.mask)))
+
+    def _judge(self, node: Node, update: Update, record: Record, moved: Sizes, beside: Sequence[Sizes], merger: Merger) -> None:
         """Let an update count unless it moved too far."""
         if excess := self.norms.excess(moved, beside):
             self._drop(node.key, "norm", excess)
@@ -159,7 +171,8 @@ class Round:
         self.records.append(record)
         self.sizes.append(moved)
         merger.add(node.key, update, weight)
-        take(node.key, update, weight)
+        if not self.private:  # a private update is for the merger alone
+            self.replies.append(Reply(self.client(node), weight, update.mask, update.metrics, update.reports))
 
     def _check(self, index: int, reply: Message) -> tuple[Update, Record] | None:
         node, plan = self.asked[index], self.plans[index]
@@ -181,7 +194,7 @@ class Round:
             return None
         try:
             limit, start = self.limits[node.key], partial(self.start, plan)
-            update = update_from_content(reply.content, self.spec, plan, limit, start)
+            update = update_from_content(reply.content, self.spec, plan, limit, start, self.read)
             # measured here; what a client says under that name does not count
             update = replace(update, metrics={**update.metrics, "seconds-elapsed": time.monotonic() - self.began})
         except Rejected as error:

@@ -12,9 +12,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from fedara_flwr.model.ranks import Bools, RankMask
+from fedara_flwr.model.ranks import Bools, Ints, RankMask
 from fedara_flwr.model.spec import ModelSpec
-from fedara_flwr.wire.plan import Vote
 
 RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5
 
@@ -34,49 +33,60 @@ def budget(server_round: int, rounds: int, first: int, final: int, warmup: int, 
 
 
 @dataclass(frozen=True)
-class WeightedVote:
-    """One client's vote and its weight, a whole number (examples, or 1)."""
+class Vote:
+    """One client's ranking of its slots.
+
+    Attributes:
+        weight: of the client, a whole number (examples, or 1).
+        ranks: rank of every alive slot by the client's score, 0 = best; shape (slots,).
+        budget: how many of the best it votes for.
+    """
 
     weight: int
-    vote: Vote
+    ranks: Ints
+    budget: int
+
+    @property
+    def keep(self) -> Bools:
+        """The client's local mask: the slots it votes for; shape (slots,)."""
+        return self.ranks < self.budget
 
 
-def vote_shares(votes: Sequence[WeightedVote], slots: int) -> np.ndarray:
+def vote_shares(votes: Sequence[Vote], slots: int) -> np.ndarray:
     """Σ n_k·vote_k per alive slot, whole numbers; shape (slots,)."""
     total = np.zeros(slots, dtype=np.int64)
-    for item in votes:
-        total += item.weight * item.vote.keep.astype(np.int64)
+    for vote in votes:
+        total += vote.weight * vote.keep.astype(np.int64)
     return total
 
 
-def mean_scores(votes: Sequence[WeightedVote], slots: int) -> np.ndarray:
+def mean_scores(votes: Sequence[Vote], slots: int) -> np.ndarray:
     """Weighted sum of slots - rank per slot: the mean rank-normalised score 1 - rank/slots in whole numbers."""
     total = np.zeros(slots, dtype=np.int64)
-    for item in votes:
-        if item.vote.ranks is not None:
-            total += item.weight * (slots - item.vote.ranks.astype(np.int64))
+    for vote in votes:
+        total += vote.weight * (slots - vote.ranks)
     return total
 
 
-def arbitration_order(votes: Sequence[WeightedVote], slots: int) -> np.ndarray:
+def arbitration_order(votes: Sequence[Vote], slots: int) -> np.ndarray:
     """Slot numbers from best to worst: by vote share, then by mean rank-normalised score, then by (module, slot)."""
     return np.lexsort((np.arange(slots), -mean_scores(votes, slots), -vote_shares(votes, slots)))
 
 
-def arbitrate_budget(mask: RankMask, votes: Sequence[WeightedVote], slots: int) -> RankMask:
+def arbitrate_budget(mask: RankMask, votes: Sequence[Vote], slots: int) -> RankMask:
     """Exactly min(slots, alive) of the alive slots survive, in arbitration order."""
     keep: Bools = np.zeros(mask.count, dtype=np.bool_)
     keep[arbitration_order(votes, mask.count)[:slots]] = True
     return mask.keep(keep)
 
 
-def arbitrate_threshold(mask: RankMask, votes: Sequence[WeightedVote], threshold: float, least: int) -> RankMask:
+def arbitrate_threshold(mask: RankMask, votes: Sequence[Vote], threshold: float, least: int) -> RankMask:
     """A slot survives when the weighted share of clients that voted for it is at least `threshold`.
 
     Where fewer than `least` would survive, the best others in arbitration order are kept up to that number. Compared in
     whole numbers: Σ n_k·vote_k·q ≥ p·Σ n_k for threshold = p/q.
     """
-    weights = sum(item.weight for item in votes)
+    weights = sum(vote.weight for vote in votes)
     share = Fraction(threshold).limit_denominator(RESOLUTION)
     keep = vote_shares(votes, mask.count) * share.denominator >= share.numerator * weights
     for slot in arbitration_order(votes, mask.count):

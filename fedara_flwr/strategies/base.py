@@ -1,98 +1,197 @@
-"""The base of every method: hooks only. A method overrides the ones in which it differs.
+"""What a method is: a plain class that answers who trains what, how updates merge, and what comes next. No Flower, no torch.
 
-The defaults are factor-wise FedAvg of B·diag(E)·A adapters and head without any allocation. The rounds themselves, and
-Flower's side of a Strategy, are in server/loop.py.
+The defaults are factor-wise FedAvg of B·diag(E)·A adapters and head without any allocation; a method overrides the hooks in
+which it differs. A method has no state of its own: all that changes from round to round is in the State that `start` makes and
+every hook is given, so a method can be called, and tested, without a server. The rounds themselves are in server/loop.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedara_flwr import seeds
-from fedara_flwr.config import QUANTISED, ConfigError, Group, Settings, check_options
+from fedara_flwr.config import QUANTISED, ConfigError, Group, Scalar, Settings, check_options
 from fedara_flwr.merging.merger import Merger
-from fedara_flwr.merging.private import PrivateMean
-from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
+from fedara_flwr.model.parts import SVD, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.server.loop import RoundLoop
-from fedara_flwr.server.roster import Expected, Node
-from fedara_flwr.server.round import Record
-from fedara_flwr.server.state import ServerState
-from fedara_flwr.wire.plan import TrainPlan, Update
+from fedara_flwr.wire.plan import TrainPlan
+
+Terms = Mapping[str, Mapping[str, Scalar]]
 
 
 class ModelPort(Protocol):
-    """What a strategy sees of the model; free of torch (contracts.md §3)."""
+    """What a method sees of the model."""
 
     spec: ModelSpec
 
-    def weight(self, name: str) -> NDArray[np.float32]: ...
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """The frozen weight of one module, shape (d_out, d_in)."""
+        ...
 
-    def evaluate(self, weights: Weights, split: Literal["validation", "test"] = ...) -> dict[str, float]: ...
+    def evaluate(self, weights: Weights, split: Literal["validation", "test"] = ...) -> dict[str, float]:
+        """The task's metrics of a global model on data that the server holds."""
+        ...
 
-    def expected(self, terms: frozenset[str]) -> Expected: ...
+
+class Device(Protocol):
+    """What a method may know of the device that a simulated client stands for (server/fleet.py has the units)."""
+
+    @property
+    def flops(self) -> float: ...
+    @property
+    def up(self) -> float: ...
+    @property
+    def memory(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a method sees of a client.
+
+    Attributes:
+        key: its name, from which its random streams derive.
+        examples: how many it declared; 0 where it has not been asked yet.
+        device: what it stands for in a simulation; None for a real device.
+        speed: (place of its device among the fleet's distinct speeds, the slowest at 0; how many speeds there are); None for a
+            real device.
+    """
+
+    key: str
+    examples: int = 0
+    device: Device | None = None
+    speed: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is left of a good update once it is merged.
+
+    Attributes:
+        client: whose it is.
+        weight: its weight in the mean.
+        mask: slots that came.
+        metrics: what the client said of its work (client/train.py), and `seconds-elapsed`, by the server's clock.
+        reports: what its terms told, as `Method.read_report` read it.
+    """
+
+    client: Client
+    weight: int
+    mask: RankMask
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reports: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """All that a method changes, after `server_round` rounds.
+
+    Attributes:
+        arrays: the global model, packed under `mask`.
+        mask: the global rank mask.
+        delta: what has been added to the backbone.
+        clients: what the method remembers of each client, by its key: numbers and lists of numbers by name.
+    """
+
+    arrays: Arrays
+    mask: RankMask
+    delta: DeltaLog
+    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+    server_round: int = 0
 
 
 class NoOptions(Group):
     """`strategy.options` of a method that has none."""
 
 
-class BaseStrategy(RoundLoop):
-    """What a method overrides, in the order in which it is called.
+class Method:
+    """What a method overrides, in the order in which the loop calls it.
 
-    Once: `trainable`, `start_mask`, `start_arrays`, `start_delta`, `scales`, `terms`. Each round: `ready` for nodes that were
-    asked whether they can train (when first drawn, after an error or a return), `prepare`, `client_mask` and `plan` for each
-    node, `merger`, `take` for each good update, `leave_out`, `next_mask`, `finish_round`, `weights`. At the end: `exported`.
+    Once: `terms`, `start`, which calls `start_mask`, `start_arrays` and `start_delta`. Each round: `ready` for clients that
+    were asked whether they can train (when first drawn, after an error or a return), `prepare`, `plan` for each client, which
+    calls `client_mask`, `merger`, `read_report` for what each reply's terms report, `next`, `weights`. At the end: `exported`.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     """One line for `fedara methods`."""
     paper: ClassVar[str] = ""
-    keys: ClassVar[tuple[str, ...]] = ()
-    """Configuration keys that only this method reads."""
     learning_rate: ClassVar[float] = 1e-2
     """Of A and B where `train.learning-rate` is 0: measured for fedara, fedara-static and fedlora (benchmarks/defaults)."""
     Options: ClassVar[type[BaseModel]] = NoOptions
-    trainable: ClassVar[frozenset[str]] = frozenset({"B", "E", "A", "head"})
+    trained: ClassVar[frozenset[str]] = SVD
+    """Parts that are trained (model/parts.py); a task without a head has none to train."""
+    kept: ClassVar[frozenset[str]] = frozenset()
+    """Of these, parts whose trained values stay with each client."""
+    remade: ClassVar[frozenset[str]] = frozenset()
+    """Parts whose numbers mean something else after each round (fresh or split anew): nodes keep no rounding error of them."""
+    own_merger: ClassVar[bool] = False
+    """Whether `merger` gives a merger of the method's own: then no other rule can merge, and the run cannot be private."""
+    by_reports: ClassVar[bool] = False
+    """Whether what devices report of themselves decides something: then the run cannot be private."""
+    changes_backbone: ClassVar[bool] = False
+    """Whether the frozen weights change during the run, as quantised ones cannot: nodes that have such are left out."""
 
-    def __init__(self, settings: Settings, model: ModelPort, write: Callable[[Record], None] = lambda record: None) -> None:
-        self.settings, self.model = settings, model  # terms() reads them
-        self.options = check_options(self.Options, settings.options, self.name)
-        if settings.strategy.robust != "mean" and type(self).merger is not BaseStrategy.merger:
+    def __init__(self, settings: Settings, model: ModelPort) -> None:
+        """Take over settings and model; nothing is computed yet.
+
+        Raises:
+            ConfigError: a setting that this method cannot do, or a model of which it would train nothing.
+        """
+        self.settings, self.model, self.spec, self.options = settings, model, model.spec, self.check(settings)
+        self.parts = frozenset(part for part in self.trained if part != "head" or self.spec.head)
+        if not self.parts:
+            task = settings.data.task
+            raise ConfigError(f"method = {self.name!r}: data.task = {task!r} has no head, and nothing else would be trained")
+
+    @classmethod
+    def check(cls, settings: Settings) -> BaseModel:
+        """The checked options of `strategy.options`; called before there is a model, too.
+
+        Raises:
+            ConfigError: an option or a setting that this method cannot do.
+        """
+        strategy, privacy, dtype = settings.strategy, settings.privacy, settings.model.dtype
+        if strategy.robust != "mean" and cls.own_merger:
             raise ConfigError(
-                f"strategy.robust = {settings.strategy.robust!r}: method {self.name!r} merges in its own way, allowed is 'mean'"
+                f"strategy.robust = {strategy.robust!r}: method {cls.name!r} merges in its own way, allowed is 'mean'"
             )
-        if self.changes_backbone and settings.model.dtype in QUANTISED:
+        if dtype in QUANTISED and (cls.changes_backbone or of_backbone(cls.trained)):
+            line = f"method {cls.name!r} changes the backbone, allowed are 'float32' and 'bfloat16'"
+            raise ConfigError(f"model.dtype = {dtype!r}: {line}")
+        ways = {
+            "merges in its own way": cls.own_merger,
+            "goes by what devices report of themselves": cls.by_reports,
+            "keeps trained parts on the clients": bool(cls.kept),
+        }
+        for way in (way for way, true in ways.items() if true and privacy.on):
             raise ConfigError(
-                f"model.dtype = {settings.model.dtype!r}: method {self.name!r} changes the backbone, "
-                "allowed are 'float32' and 'bfloat16'"
+                f"privacy.clip = {privacy.clip!r}: method {cls.name!r} {way}, allowed is 0.0, or a method "
+                "such as fedara, fedara-static, fedlora, ffa-lora, head"
             )
-        if settings.privacy.on:
-            self._check_private()
-        super().__init__(settings, model.spec, model.expected(frozenset(self.terms())), write)
+        return check_options(cls.Options, settings.options, cls.name)
+
+    @property
+    def calibration(self) -> Mapping[str, int]:
+        """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+        return {}
+
+    # -- the model --------------------------------------------------------------------------------------------------
+    def start(self) -> State:
+        """The state before round 1."""
         mask = self.start_mask()
-        self.state = ServerState(self.start_arrays(mask), mask, DeltaLog(self.spec))
-        if (piece := self.start_delta()) is not None:
-            self.state.delta.add(piece)
+        state = State(self.start_arrays(mask), mask, DeltaLog(self.spec))
+        if (piece := self.start_delta(state)) is not None:
+            state.delta.add(piece)
+        return state
 
-    def _check_private(self) -> None:
-        ways = {"merger": "merges in its own way", "ready": "goes by what devices report of themselves"}
-        for hook, way in ways.items():
-            if getattr(type(self), hook) is not getattr(BaseStrategy, hook):
-                raise ConfigError(
-                    f"privacy.clip = {self.settings.privacy.clip!r}: method {self.name!r} {way}, allowed is 0.0, or a method "
-                    "such as fedara, fedara-static, fedlora, ffa-lora, head"
-                )
-
-    # -- hooks: the model -------------------------------------------------------------------------------------------
     def start_mask(self) -> RankMask:
         """Slots alive before round 1, which also sets every module's mask length r_m."""
         return RankMask.full([self.settings.adapter.rank] * len(self.spec.modules))
@@ -100,30 +199,26 @@ class BaseStrategy(RoundLoop):
     def start_arrays(self, mask: RankMask) -> Arrays:
         """Values before round 1: A and B random, E = 0, so that ΔW = 0 (this project's reading of FedARA's start).
 
-        `adapter.init = "unit"` draws N(0, init-scale²/d), columns of B and rows of A of norm init-scale, as singular vectors
-        have; "gaussian" draws N(0, init-scale²), PEFT's AdaLoRA at 0.02.
+        A and B are drawn from N(0, 1/d), d numbers to a slot: unit-norm columns and rows, as singular vectors have.
         """
-        arrays = {"head": self.start_head()}
+        arrays = self.start_head()
         if mask.count:
-            for part in ("B", "A"):
-                arrays[part] = self.draw(part, mask)
+            arrays |= {part: self.draw(part, mask) for part in ("B", "A")}
             arrays["E"] = np.zeros(mask.count, dtype=np.float32)
         return arrays
 
-    def start_delta(self) -> Piece | None:
-        """What is added to the backbone before round 1; called after `start_arrays`."""
+    def start_delta(self, state: State) -> Piece | None:
+        """What is added to the backbone before round 1."""
         return None
 
     def draw(self, part: str, mask: RankMask) -> NDArray[np.float32]:
-        """Random values of B or A by `adapter.init`, packed under `mask`, from the run's seed."""
-        adapter, widths = self.settings.adapter, np.array(self.spec.widths(part))
+        """B or A from N(0, 1/d), packed under `mask`, from the run's seed."""
+        per_slot = np.array(self.spec.widths(part))[mask.modules[mask.bits]]
         noise = seeds.generator(self.settings.seed, "start", part).standard_normal(self.spec.length(part, mask))
-        per_slot = widths[mask.modules[mask.bits]]
-        scale = np.repeat(1.0 / np.sqrt(per_slot), per_slot) if adapter.init == "unit" else 1.0
-        return (noise * adapter.init_scale * scale).astype(np.float32)
+        return (noise * np.repeat(1.0 / np.sqrt(per_slot), per_slot)).astype(np.float32)
 
-    def start_head(self) -> NDArray[np.float32]:
-        """The task layer: weights N(0, 0.02²) as in BERT, biases 0, norms 1; from the run's seed."""
+    def start_head(self) -> Arrays:
+        """The head, from the run's seed: weights N(0, 0.02²) as in BERT, biases 0, norms 1; {} where the task has none."""
         rng = seeds.generator(self.settings.seed, "start", "head")
         pieces = []
         for parameter in self.spec.head:
@@ -131,93 +226,89 @@ class BaseStrategy(RoundLoop):
                 pieces.append(rng.normal(0.0, 0.02, parameter.size))
             else:
                 pieces.append(np.full(parameter.size, 0.0 if parameter.name.endswith("bias") else 1.0))
-        return np.concatenate(pieces).astype(np.float32)
+        return {"head": np.concatenate(pieces).astype(np.float32)} if pieces else {}
 
-    def scales(self) -> tuple[float, ...]:
+    def scales(self, mask: RankMask) -> tuple[float, ...]:
         """S of each module: alpha / r_m for the whole run, pruning or not."""
-        return tuple(self.settings.adapter.alpha / max(r, 1) for r in self.state.mask.ranks)
+        return tuple(self.settings.adapter.alpha / max(r, 1) for r in mask.ranks)
 
-    # -- hooks: the round -------------------------------------------------------------------------------------------
-    def terms(self) -> Mapping[str, Mapping[str, float]]:
-        """Client-side terms by name, with parameters."""
+    # -- the round --------------------------------------------------------------------------------------------------
+    def terms(self) -> Terms:
+        """Client-side terms of every round by name, with parameters: numbers, or short texts."""
         train = self.settings.train
-        terms: dict[str, dict[str, float]] = {}
+        terms: dict[str, dict[str, Scalar]] = {}
         if train.prox_mu:
             terms["prox"] = {"mu": train.prox_mu}
-        if train.orthogonality and {"A", "B"} <= self.trainable:
+        if train.orthogonality and {"A", "B"} <= self.parts:
             terms["orthogonality"] = {"weight": train.orthogonality}
         return terms
 
-    def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
-        """See what a node reports of itself when it is first drawn (with `calibration`, see client/capacity)."""
+    def all_terms(self) -> frozenset[str]:
+        """Names of the terms that any round may need: a node that lacks one cannot take part."""
+        return frozenset(self.terms())
 
-    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
-        """See all nodes of a round, in sampling order, before the first plan is made."""
+    def ready(self, state: State, client: Client, metrics: Mapping[str, float]) -> None:
+        """See what a client reports of itself when it is first drawn (with `calibration`, see client/capacity.py)."""
 
-    def client_mask(self, client_key: str) -> RankMask:
+    def prepare(self, state: State, clients: Sequence[Client]) -> None:
+        """See all clients of a round, in sampling order, before the first plan is made."""
+
+    def client_mask(self, state: State, client: Client) -> RankMask:
         """Slots that one client gets; the global mask covers them."""
-        return self.state.mask
+        return state.mask
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
-        """One client's orders."""
-        train = self.settings.train
+    def plan(self, state: State, client: Client) -> TrainPlan:
+        """One client's orders for the round after `state.server_round`."""
+        settings = self.settings
         return TrainPlan(
-            server_round=server_round,
-            seed=self.settings.seed,
-            mask=self.client_mask(client_key),
-            scales=self.scales(),
-            trainable=self.trainable,
-            steps=train.steps,
-            epochs=train.epochs,
-            batch_size=train.batch_size,
-            batch_tokens=train.batch_tokens,
-            learning_rate=train.learning_rate or self.learning_rate,
-            e_lr_factor=train.e_lr_factor,
-            head_learning_rate=train.head_learning_rate,
-            warmup_steps=train.warmup_steps,
-            clip_norm=train.clip_norm,
-            dropout=train.dropout,
+            server_round=state.server_round + 1,
+            seed=settings.seed,
+            mask=self.client_mask(state, client),
+            scales=self.scales(state.mask),
+            train=settings.train.local(self.learning_rate),
+            sent=self.parts - self.kept,
+            kept=self.kept,
             terms=self.terms(),
-            evaluate=self.settings.data.client_validation > 0,
-            down=self.settings.wire.down,
-            up=self.settings.wire.up,
+            evaluate=settings.data.client_validation > 0,
+            down=settings.wire.down,
+            up=settings.wire.up,
         )
 
-    def merger(self) -> Merger:
-        """What merges this round's updates into `state.arrays`: `strategy.robust`, or PrivateMean with `privacy.clip`.
+    def read_report(self, plan: TrainPlan, term: str, report: bytes) -> Any:
+        """What a client's term reports, as `next` wants it.
 
-        A method that overrides this merges in its own way, obeys no other rule than "mean" and cannot be private.
+        Raises:
+            ValueError: it cannot be what the plan asked for; the reply is then dropped.
         """
-        strategy, privacy = self.settings.strategy, self.settings.privacy
-        if privacy.on:
-            assert self._round is not None, "merger before configure_train"
-            parts = frozenset[str]().union(*(plan.trainable for plan in self._round.plans))
-            state = self.state
-            return PrivateMean(self.spec, state.mask, state.arrays, parts, privacy.clip, privacy.noise_multiplier, self.planned)
-        return RULES[strategy.robust](self.spec, self.state.mask, self.state.arrays, strategy.attackers)
+        return report
 
-    def take(self, client_key: str, update: Update, weight: int) -> None:
-        """See one good update, in sampling order, beside the merger (votes, capacities)."""
+    def merger(self, state: State) -> Merger | None:
+        """What merges this round's updates into `state.arrays`; None = the run's rule, `strategy.robust` or private.
 
-    def leave_out(self, client_key: str) -> None:
-        """Forget what `take` saw of a client whose update the merger left out (multi-krum)."""
+        A method that gives one sets `own_merger`.
+        """
+        return None
 
-    def next_mask(self, server_round: int) -> RankMask:
-        """The global mask after this round; must be covered by the present one."""
-        return self.state.mask
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
+        """Change the state to what it is after a round that had enough good replies.
 
-    def finish_round(self, server_round: int) -> None:
-        """Change the state once the round is merged: fresh values, what joins `state.delta`."""
+        Args:
+            merged: what `merger.result()` gave, packed under `state.mask`.
+            replies: the good ones in sampling order, without those that a robust rule left out; none in a private run.
+        """
+        state.arrays = merged
+        mask = self.next_mask(state, replies)
+        state.arrays, state.mask = self.spec.slice(state.arrays, state.mask, mask), mask
 
-    # -- hooks: the result ------------------------------------------------------------------------------------------
-    def weights(self) -> Weights:
+    def next_mask(self, state: State, replies: Sequence[Reply]) -> RankMask:
+        """The global mask after this round; the present one must cover it. `state.arrays` are merged already."""
+        return state.mask
+
+    # -- the result -------------------------------------------------------------------------------------------------
+    def weights(self, state: State) -> Weights:
         """The global model."""
-        return Weights(self.state.arrays, self.state.mask, self.scales(), self.state.delta.composed())
+        return Weights(state.arrays, state.mask, self.scales(state.mask), state.delta.composed())
 
-    def exported(self) -> Weights:
+    def exported(self, state: State) -> Weights:
         """What the run leaves: adapters where nothing but them and the head changed, else a merged model."""
-        return self.weights()
-
-    def evaluate(self) -> dict[str, float]:
-        """The global model on the server's validation data."""
-        return self.model.evaluate(self.weights())
+        return self.weights(state)

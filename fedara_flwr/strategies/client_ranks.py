@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, Group
+from fedara_flwr.config import ConfigError, Group, Settings
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import first_slots
+from fedara_flwr.strategies.base import Client, State
 from fedara_flwr.strategies.fedlora import FedLoRA
 
 
@@ -37,28 +38,29 @@ class ClientRanks(FedLoRA):
     Options = RankOptions
     options: RankOptions
 
-    def start_mask(self) -> RankMask:
-        """As the base; refused where a client's rank is above the global one."""
-        rank = self.settings.adapter.rank
-        if too_high := [r for r in self.options.ranks if r > rank]:
+    @classmethod
+    def check(cls, settings: Settings) -> BaseModel:
+        """As every method; and no client's rank may be above the global one."""
+        options = super().check(settings)
+        assert isinstance(options, RankOptions)
+        rank = settings.adapter.rank
+        if too_high := [r for r in options.ranks if r > rank]:
             raise ConfigError(f"strategy.options.ranks = {too_high[0]}: allowed is up to adapter.rank = {rank}")
-        return super().start_mask()
+        return options
 
-    def client_rank(self, client_key: str) -> int:
+    def client_rank(self, state: State, client: Client) -> int:
         """r_k: the fleet's slowest device gets the lowest rank, the fastest the highest, those between in proportion.
 
         A real device, of unknown speed, is drawn by seed, and so is one of a fleet of equals.
         """
         options = self.options
         ranks = sorted(options.ranks) or [self.settings.adapter.rank]
-        node = self.roster.nodes.get(client_key)
-        profile = self.profile(node) if node is not None and options.assign == "profile" else None
-        speeds = sorted({p.flops for p in self.fleet})
-        if profile is None or len(speeds) < 2:
-            return ranks[int(seeds.generator(self.settings.seed, "rank", client_key).integers(len(ranks)))]
-        most = len(speeds) - 1
-        return ranks[(2 * speeds.index(profile.flops) * (len(ranks) - 1) + most) // (2 * most)]  # rounded, halves up
+        place, speeds = client.speed or (0, 0)
+        if options.assign == "seed" or speeds < 2:
+            return ranks[int(seeds.generator(self.settings.seed, "rank", client.key).integers(len(ranks)))]
+        most = speeds - 1
+        return ranks[(2 * place * (len(ranks) - 1) + most) // (2 * most)]  # rounded, halves up
 
-    def client_mask(self, client_key: str) -> RankMask:
+    def client_mask(self, state: State, client: Client) -> RankMask:
         """The first r_k slots of every module."""
-        return first_slots(self.state.mask, self.client_rank(client_key))
+        return first_slots(state.mask, self.client_rank(state, client))

@@ -2,48 +2,79 @@
 
 Stated by the paper: ΔW = B·diag(E)·A; each round clients make local rank masks and the server arbitrates a global one; ranks
 are pruned progressively; pruned ranks are not sent; inactive modules leave the model.
-This project's reading, each a key: the start (`adapter.init`), the slots' score (`strategy.importance`,
-`strategy.importance-time`), the arbitration (`strategy.arbitration`, `strategy.threshold`), AdaLoRA's cubic budget
-(`adapter.final-rank`, `strategy.warmup-rounds`, `strategy.final-rounds`), who sends what (`strategy.upload-mask`) and
-FedAvg of each factor over the alive slots.
+This project's reading, each an option: the slots' score (`importance`), the arbitration (`arbitration`, `threshold`), AdaLoRA's
+cubic budget (`final-rank`, `warmup-rounds`, `final-rounds`) and who sends what (`upload-mask`); besides, the start (E = 0, A
+and B of unit norm) and FedAvg of each factor over the alive slots. The clients' half is the term `slot-vote` (client/vote.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
-from fedara_flwr.config import ConfigError
-from fedara_flwr.model.ranks import RankMask, select_top
-from fedara_flwr.server.roster import Node
-from fedara_flwr.strategies import register
-from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitrate_threshold, budget
-from fedara_flwr.strategies.base import BaseStrategy
-from fedara_flwr.wire.plan import TrainPlan, Update
+from pydantic import BaseModel, Field
+
+from fedara_flwr.config import ConfigError, Group, Settings
+from fedara_flwr.model.ranks import Ints, RankMask, select_top, unpack_order
+from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitrate_threshold, budget
+from fedara_flwr.strategies.base import Client, Method, Reply, State
+from fedara_flwr.strategies.registry import register
+from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan
 
 MAX_SLOTS = 2**16
+VOTE = "slot-vote"
+
+
+class FedARAOptions(Group):
+    """Keys of fedara."""
+
+    final_rank: float = Field(3.0, gt=0, description="rank slots per module, on average, when the budget has fallen")
+    warmup_rounds: int = Field(-1, ge=-1, description="rounds before the budget falls; -1 = a tenth")
+    final_rounds: int = Field(-1, ge=-1, description="rounds at the final budget; -1 = a tenth")
+    importance: Literal["gradient-product", "magnitude"] = Field(
+        "gradient-product", description="how a client scores its slots"
+    )
+    arbitration: Literal["budget", "threshold"] = Field("budget", description="how votes become the global mask")
+    threshold: float = Field(0.5, gt=0, le=1, description="share of votes (weighted) that a slot needs, by 'threshold'")
+    upload_mask: Literal["global", "local"] = Field(
+        "global", description="slots a client sends back: all it got, or those it voted for"
+    )
 
 
 @register
-class FedARA(BaseStrategy):
+class FedARA(Method):
     """Votes, arbitration and a falling budget on top of `fedara-static`."""
 
     name = "fedara"
     title = "B·diag(E)·A adapters whose rank budget falls, slots chosen by the clients' votes"
     paper = "arXiv 2501.14406"
-    keys = (
-        "adapter.final-rank",
-        "strategy.arbitration",
-        "strategy.threshold",
-        "strategy.warmup-rounds",
-        "strategy.final-rounds",
-        "strategy.importance",
-        "strategy.importance-time",
-        "strategy.upload-mask",
-    )
+    Options = FedARAOptions
+    options: FedARAOptions
+
+    @classmethod
+    def check(cls, settings: Settings) -> BaseModel:
+        """As every method; and the budget must be able to fall within the run."""
+        options = super().check(settings)
+        assert isinstance(options, FedARAOptions)
+        rank, rounds = settings.adapter.rank, settings.num_server_rounds
+        if options.final_rank > rank:
+            raise ConfigError(f"strategy.options.final-rank = {options.final_rank!r}: allowed is at most adapter.rank = {rank}")
+        warmup, final = (_tenth(value, rounds) for value in (options.warmup_rounds, options.final_rounds))
+        if warmup + final >= rounds > 1:
+            raise ConfigError(
+                f"strategy.options.warmup-rounds = {warmup}: with strategy.options.final-rounds = {final} allowed is a sum "
+                f"below num-server-rounds = {rounds}"
+            )
+        if settings.privacy.on and (options.upload_mask, options.arbitration) != ("global", "budget"):
+            raise ConfigError(
+                f"privacy.clip = {settings.privacy.clip!r}: with strategy.options allowed are upload-mask = 'global' and "
+                "arbitration = 'budget'"
+            )
+        return options
 
     def start_mask(self) -> RankMask:
-        """As the base; refused where the slots' ranks would not fit the vote's 16 bits."""
+        """As every method; refused where the slots' ranks would not fit the vote's 16 bits."""
         mask = super().start_mask()
         if mask.count > MAX_SLOTS:
             allowed = MAX_SLOTS // len(mask.ranks)
@@ -53,59 +84,48 @@ class FedARA(BaseStrategy):
     @property
     def final_budget(self) -> int:
         """b_T: final-rank slots per module on average, at least one in all."""
-        return max(1, round(self.settings.adapter.final_rank * len(self.spec.modules)))
+        return max(1, round(self.options.final_rank * len(self.spec.modules)))
 
-    def budget(self, server_round: int) -> int:
+    def budget(self, state: State, server_round: int) -> int:
         """b(t), the slots that may be alive after `server_round`."""
-        return budget(
-            server_round,
-            self.settings.num_server_rounds,
-            sum(self.state.mask.ranks),
-            self.final_budget,
-            self.settings.warmup_rounds,
-            self.settings.final_rounds,
-        )
+        rounds, options = self.settings.num_server_rounds, self.options
+        warmup, final = (_tenth(value, rounds) for value in (options.warmup_rounds, options.final_rounds))
+        return budget(server_round, rounds, sum(state.mask.ranks), self.final_budget, warmup, final)
 
-    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
-        """No vote yet."""
-        self._votes: dict[str, WeightedVote] = {}
+    def all_terms(self) -> frozenset[str]:
+        """The vote too, but in a private run."""
+        return super().all_terms() | (frozenset() if self.settings.privacy.on else {VOTE})
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+    def plan(self, state: State, client: Client) -> TrainPlan:
         """Ask for votes in rounds after which the budget is smaller than what is alive; in a private run never."""
-        plan, strategy = super().plan(server_round, client_key), self.settings.strategy
-        allowed = self.budget(server_round)
-        if allowed >= self.state.mask.count or self.settings.privacy.on:
+        plan, options = super().plan(state, client), self.options
+        allowed = self.budget(state, plan.server_round)
+        if allowed >= state.mask.count or self.settings.privacy.on:
             return plan
-        return replace(
-            plan,
-            report=frozenset({"votes", "scores"}),
-            budget=allowed,
-            importance=strategy.importance,
-            importance_time=strategy.importance_time,
-            upload_mask=strategy.upload_mask,
-        )
+        report = {VOTE} if options.upload_mask == "global" else {VOTE, KEPT_SLOTS}
+        vote = {"budget": allowed, "importance": options.importance}
+        return replace(plan, terms={**plan.terms, VOTE: vote}, report=frozenset(report))
 
-    def take(self, client_key: str, update: Update, weight: int) -> None:
-        """Keep the vote."""
-        if update.vote is not None:
-            self._votes[client_key] = WeightedVote(weight, update.vote)
+    def read_report(self, plan: TrainPlan, term: str, report: bytes) -> Ints:
+        """The client's rank of every slot, 0 = best; shape (plan.mask.count,)."""
+        return unpack_order(report, plan.mask.count)
 
-    def leave_out(self, client_key: str) -> None:
-        """Without its vote."""
-        self._votes.pop(client_key, None)
-
-    def next_mask(self, server_round: int) -> RankMask:
+    def next_mask(self, state: State, replies: Sequence[Reply]) -> RankMask:
         """Arbitrate; dead slots stay dead, and never fewer than the final budget live.
 
         In a private run the largest slots of the merged, noised arrays survive, which tells nothing beyond those.
         """
-        mask, strategy = self.state.mask, self.settings.strategy
+        mask, options, allowed = state.mask, self.options, self.budget(state, state.server_round)
         if self.settings.privacy.on:
-            sizes = self.spec.slot_sizes(self.state.arrays, mask)
-            return mask.keep(select_top(sizes, self.budget(server_round)))
-        if not self._votes:
+            return mask.keep(select_top(self.spec.slot_sizes(state.arrays, mask), allowed))
+        votes = [Vote(reply.weight, reply.reports[VOTE], allowed) for reply in replies if VOTE in reply.reports]
+        if not votes:
             return mask
-        votes = list(self._votes.values())
-        if strategy.arbitration == "budget":
-            return arbitrate_budget(mask, votes, self.budget(server_round))
-        return arbitrate_threshold(mask, votes, strategy.threshold, self.final_budget)
+        if options.arbitration == "budget":
+            return arbitrate_budget(mask, votes, allowed)
+        return arbitrate_threshold(mask, votes, options.threshold, self.final_budget)
+
+
+def _tenth(value: int, rounds: int) -> int:
+    """Rounds that a key means: -1 stands for a tenth of all."""
+    return round(0.1 * rounds) if value < 0 else value

@@ -14,8 +14,9 @@ from fedara_flwr.merging.factors import module_factors, split_svd
 from fedara_flwr.model.deltas import Piece, Weights, dense, factors, from_factors, pack_factors
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
-from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import State
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.strategies.registry import register
 
 
 @register
@@ -35,25 +36,25 @@ class FeDeRA(FedLoRA):
             left, right = split_svd(self.model.weight(module.name), rank, scale)
             missing = rank - right.shape[0]  # a rank above the matrix's own
             pairs.append((np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, missing), (0, 0)))))
-        return {"head": self.start_head(), **pack_factors(pairs)}
+        return self.start_head() | pack_factors(pairs)
 
-    def start_delta(self) -> Piece:
+    def start_delta(self, state: State) -> Piece:
         """-s·B0·A0."""
-        start = module_factors(self.spec, self.state.mask, self.state.arrays)
-        return from_factors([(-scale * left, right) for scale, (left, right) in zip(self.scales(), start, strict=True)])
+        start, scales = module_factors(self.spec, state.mask, state.arrays), self.scales(state.mask)
+        return from_factors([(-scale * left, right) for scale, (left, right) in zip(scales, start, strict=True)])
 
-    def exported(self) -> Weights:
+    def exported(self, state: State) -> Weights:
         """ΔW = s·(B·A - B0·A0) as a LoRA of rank 2r on the unchanged backbone."""
-        piece, ranks, scales = self.state.delta.composed(), self.state.mask.ranks, self.scales()
+        piece, ranks, scales = state.delta.composed(), state.mask.ranks, self.scales(state.mask)
         assert piece is not None, "the delta is there from the start"
         if piece.ranks:
             start = factors(piece, self.spec)
         else:  # a rank so high that the log keeps the product
             start = [split_svd(matrix, rank, 1.0) for matrix, rank in zip(dense([piece], self.spec), ranks, strict=True)]
-        now = module_factors(self.spec, self.state.mask, self.state.arrays)
+        now = module_factors(self.spec, state.mask, state.arrays)
         pairs = [
             (np.concatenate([left, left0 / scale], axis=1), np.concatenate([right, right0]))
             for scale, (left, right), (left0, right0) in zip(scales, now, start, strict=True)
         ]
         mask = RankMask.full([len(right) for _, right in pairs])
-        return Weights({"head": self.state.arrays["head"], **pack_factors(pairs)}, mask, scales)
+        return Weights(state.arrays | pack_factors(pairs), mask, scales)

@@ -8,10 +8,15 @@ the residual makes that exact as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import from_factors
-from fedara_flwr.strategies import register
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.strategies.base import Reply, State
 from fedara_flwr.strategies.client_ranks import ClientRanks
+from fedara_flwr.strategies.registry import register
 
 
 @register
@@ -22,12 +27,14 @@ class FedExLoRA(ClientRanks):
     title = "LoRA, FedAvg of A and B, and the exact residual of that average in the backbone"
     paper = "arXiv 2410.09432"
     changes_backbone = True
+    own_merger = True
 
-    def merger(self) -> FactorStack:
+    def merger(self, state: State) -> FactorStack:
         """Means, and all factors for the residual."""
-        self._stack = FactorStack(self.spec, self.state.mask, self.state.arrays, self.scales())
-        return self._stack
+        return FactorStack(self.spec, state.mask, state.arrays, self.scales(state.mask))
 
-    def finish_round(self, server_round: int) -> None:
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
         """The residual joins the delta."""
-        self.state.delta.add(from_factors(self._stack.residual(self.state.arrays)))
+        assert isinstance(merger, FactorStack)
+        state.arrays = merged
+        state.delta.add(from_factors(merger.residual(merged)))

@@ -3,26 +3,26 @@
 import numpy as np
 
 from fedara_flwr.model.draws import lora_a
+from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
-from fedara_flwr.strategies import register
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
+from fedara_flwr.strategies.registry import register
 
 
 @register
-class FedLoRA(BaseStrategy):
+class FedLoRA(Method):
     """A ~ U(-1/√d_in, 1/√d_in) (Kaiming with a = √5, as PEFT has it), B = 0."""
 
     name = "fedlora"
     title = "LoRA, FedAvg of A and B (FedIT)"
     paper = "arXiv 2305.05644"
     learning_rate = 2e-3
-    trainable = frozenset({"B", "A", "head"})
+    trained = LORA
 
     def start_arrays(self, mask: RankMask) -> Arrays:
         """ΔW = 0 since B = 0."""
-        return {
-            "head": self.start_head(),
+        return self.start_head() | {
             "A": lora_a(self.spec, mask, self.settings.seed),
             "B": np.zeros(self.spec.length("B", mask), dtype=np.float32),
         }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import Client, State
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.plan import TrainPlan
 
 
@@ -20,8 +21,8 @@ class FFALoRA(FedLoRA):
     name = "ffa-lora"
     title = "LoRA with A frozen at its start: only B is trained and sent, averaging is exact"
     paper = "arXiv 2403.12313"
-    trainable = frozenset({"B", "head"})
+    trained = frozenset({"B", "head"})
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+    def plan(self, state: State, client: Client) -> TrainPlan:
         """A is drawn, not sent."""
-        return replace(super().plan(server_round, client_key), drawn=frozenset({"A"}), draw_seed=self.settings.seed)
+        return replace(super().plan(state, client), drawn=frozenset({"A"}), draw_seed=self.settings.seed)

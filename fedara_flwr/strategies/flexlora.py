@@ -17,8 +17,9 @@ from fedara_flwr.model.deltas import pack_factors
 from fedara_flwr.model.draws import lora_a
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import State
 from fedara_flwr.strategies.client_ranks import ClientRanks
+from fedara_flwr.strategies.registry import register
 
 ZERO = 1e-12  # singular values below this share of the largest one
 
@@ -55,7 +56,8 @@ class FlexLoRA(ClientRanks):
     title = "LoRA with a rank per client; the server averages products and splits them by SVD"
     paper = "arXiv 2402.11505"
     remade = frozenset({"A", "B"})
+    own_merger = True
 
-    def merger(self) -> SplitStack:
-        """Products, not factors."""
-        return SplitStack(self.spec, self.state.mask, self.state.arrays, self.scales(), self.settings.seed)
+    def merger(self, state: State) -> SplitStack:
+        """Products are merged, not factors."""
+        return SplitStack(self.spec, state.mask, state.arrays, self.scales(state.mask), self.settings.seed)

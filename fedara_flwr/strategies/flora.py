@@ -9,16 +9,20 @@ factors or, where fewer bytes, as one dense piece, and keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from fedara_flwr import seeds
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import from_factors
 from fedara_flwr.model.draws import lora_a
-from fedara_flwr.strategies import register
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.strategies.base import Client, Reply, State
 from fedara_flwr.strategies.client_ranks import ClientRanks
+from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.plan import TrainPlan
 
 
@@ -31,20 +35,24 @@ class FLoRA(ClientRanks):
     paper = "arXiv 2409.05976"
     remade = frozenset({"A", "B"})
     changes_backbone = True
+    own_merger = True
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+    def plan(self, state: State, client: Client) -> TrainPlan:
         """A and B are drawn, not sent."""
-        seed = seeds.derive(self.settings.seed, "flora", server_round)
-        return replace(super().plan(server_round, client_key), drawn=frozenset({"A", "B"}), draw_seed=seed)
+        plan = super().plan(state, client)
+        return replace(plan, drawn=frozenset({"A", "B"}), draw_seed=self._draw_seed(plan.server_round))
 
-    def merger(self) -> FactorStack:
-        """Keep all factors."""
-        self._stack = FactorStack(self.spec, self.state.mask, self.state.arrays, self.scales())
-        return self._stack
+    def _draw_seed(self, server_round: int) -> int:
+        return seeds.derive(self.settings.seed, "flora", server_round)
 
-    def finish_round(self, server_round: int) -> None:
+    def merger(self, state: State) -> FactorStack:
+        """All factors are kept."""
+        return FactorStack(self.spec, state.mask, state.arrays, self.scales(state.mask))
+
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
         """The stack joins the delta; the adapters start afresh."""
-        self.state.delta.add(from_factors(self._stack.stacked()))
-        seed = seeds.derive(self.settings.seed, "flora", server_round)
-        self.state.arrays["A"] = lora_a(self.spec, self.state.mask, seed)  # with B = 0 any would do; this one clients can draw
-        self.state.arrays["B"] = np.zeros_like(self.state.arrays["B"])
+        assert isinstance(merger, FactorStack)
+        state.delta.add(from_factors(merger.stacked()))
+        # with B = 0 any A would do; this one clients can draw
+        fresh = lora_a(self.spec, state.mask, self._draw_seed(state.server_round))
+        state.arrays = merged | {"A": fresh, "B": np.zeros_like(merged["B"])}

@@ -12,13 +12,13 @@ import numpy as np
 
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
-from fedara_flwr.strategies import register
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Client, Method, State
+from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.plan import TrainPlan
 
 
 @register
-class Full(BaseStrategy):
+class Full(Method):
     """No module has a slot; the backbone is a part like any other."""
 
     name = "full"
@@ -26,7 +26,7 @@ class Full(BaseStrategy):
     paper = "arXiv 1602.05629"
     learning_rate = 2e-4
     changes_backbone = True
-    trainable = frozenset({"backbone", "head"})
+    trained = frozenset({"backbone", "head"})
 
     def start_mask(self) -> RankMask:
         """Masks of length 0."""
@@ -34,9 +34,9 @@ class Full(BaseStrategy):
 
     def start_arrays(self, mask: RankMask) -> Arrays:
         """No difference from the pre-trained backbone."""
-        return {"head": self.start_head(), "backbone": np.zeros(self.spec.backbone_size, dtype=np.float32)}
+        return self.start_head() | {"backbone": np.zeros(self.spec.size("backbone"), dtype=np.float32)}
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
-        """Zeros need not travel."""
-        plan = super().plan(server_round, client_key)
-        return plan if self.state.server_round else replace(plan, drawn=frozenset({"backbone"}))
+    def plan(self, state: State, client: Client) -> TrainPlan:
+        """Before round 1 the differences are zeros, which need not travel."""
+        plan = super().plan(state, client)
+        return plan if state.server_round else replace(plan, drawn=frozenset({"backbone"}))

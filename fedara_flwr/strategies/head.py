@@ -1,17 +1,17 @@
 """`head`: only the task layer is trained, the backbone is as it was. The row that every adapter must beat."""
 
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.strategies import register
-from fedara_flwr.strategies.base import BaseStrategy
+from fedara_flwr.strategies.base import Method
+from fedara_flwr.strategies.registry import register
 
 
 @register
-class Head(BaseStrategy):
-    """No module has a slot."""
+class Head(Method):
+    """No module has a slot; a task without a head is refused."""
 
     name = "head"
     title = "the task layer alone, FedAvg"
-    trainable = frozenset({"head"})
+    trained = frozenset({"head"})
 
     def start_mask(self) -> RankMask:
         """Masks of length 0: nothing to send, nothing in the model."""

@@ -8,16 +8,19 @@ kept by the server, so nothing stays on the client; head averaged as in FedAvg.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import Field
 
 from fedara_flwr.merging.factors import delta_norm
 from fedara_flwr.merging.mean import PaddedMean
-from fedara_flwr.strategies import register
+from fedara_flwr.merging.merger import Merger
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.strategies.base import Client, Reply, State, Terms
 from fedara_flwr.strategies.client_ranks import ClientRanks, RankOptions
-from fedara_flwr.wire.plan import TrainPlan, Update
+from fedara_flwr.strategies.registry import register
+from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan
 
 
 class HetLoRAOptions(RankOptions):
@@ -34,31 +37,32 @@ class HetLoRA(ClientRanks):
     name = "hetlora"
     title = "LoRA with a rank per client, self-pruning and norm-weighted, zero-padded averaging"
     paper = "arXiv 2401.06432"
+    own_merger = True
     Options = HetLoRAOptions
     options: HetLoRAOptions
 
-    def terms(self) -> Mapping[str, Mapping[str, float]]:
+    def terms(self) -> Terms:
         """The tail's penalty."""
         options = self.options
         if not options.penalty:
             return super().terms()
         return {**super().terms(), "tail-penalty": {"weight": options.penalty, "gamma": options.gamma}}
 
-    def client_rank(self, client_key: str) -> int:
+    def client_rank(self, state: State, client: Client) -> int:
         """What pruning has left of r_k."""
-        return min(
-            super().client_rank(client_key), self.state.clients.get(client_key, {}).get("rank", self.settings.adapter.rank)
-        )
+        left = state.clients.get(client.key, {}).get("rank", self.settings.adapter.rank)
+        return min(super().client_rank(state, client), left)
 
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+    def plan(self, state: State, client: Client) -> TrainPlan:
         """Ask which slots the client keeps."""
-        plan = super().plan(server_round, client_key)
-        return replace(plan, report=frozenset({"kept"})) if "tail-penalty" in plan.terms else plan
+        plan = super().plan(state, client)
+        return replace(plan, report=frozenset({KEPT_SLOTS})) if "tail-penalty" in plan.terms else plan
 
-    def merger(self) -> PaddedMean:
+    def merger(self, state: State) -> PaddedMean:
         """Weights ∝ ‖B_k·A_k‖_F."""
-        return PaddedMean(self.spec, self.state.mask, self.state.arrays, lambda update: delta_norm(self.spec, update))
+        return PaddedMean(self.spec, state.mask, state.arrays, lambda update: delta_norm(self.spec, update))
 
-    def take(self, client_key: str, update: Update, weight: int) -> None:
-        """Remember the rank that the client kept."""
-        self.state.clients[client_key] = {"rank": max(1, int(update.mask.alive.max()))}
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
+        """Remember the rank that each client kept."""
+        super().next(state, merged, replies, merger)
+        state.clients |= {reply.client.key: {"rank": max(1, int(reply.mask.alive.max()))} for reply in replies}

@@ -16,18 +16,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from fedara_flwr.config import Group
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.server.roster import Node
-from fedara_flwr.strategies import register
+from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution
+from fedara_flwr.strategies.base import Client, Reply, State
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.codec import nbytes
-from fedara_flwr.wire.plan import Update
 
 UPLOADS = 5  # upload times of which the median counts
 FASTEST = 100.0  # times the median speed of a round's devices, what a report may claim
@@ -53,78 +54,76 @@ class Legend(FedLoRA):
     name = "legend"
     title = "LoRA depth by each device's capacity, ranks that rise toward the output"
     paper = "arXiv 2412.20004"
+    by_reports = True
     Options = LegendOptions
     options: LegendOptions
 
     @property
-    def calibration(self) -> Mapping[str, int]:  # type: ignore[override]
+    def calibration(self) -> Mapping[str, int]:
         """One batch as in training."""
         return {"calibrate-batch": self.settings.train.batch_size, "calibrate-rank": self.settings.adapter.rank}
 
     def start_mask(self) -> RankMask:
         """Rising ranks, the same for all modules of a block."""
-        self.depth: dict[str, int] = {}
         ranks = rank_distribution(self.spec.blocks, self.settings.adapter.rank, self.options.rank_step)
         return RankMask.full([ranks[module.block] for module in self.spec.modules])
 
-    def scales(self) -> tuple[float, ...]:
+    def scales(self, mask: RankMask) -> tuple[float, ...]:
         """alpha_l / r_l, the same for all blocks."""
         return (self.settings.adapter.alpha / self.settings.adapter.rank,) * len(self.spec.modules)
 
-    def ready(self, node: Node, metrics: Mapping[str, float]) -> None:
+    def ready(self, state: State, client: Client, metrics: Mapping[str, float]) -> None:
         """The calibration batch: memory of a block, and a first report where there is none yet (nodes are asked again)."""
-        profile, known = self.profile(node), self.state.clients.setdefault(node.key, {"uploads": []})
+        device, known = client.device, state.clients.setdefault(client.key, {"uploads": []})
         known["block"] = max(1.0, metrics.get("bytes-block", 0.0))
-        known["free"] = float(profile.memory) if profile is not None else metrics.get("bytes-free", 0.0)
+        known["free"] = float(device.memory) if device is not None else metrics.get("bytes-free", 0.0)
         if "forward" not in known:
-            self._report(node.key, metrics, 1, self.spec.blocks)
+            self._report(known, client, metrics, 1, self.spec.blocks)
 
-    def take(self, client_key: str, update: Update, weight: int) -> None:
-        """What the round took the device joins its moving averages."""
-        super().take(client_key, update, weight)
-        if self.profile(self.roster.nodes[client_key]) is None:
-            sent = self._sent(update.mask)
-            elapsed, busy = (update.metrics.get(f"seconds-{name}", 0.0) for name in ("elapsed", "all"))
-            uploads = self.state.clients[client_key]["uploads"]
-            uploads.append(max(0.0, elapsed - busy - POLLING) / sent)
-            del uploads[:-UPLOADS]
-            if (free := update.metrics.get("bytes-free", 0.0)) > 0:
-                self._smooth(client_key, "free", free)
-        steps = self.settings.train.steps or update.metrics.get("steps", 0)
-        self._report(client_key, update.metrics, steps, self.depth[client_key])
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
+        """What the round took each device joins its moving averages."""
+        super().next(state, merged, replies, merger)
+        for reply in replies:
+            known, metrics = state.clients[reply.client.key], reply.metrics
+            if reply.client.device is None:
+                elapsed, busy = (metrics.get(f"seconds-{name}", 0.0) for name in ("elapsed", "all"))
+                uploads = known["uploads"]
+                uploads.append(max(0.0, elapsed - busy - POLLING) / self._bytes(reply.mask))
+                del uploads[:-UPLOADS]
+                if (free := metrics.get("bytes-free", 0.0)) > 0:
+                    self._smooth(known, "free", free)
+            steps = self.settings.train.steps or metrics.get("steps", 0)
+            self._report(known, reply.client, metrics, steps, self.spec.blocks - self.spec.lowest(reply.mask))
 
-    def _report(self, client_key: str, metrics: Mapping[str, float], steps: float, blocks: int) -> None:
+    def _report(self, known: dict[str, Any], client: Client, metrics: Mapping[str, float], steps: float, blocks: int) -> None:
         """Seconds per step; of a simulated device counted FLOPs over its profile's speed, never this machine's clock.
 
         A report with anything but finite numbers above 0 does not count: as 0 it would make its device the fastest.
         """
-        profile = self.profile(self.roster.nodes[client_key])
         if not 1 <= steps < inf:
             return
-        unit, speed = ("seconds", 1.0) if profile is None else ("flops", profile.flops)
+        unit, speed = ("seconds", 1.0) if client.device is None else ("flops", client.device.flops)
         over = {"forward": steps * blocks if self.cached else steps, "backward": steps * blocks}
         values = {way: metrics.get(f"{unit}-{way}", 0.0) / speed / count for way, count in over.items()}
         if not all(0 < value < inf for value in values.values()):
             return
-        for way, value in values.items():
-            self._believe(client_key, way, value)
+        for way, value in values.items():  # a device may get slower at once, but faster only as far as its past makes likely
+            self._smooth(known, way, max(value, known[way] / LEAP) if way in known else value)
 
-    def _believe(self, client_key: str, way: str, seconds: float) -> None:
-        """A device may get slower at once, but faster only as far as its own past makes likely."""
-        known = self.state.clients[client_key]
-        self._smooth(client_key, way, max(seconds, known[way] / LEAP) if way in known else seconds)
-
-    def _smooth(self, client_key: str, name: str, value: float) -> None:
+    def _smooth(self, known: dict[str, Any], name: str, value: float) -> None:
         """One more value of a moving average."""
-        known, share = self.state.clients[client_key], self.options.smoothing
+        share = self.options.smoothing
         known[name] = (1 - share) * known[name] + share * value if name in known else value
 
-    def capacity(self, node: Node) -> Capacity | None:
-        """The moving averages of one node; None before its first report."""
-        known, profile = self.state.clients.get(node.key, {}), self.profile(node)
+    def capacity(self, state: State, client: Client) -> Capacity | None:
+        """The moving averages of one client; None before its first report."""
+        known = state.clients.get(client.key, {})
         if "forward" not in known:
             return None
-        upload = 1.0 / profile.up if profile is not None else statistics.median(known["uploads"] or self._usual_uploads())
+        if client.device is not None:
+            upload = 1.0 / client.device.up
+        else:
+            upload = statistics.median(known["uploads"] or self._usual_uploads(state))
         depth = max(1.0, min(known["free"] / known["block"], float(self.spec.blocks)))
         forward, backward = known["forward"], known["backward"]
         if self.cached:
@@ -136,32 +135,36 @@ class Legend(FedLoRA):
         """Whether clients keep the output of the blocks that they do not train."""
         return self.settings.train.cache != "off"
 
-    def _usual_uploads(self) -> list[float]:
+    @staticmethod
+    def _usual_uploads(state: State) -> list[float]:
         """Upload times of real devices, one each: what a device that has sent nothing yet is taken for; 0 while two know."""
-        medians = [statistics.median(known["uploads"]) for known in self.state.clients.values() if known["uploads"]]
+        medians = [statistics.median(known["uploads"]) for known in state.clients.values() if known["uploads"]]
         return medians if len(medians) > 2 else [0.0]
 
-    def prepare(self, server_round: int, nodes: Sequence[Node]) -> None:
-        """Depths of this round's nodes; one without a report trains one block."""
+    def prepare(self, state: State, clients: Sequence[Client]) -> None:
+        """Depths of this round's clients, kept in the state; one without a report trains one block."""
         blocks, train = self.spec.blocks, self.settings.train
-        sent = [self._sent(last_blocks(self.spec, self.state.mask, depth)) for depth in range(blocks + 1)]
-        found = {node.key: capacity for node in nodes if (capacity := self.capacity(node)) is not None}
+        sent = [self._bytes(last_blocks(self.spec, state.mask, depth)) for depth in range(blocks + 1)]
+        known = {client.key: capacity for client in clients if (capacity := self.capacity(state, client)) is not None}
         for way in ("forward", "backward"):  # a device that claims to be absurdly fast must not set the others' target
-            least = statistics.median([getattr(c, way) for c in found.values()] or [0.0]) / FASTEST
-            found = {key: replace(c, **{way: max(getattr(c, way), least)}) for key, c in found.items()}
+            least = statistics.median([getattr(c, way) for c in known.values()] or [0.0]) / FASTEST
+            known = {key: replace(c, **{way: max(getattr(c, way), least)}) for key, c in known.items()}
         if not train.steps:  # by epochs each device has steps of its own, here they are one
-            for key, capacity in found.items():
-                steps = train.epochs * -(-self.roster.examples.get(key, 1) // train.batch_size)
-                found[key] = replace(capacity, forward=steps * capacity.forward, backward=steps * capacity.backward)
-        self.depth = dict.fromkeys((node.key for node in nodes), 1)
-        if found:
-            chosen = depths(list(found.values()), blocks, train.steps or 1, sent, self.options.target, self.options.slack)
-            self.depth |= dict(zip(found, chosen, strict=True))
+            examples = {client.key: max(client.examples, 1) for client in clients}
+            for key, capacity in known.items():
+                steps = train.epochs * -(-examples[key] // train.batch_size)
+                known[key] = replace(capacity, forward=steps * capacity.forward, backward=steps * capacity.backward)
+        depth = dict.fromkeys((client.key for client in clients), 1)
+        if known:
+            chosen = depths(list(known.values()), blocks, train.steps or 1, sent, self.options.target, self.options.slack)
+            depth |= dict(zip(known, chosen, strict=True))
+        for key, blocks_of in depth.items():
+            state.clients.setdefault(key, {"uploads": []})["depth"] = blocks_of
 
-    def _sent(self, mask: RankMask) -> int:
+    def _bytes(self, mask: RankMask) -> int:
         """Bytes of an update under `mask`."""
-        return sum(nbytes(self.settings.wire.up, self.spec.row_lengths(part, mask)) for part in self.trainable)
+        return sum(nbytes(self.settings.wire.up, self.spec.row_lengths(part, mask)) for part in self.parts)
 
-    def client_mask(self, client_key: str) -> RankMask:
+    def client_mask(self, state: State, client: Client) -> RankMask:
         """The last k_i blocks, whole."""
-        return last_blocks(self.spec, self.state.mask, self.depth.get(client_key, 1))
+        return last_blocks(self.spec, state.mask, state.clients.get(client.key, {}).get("depth", 1))

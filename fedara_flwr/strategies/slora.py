@@ -8,19 +8,22 @@ part of the update in A and B.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from fedara_flwr.config import ConfigError, Group
+from fedara_flwr.config import ConfigError, Group, Settings
 from fedara_flwr.merging.factors import split_svd
+from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.deltas import Weights, dense_size, pack_factors
 from fedara_flwr.model.draws import sparse_positions
-from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import Arrays
-from fedara_flwr.strategies import register
+from fedara_flwr.strategies.base import Client, Reply, State
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.plan import TrainPlan
 
 
@@ -42,6 +45,13 @@ class SLoRA(FedLoRA):
     Options = SLoRAOptions
     options: SLoRAOptions
 
+    @classmethod
+    def check(cls, settings: Settings) -> BaseModel:
+        """As every method; and there must be a round for each phase."""
+        if settings.num_server_rounds < 2:
+            raise ConfigError("num-server-rounds = 1: slora needs at least 2, one in each of its phases")
+        return super().check(settings)
+
     @property
     def sparse_rounds(self) -> int:
         """Rounds of the sparse phase, at least one and not all."""
@@ -50,58 +60,66 @@ class SLoRA(FedLoRA):
 
     def start_arrays(self, mask: RankMask) -> Arrays:
         """No difference from the pre-trained weights at the drawn positions; no adapter yet."""
-        if self.settings.num_server_rounds < 2:
-            raise ConfigError("num-server-rounds = 1: slora needs at least 2, one in each of its phases")
-        self._entries = self.spec.length("B", mask) + self.spec.length("A", mask)
-        if self._entries > dense_size(self.spec):
+        entries = self._entries(mask)
+        if entries > dense_size(self.spec):
             rank = self.settings.adapter.rank
-            most = rank * dense_size(self.spec) // self._entries
+            most = rank * dense_size(self.spec) // entries
             raise ConfigError(f"adapter.rank = {rank}: LoRA has more numbers than the weights, allowed is up to {most}")
-        self._positions = sparse_positions(self.spec, self._entries, self.settings.seed)
-        return {"head": self.start_head(), "backbone": np.zeros(self._entries, dtype=np.float32)}
+        return self.start_head() | {"backbone": np.zeros(entries, dtype=np.float32)}
 
-    @property
-    def _sparse(self) -> bool:
-        return "backbone" in self.state.arrays
+    def _entries(self, mask: RankMask) -> int:
+        """As many numbers as LoRA would train."""
+        full = RankMask.full(mask.ranks)
+        return self.spec.length("B", full) + self.spec.length("A", full)
 
-    def client_mask(self, client_key: str) -> RankMask:
+    def _positions(self, state: State) -> Ints:
+        return sparse_positions(self.spec, self._entries(state.mask), self.settings.seed)
+
+    @staticmethod
+    def _sparse(state: State) -> bool:
+        """Whether the first phase goes on."""
+        return "backbone" in state.arrays
+
+    def client_mask(self, state: State, client: Client) -> RankMask:
         """No slot in the sparse phase."""
-        return self._no_slots() if self._sparse else self.state.mask
+        return _no_slots(state.mask) if self._sparse(state) else state.mask
 
-    def _no_slots(self) -> RankMask:
-        return RankMask(self.state.mask.ranks, np.zeros_like(self.state.mask.bits))
-
-    def plan(self, server_round: int, client_key: str) -> TrainPlan:
+    def plan(self, state: State, client: Client) -> TrainPlan:
         """In the sparse phase, the drawn entries and the head."""
-        plan = super().plan(server_round, client_key)
-        if not self._sparse:
+        plan = super().plan(state, client)
+        if not self._sparse(state):
             return plan
         return replace(
             plan,
-            trainable=frozenset({"backbone", "head"}),
-            learning_rate=self.options.sparse_learning_rate,
-            entries=self._entries,
+            sent=(plan.sent & {"head"}) | {"backbone"},
+            train=plan.train.model_copy(update={"learning_rate": self.options.sparse_learning_rate}),
+            entries=self._entries(state.mask),
             draw_seed=self.settings.seed,
-            drawn=frozenset() if self.state.server_round else frozenset({"backbone"}),
+            drawn=frozenset() if state.server_round else frozenset({"backbone"}),
         )
 
-    def finish_round(self, server_round: int) -> None:
+    def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
         """After the sparse phase: the update's leading part becomes the adapters, the backbone is as it was."""
-        if not self._sparse or server_round < self.sparse_rounds:
+        state.arrays = merged
+        if not self._sparse(state) or state.server_round < self.sparse_rounds:
             return
-        values = self.state.arrays.pop("backbone").astype(np.float64)
+        values, positions = state.arrays.pop("backbone").astype(np.float64), self._positions(state)
         pairs, start = [], 0
-        for module, rank, scale in zip(self.spec.modules, self.state.mask.ranks, self.scales(), strict=True):
+        for module, rank, scale in zip(self.spec.modules, state.mask.ranks, self.scales(state.mask), strict=True):
             size = module.d_out * module.d_in
-            first, last = np.searchsorted(self._positions, (start, start + size))
+            first, last = np.searchsorted(positions, (start, start + size))
             matrix = np.zeros(size)
-            matrix[self._positions[first:last] - start] = values[first:last]
+            matrix[positions[first:last] - start] = values[first:last]
             pairs.append(split_svd(matrix.reshape(module.d_out, module.d_in), rank, scale))
             start += size
-        self.state.arrays |= pack_factors(pairs)
+        state.arrays |= pack_factors(pairs)
 
-    def weights(self) -> Weights:
+    def weights(self, state: State) -> Weights:
         """In the sparse phase, the backbone's entries in place of adapters."""
-        if not self._sparse:
-            return super().weights()
-        return Weights(self.state.arrays, self._no_slots(), self.scales(), positions=self._positions)
+        if not self._sparse(state):
+            return super().weights(state)
+        return Weights(state.arrays, _no_slots(state.mask), self.scales(state.mask), positions=self._positions(state))
+
+
+def _no_slots(mask: RankMask) -> RankMask:
+    return RankMask(mask.ranks, np.zeros_like(mask.bits))

@@ -1,4 +1,4 @@
-"""The byte meter: counts the records that are sent, by direction and part (contracts.md §4)."""
+"""The byte meter: counts the records that are sent, by direction and part."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedara_flwr.model.spec import PARTS
+from fedara_flwr.model.parts import declared
 from fedara_flwr.wire.codec import CODECS
-from fedara_flwr.wire.records import PIECE
+from fedara_flwr.wire.records import KEPT_SLOTS, PIECE, REPORT
 
 Direction = Literal["down", "up"]
-COUNTED = (*PARTS, "delta", "mask", "other")
 _ITEM = {codec.dtype.name: codec.dtype.itemsize for codec in CODECS.values()}
-_MASKS = ("mask", "votes", "slot-ranks", "kept")
+_MASKS = ("mask", KEPT_SLOTS)
+
+
+def counted() -> tuple[str, ...]:
+    """What bytes are counted apart: every declared part, pieces of the delta, masks with what terms report, and the rest."""
+    return (*declared(), "delta", "mask", "other")
 
 
 def payload(content: RecordDict) -> Counter[str]:
     """Bytes of one message by part; the sum is what Flower's own `count_bytes()` says of its records.
 
-    B, E, A, head, backbone and delta count what their numbers take on the wire (wire/codec); mask the packed bits and slot
-    ranks; other is what remains: npy headers, names and the settings in the plan.
+    Parts and delta count what their numbers take on the wire (wire/codec.py); mask the packed bits and terms' reports; other
+    is what remains: npy headers, names and the settings in the plan.
     """
     parts: Counter[str] = Counter()
     total = sum(_size(record) for record in content.values())
     for record_name, arrays in content.array_records.items():
         for name, array in arrays.items():
-            part = "delta" if record_name.startswith(PIECE) else name if name in PARTS else "other"
+            part = "delta" if record_name.startswith(PIECE) else name if name in declared() else "other"
             # what a header claims is not believed beyond the bytes that are there, nor multiplied: all parts are vectors, and
             # the product of a long shape takes minutes
             claimed = _ITEM.get(array.dtype, 4) * array.shape[0] if len(array.shape) == 1 else 0
             parts[part] += max(0, min(claimed, len(array.data)))
     for config in content.config_records.values():
-        for key in _MASKS:
-            value = config.get(key)
-            parts["mask"] += len(value) if isinstance(value, bytes) else 0
+        for key, value in config.items():
+            if isinstance(value, bytes) and (key in _MASKS or key.startswith(REPORT)):
+                parts["mask"] += len(value)
     parts["other"] += total - sum(parts.values())
     return parts
 
@@ -65,7 +69,7 @@ class ByteMeter:
 
     def take_round(self) -> dict[str, int]:
         """Bytes since the last call, every (direction, part) present, and `down` and `up` in all."""
-        taken = {f"{d}.{p}": self._round[f"{d}.{p}"] for d in ("down", "up") for p in COUNTED}
-        taken |= {d: sum(taken[f"{d}.{p}"] for p in COUNTED) for d in ("down", "up")}
+        taken = {f"{d}.{p}": self._round[f"{d}.{p}"] for d in ("down", "up") for p in counted()}
+        taken |= {d: sum(taken[f"{d}.{p}"] for p in counted()) for d in ("down", "up")}
         self._round.clear()
         return taken

@@ -10,53 +10,31 @@ of the largest difference it ever had.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS, Arrays, ModelSpec
+from fedara_flwr.model.kept import Kept
+from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.wire.codec import CODECS, Coded, CodingError
 from fedara_flwr.wire.plan import TrainPlan, Update
 
 
-@dataclass
-class Residue:
-    """What coding has taken from one node's uploads and not given back yet.
+def residue_of(kept: Kept | None, plan: TrainPlan, spec: ModelSpec) -> Kept:
+    """The residue of `plan.feedback` under the plan's mask: zero for what is new, or means something else by now.
 
-    Attributes:
-        arrays: exact - decoded by part, packed under `mask`.
-        mask: slots of the plan under which it was kept.
-        draw_seed: the plan's; with another one drawn values differ, and so does what was learnt beside them.
-        entries: likewise.
+    Where the plan draws other values than the kept residue's did, what was learnt beside them differs, and so only the head's
+    counts.
     """
-
-    arrays: Arrays
-    mask: RankMask
-    draw_seed: int = 0
-    entries: int = 0
-
-    def fit(self, plan: TrainPlan, spec: ModelSpec) -> Residue:
-        """The residue of `plan.feedback` under the plan's mask: zero for what is new, or means something else by now."""
-        parts = plan.feedback & plan.trainable
-        fitted = {part: np.zeros(spec.length(part, plan.mask, plan.entries), dtype=np.float32) for part in parts}
-        same_draw = (self.draw_seed, self.entries) == (plan.draw_seed, plan.entries)
-        if self.mask.ranks == plan.mask.ranks:
-            both = self.mask.intersect(plan.mask)
-            for part in parts & self.arrays.keys():
-                kept = self.arrays[part]
-                if kept.shape != (spec.length(part, self.mask, self.entries),) or not (same_draw or part == "head"):
-                    continue
-                if part in SLOT_PARTS:
-                    widths = spec.widths(part)
-                    kept = plan.mask.scatter(self.mask.slice(kept, widths, both), widths, both, fitted[part])
-                fitted[part] = kept
-        return Residue(fitted, plan.mask, plan.draw_seed, plan.entries)
+    zeros = {name: np.zeros(spec.length(name, plan.mask, plan.entries), np.float32) for name in plan.feedback & plan.sent}
+    arrays = zeros
+    if kept is not None:
+        same_draw = (kept.draw_seed, kept.entries) == (plan.draw_seed, plan.entries)
+        arrays = kept.only(zeros if same_draw else {"head"}).over(zeros, plan.mask, spec)
+    return Kept(arrays, plan.mask, plan.draw_seed, plan.entries)
 
 
 def code_update(
-    update: Update, plan: TrainPlan, spec: ModelSpec, received: Arrays, client_key: str, residue: Residue | None = None
+    update: Update, plan: TrainPlan, spec: ModelSpec, received: Arrays, client_key: str, residue: Kept | None = None
 ) -> tuple[Coded | Arrays, dict[str, float]]:
     """An update's arrays as the plan wants them sent.
 
@@ -89,9 +67,6 @@ def code_update(
         decoded = codec.decode(coded[part], rows)
         error.add(exact, decoded)
         if residue is not None and part in residue.arrays:
-            left = exact - decoded
-            if part in SLOT_PARTS:
-                left = plan.mask.scatter(left, spec.widths(part), update.mask, residue.arrays[part])
-            residue.arrays[part] = left
+            residue.arrays[part] = spec.scatter(part, exact - decoded, plan.mask, update.mask, residue.arrays[part])
     said = {"coding-error": error.value}
     return coded, said if residue is None else said | {"feedback-norm": added.value}

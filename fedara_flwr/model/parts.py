@@ -1,0 +1,109 @@
+"""Parts: the named arrays that travel between server and clients, or stay where they are. Each is declared here, once.
+
+A *slot part* has so many numbers for each rank slot of a module: B, E and A of ΔW = s·B·diag(E)·A. The adapted layer computes
+with these three and no other, so no package can add one. A *parameter part* is a set of the model's own parameters: the head,
+the whole backbone, or what another package declares with the entry-point group `fedara_flwr.parts` (an entry's name is the
+part's name), for example all biases (BitFit, arXiv 2106.10199). Of the head its values travel, of every other parameter part
+the differences from the pre-trained values.
+
+Code asks a part what it is; a name that nobody declared is refused, never left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedara_flwr.config import LocalTraining
+    from fedara_flwr.model.spec import ModuleSpec
+
+GROUP = "fedara_flwr.parts"
+RESERVED = frozenset({"delta", "mask", "other"})  # what the byte meter calls something else
+
+
+@dataclass(frozen=True)
+class Part:
+    """One declaration.
+
+    Attributes:
+        name: how plans, messages, byte counts and checkpoints call it.
+        rate: its AdamW learning rate, of the round's training settings.
+        width: numbers per slot of a module; None for a parameter part.
+        holds: whether the backbone's parameter of this name belongs to it; None for slot parts and the head.
+        absent: what each number counts as where arrays do not have the part: 1 for E, which makes LoRA of B·diag(E)·A; None
+            where the part must be there.
+    """
+
+    name: str
+    rate: Callable[[LocalTraining], float]
+    width: Callable[[ModuleSpec], int] | None = None
+    holds: Callable[[str], bool] | None = None
+    absent: float | None = None
+
+    @property
+    def slots(self) -> bool:
+        """Whether it has numbers for each rank slot."""
+        return self.width is not None
+
+
+B = Part("B", lambda train: train.learning_rate, width=lambda module: module.d_out)
+E = Part("E", lambda train: train.learning_rate * train.e_lr_factor, width=lambda module: 1, absent=1.0)
+A = Part("A", lambda train: train.learning_rate, width=lambda module: module.d_in)
+HEAD = Part("head", lambda train: train.head_learning_rate)
+BACKBONE = Part("backbone", lambda train: train.learning_rate, holds=lambda name: True)
+BUILT_IN = {part.name: part for part in (B, E, A, HEAD, BACKBONE)}
+SLOT_PARTS = tuple(part.name for part in BUILT_IN.values() if part.slots)
+LORA = frozenset({"B", "A", "head"})
+SVD = frozenset({"B", "E", "A", "head"})
+
+
+@lru_cache
+def declared() -> dict[str, Part]:
+    """All parts by name: the built-in ones in a fixed order, then those of installed packages by name.
+
+    Raises:
+        ValueError: a package declares a slot part, or a name that is taken or unlike the part's own.
+    """
+    found = dict(BUILT_IN)
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        part = point.load()
+        if not isinstance(part, Part) or part.holds is None or part.slots:
+            raise ValueError(f"{GROUP}: {point.value} is no Part of the backbone's parameters (`holds`)")
+        if part.name != point.name or part.name in found or part.name in RESERVED:
+            raise ValueError(f"{GROUP}: {point.value} has the name {part.name!r}, which is taken or unlike its entry point's")
+        found[part.name] = part
+    return found
+
+
+def part(name: str) -> Part:
+    """The part of this name.
+
+    Raises:
+        ValueError: nobody declared it.
+    """
+    try:
+        return declared()[name]
+    except KeyError:
+        raise ValueError(f"part {name!r:.80} is not declared, declared are {', '.join(declared())}") from None
+
+
+def is_slot_part(name: str) -> bool:
+    """Whether a part has numbers for each rank slot; ValueError where it is not declared."""
+    return part(name).slots
+
+
+def of_backbone(names: Iterable[str]) -> bool:
+    """Whether any of these parts consists of the backbone's own parameters; ValueError where one is not declared."""
+    return any(part(name).holds is not None for name in names)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """These parts in the order in which all code goes through parts; ValueError where one is not declared."""
+    names = set(names)
+    for name in sorted(names):
+        part(name)
+    return [name for name in declared() if name in names]

@@ -1,0 +1,115 @@
+"""Where a node keeps vectors from one of its rounds to the next: files, so that they outlive the process.
+
+Two things are kept so: parts of the model that stay with the node, and what rounding took from its uploads (wire/upload.py). A
+file per round, the last two of each run. A round that is trained again, after a lost attempt or when the run goes on from its
+last checkpoint, starts from what it started from before, and so gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedara_flwr.files import tensors_digest
+from fedara_flwr.model.kept import Kept
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.node.store import LIMIT
+
+logger = logging.getLogger(__name__)
+ROUNDS_KEPT = 2  # what the last round left, and what it started from
+
+
+class KeptStore:
+    """What one client keeps of one run, in a folder of its own below `root`, which other clients and processes share.
+
+    The folder `root` is called after what is kept in it.
+
+    Args:
+        limit: bytes below `root`; the clients that wrote longest ago go first.
+    """
+
+    def __init__(self, root: Path, run: str, client_key: str, limit: int = LIMIT) -> None:
+        self.root, self.limit = root, limit
+        self.folder = root / sha256(f"{run}\x1f{client_key}".encode()).hexdigest()  # both come from outside
+
+    def take(self, server_round: int) -> Kept | None:
+        """What rounds before this one left; None where nothing did, or it is lost or damaged.
+
+        What later rounds left is of a course that the run did not take. It is removed.
+        """
+        files = self._files()
+        for number in [number for number in files if number >= server_round]:
+            files.pop(number).unlink(missing_ok=True)
+        # never an older one: what it holds is used up, an upload has it already
+        return self._read(files[max(files)]) if files else None
+
+    def put(self, kept: Kept, server_round: int) -> None:
+        """Keep what this round left. A disk that does not take it costs what was to be kept, and not the round."""
+        try:
+            self._make_room(ROUNDS_KEPT * sum(values.nbytes for values in kept.arrays.values()))
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells of the client's own data
+            part = self.folder / f"{server_round}.part"
+            part.write_bytes(_packed(kept))
+            os.replace(part, self.folder / f"{server_round}.safetensors")
+            files = self._files()
+            for number in sorted(files)[:-ROUNDS_KEPT]:
+                files[number].unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s of a client cannot be kept: they are lost (%s)", self.root.name, error)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> dict[int, Path]:
+        return {int(file.stem): file for file in self.folder.glob("*.safetensors")}
+
+    def _make_room(self, needed: int) -> None:
+        folders = sorted(self._others())
+        total = sum(size for _, size, _ in folders) + needed
+        for _, size, folder in folders:
+            if total <= self.limit:
+                break
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+    def _others(self) -> Iterator[tuple[int, int, Path]]:
+        """Time of the last write, size and folder of every other client and run."""
+        for folder in self.root.glob("*/"):
+            if folder == self.folder:
+                continue
+            with suppress(OSError):  # another process may be making room, too
+                yield folder.stat().st_mtime_ns, sum(file.stat().st_size for file in folder.iterdir()), folder
+
+    def _read(self, file: Path) -> Kept | None:
+        try:
+            with safe_open(file, "numpy") as tensors:
+                arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no dictionary)
+                header = tensors.metadata() or {}
+            if header["sha256"] != tensors_digest(arrays, header["facts"]):
+                raise ValueError("sha256 differs")
+            facts = json.loads(header["facts"])
+            mask = RankMask.from_bytes(facts["ranks"], bytes.fromhex(facts["mask"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            logger.warning("%s of a client are lost: %s is damaged (%s)", self.root.name, file.name, str(error)[:120])
+            return None
+        good = {part: values for part, values in arrays.items() if np.isfinite(values).all()}
+        return Kept(good, mask, facts["draw-seed"], facts["entries"])
+
+
+def _packed(kept: Kept) -> bytes:
+    facts = {
+        "ranks": list(kept.mask.ranks),
+        "mask": kept.mask.to_bytes().hex(),
+        "draw-seed": kept.draw_seed,
+        "entries": kept.entries,
+    }
+    text = json.dumps(facts)
+    return save(kept.arrays, metadata={"facts": text, "sha256": tensors_digest(kept.arrays, text)})

@@ -1,0 +1,30 @@
+"""`fedsa-lora` (FedSA-LoRA, arXiv 2410.01463): A is averaged, each client's B stays with it.
+
+Stated by the paper: both factors are trained, only A is shared; what a client uses is the shared A with its own B.
+This project's reading: the head is shared like A; a client's B starts at 0 and is kept in the node's store. Clients evaluate
+with their own B (`data.client-validation`). The server has none: in the last round B is sent, too, and the mean of that
+round's B is the global model that it tests and exports. Before, its own figures are those of B = 0.
+"""
+
+from dataclasses import replace
+
+from fedara_flwr.strategies.base import Client, State
+from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.strategies.registry import register
+from fedara_flwr.wire.plan import TrainPlan
+
+
+@register
+class FedSALoRA(FedLoRA):
+    """FedLoRA with B on the clients."""
+
+    name = "fedsa-lora"
+    title = "LoRA, A averaged and B kept by each client; at the end the mean B"
+    paper = "arXiv 2410.01463"
+    kept = frozenset({"B"})
+
+    def plan(self, state: State, client: Client) -> TrainPlan:
+        """B starts from what the client kept, or 0; it is sent in the last round alone."""
+        plan = super().plan(state, client)
+        last = plan.server_round >= self.settings.num_server_rounds
+        return replace(plan, drawn=self.kept, sent=plan.sent | self.kept if last else plan.sent)
