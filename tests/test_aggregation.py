@@ -12,8 +12,9 @@ from fedara_flwr.merging.factors import delta_norm, module_factors, split_produc
 from fedara_flwr.merging.mean import FactorError, PaddedMean, SlotMean
 from fedara_flwr.merging.stack import FactorStack
 from fedara_flwr.model.deltas import pack_factors
+from fedara_flwr.model.parts import BUILT_IN, SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import PARTS, SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.wire.plan import Update
 
 laws = settings(deadline=None, max_examples=60)
@@ -24,6 +25,7 @@ SPEC = ModelSpec(
     (ParameterSpec("embeddings", (2, 1)),),
 )
 FULL = RankMask.full([2, 1])  # slots (0,0), (0,1), (1,0): 2 + 2 + 1 numbers in B, 1 + 1 + 1 in E, 1 + 1 + 3 in A
+PARTS = tuple(BUILT_IN)
 finite = st.floats(-(2.0**60), 2.0**60, width=32)
 weights = st.integers(1, 10**6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import (
-    WeightedVote,
+    Vote,
     arbitrate_budget,
     arbitrate_threshold,
     arbitration_order,
@@ -19,7 +20,6 @@ from fedara_flwr.strategies.allocation import (
     mean_scores,
     vote_shares,
 )
-from fedara_flwr.wire.plan import Vote
 
 laws = settings(deadline=None, max_examples=150)
 
@@ -88,8 +88,7 @@ MASK = RankMask((3, 3), np.array([1, 0, 1, 1, 1, 1], dtype=bool))  # five alive,
 
 
 def vote(ranks, allowed, weight=1):
-    ranks = np.array(ranks, dtype=np.uint16)
-    return WeightedVote(weight, Vote(ranks < allowed, ranks))
+    return Vote(weight, np.array(ranks, dtype=np.int64), allowed)
 
 
 def three_clients():
@@ -137,9 +136,9 @@ def test_a_dead_slot_between_the_alive_ones_stays_dead():
     assert arbitrate_budget(MASK, three_clients(), 2).bits.tolist() == [True, False, True, False, False, False]
 
 
-def test_without_ranks_ties_go_by_position():
-    """Two clients vote for slots 1, 3 and 1, 4: 1 leads, 3 and 4 tie and 3 comes first, then 0."""
-    votes = [WeightedVote(1, Vote(np.array(bits, dtype=bool))) for bits in ([0, 1, 0, 1, 0], [0, 1, 0, 0, 1])]
+def test_ties_in_share_and_score_go_by_position():
+    """Two clients vote for slots 1, 3 and 1, 4: 1 leads; 3 and 4 have ranks 1 + 2 both and 3 comes first; 0 and 2, 3 + 4."""
+    votes = [vote([3, 0, 4, 1, 2], 2), vote([4, 0, 3, 2, 1], 2)]
     assert arbitration_order(votes, 5).tolist() == [1, 3, 4, 0, 2]
 
 
@@ -234,8 +233,8 @@ def test_order_against_python_sorting(case):
     total, alive = sum(item.weight for item in votes), mask.count
 
     def key(slot):
-        share = Fraction(sum(item.weight for item in votes if item.vote.keep[slot]), total)
-        score = sum(item.weight * (1 - Fraction(int(item.vote.ranks[slot]), alive)) for item in votes) / total
+        share = Fraction(sum(item.weight for item in votes if item.keep[slot]), total)
+        score = sum(item.weight * (1 - Fraction(int(item.ranks[slot]), alive)) for item in votes) / total
         return (-share, -score, slot)
 
     assert arbitration_order(votes, alive).tolist() == sorted(range(alive), key=key)
@@ -256,7 +255,7 @@ def test_threshold_against_exact_fractions(case, threshold, least):
     mask, votes = case
     total = sum(item.weight for item in votes)
     step = Fraction(threshold).limit_denominator(2**20)
-    shares = [sum(item.weight for item in votes if item.vote.keep[i]) for i in range(mask.count)]
+    shares = [sum(item.weight for item in votes if item.keep[i]) for i in range(mask.count)]
     passed = {i for i in range(mask.count) if Fraction(shares[i], total) >= step}
     kept = arbitrate_threshold(mask, votes, threshold, least)
     chosen = set(np.flatnonzero(kept.within(mask)).tolist())
@@ -279,7 +278,7 @@ def test_order_of_votes_does_not_matter(case, random, slots, threshold):
 @given(ballots(), st.integers(2, 1000), st.integers(0, 25), st.floats(0.01, 1.0))
 def test_only_relative_weights_matter(case, factor, slots, threshold):
     mask, votes = case
-    scaled = [WeightedVote(item.weight * factor, item.vote) for item in votes]
+    scaled = [replace(item, weight=item.weight * factor) for item in votes]
     assert arbitrate_budget(mask, scaled, slots) == arbitrate_budget(mask, votes, slots)
     assert arbitrate_threshold(mask, scaled, threshold, slots) == arbitrate_threshold(mask, votes, threshold, slots)
 
@@ -288,9 +287,9 @@ def test_only_relative_weights_matter(case, factor, slots, threshold):
 @given(ballots(), st.integers(1, 25))
 def test_one_client_gets_its_own_vote(case, weight):
     mask, votes = case
-    alone = WeightedVote(weight, votes[0].vote)
-    assert np.array_equal(arbitrate_budget(mask, [alone], int(alone.vote.keep.sum())).within(mask), alone.vote.keep)
-    assert np.array_equal(arbitrate_threshold(mask, [alone], 0.5, 0).within(mask), alone.vote.keep)
+    alone = replace(votes[0], weight=weight)
+    assert np.array_equal(arbitrate_budget(mask, [alone], int(alone.keep.sum())).within(mask), alone.keep)
+    assert np.array_equal(arbitrate_threshold(mask, [alone], 0.5, 0).within(mask), alone.keep)
 
 
 @laws
@@ -311,7 +310,7 @@ def test_dead_slots_stay_dead_over_rounds(case, budgets, seed, by_threshold):
 def test_a_share_equal_to_a_decimal_threshold_survives(threshold, yes, of):
     """0.6 as a float lies below 3/5 and 0.3 above 3/10; three of five and three of ten votes must do."""
     mask = RankMask.full([1])
-    votes = [WeightedVote(1, Vote(np.array([i < yes]))) for i in range(of)]
+    votes = [vote([0], int(i < yes)) for i in range(of)]
     assert arbitrate_threshold(mask, votes, threshold, 0).count == 1
-    fewer = [WeightedVote(1, Vote(np.array([i < yes - 1]))) for i in range(of)]
+    fewer = [vote([0], int(i < yes - 1)) for i in range(of)]
     assert arbitrate_threshold(mask, fewer, threshold, 0).count == 0

@@ -165,7 +165,7 @@ class Backbone:
         return self.dtype in QUANTISED
 
     def _split_head(self, task: Task, missing: set[str], blocks: str) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
-        """Head: what the checkpoint lacks and the task layer, whole top-level modules (contracts.md §3)."""
+        """Head: what the checkpoint lacks and the task layer, whole top-level modules."""
         inside = sorted(key for key in missing if key.startswith(blocks + "."))
         if inside:
             raise ConfigError(f"model.name = {self.name!r}: the checkpoint lacks {inside[0]} inside the blocks")

@@ -1,4 +1,4 @@
-"""Writes what was trained for stock PEFT and transformers (contracts.md §8)."""
+"""Writes what was trained for stock PEFT and transformers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
     """The settings as this node takes them, and the path of its own data ('' = its share of the run's data).
 
     On a device the server's `data.path` is not used, and its `model.name` only looked up among the names that the node's own
-    `models` allows: no path of the server's is opened (contracts.md §5).
+    `models` allows: no path of the server's is opened.
 
     Args:
         trusted: True in a simulation and in-process, where server and client are one user.

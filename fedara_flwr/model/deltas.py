@@ -1,4 +1,4 @@
-"""Deltas: what a method adds to the frozen weights, the same on every node (contracts.md §2). numpy only.
+"""Deltas: what a method adds to the frozen weights, the same on every node. numpy only.
 
 The server keeps a log of pieces. A node is told which pieces make up the version that it must hold, and is sent those that
 it lacks: low-rank factors, or one dense piece in place of all where that is fewer bytes.

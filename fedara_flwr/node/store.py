@@ -1,4 +1,4 @@
-"""Where a node keeps the pieces of the delta: files by sha256, checked when they are read (contracts.md §2)."""
+"""Where a node keeps the pieces of the delta: files by sha256, checked when they are read."""
 
 from __future__ import annotations
 
