@@ -9,7 +9,6 @@ import json
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from curves import read
 from flwr.app import MetricRecord
@@ -17,7 +16,9 @@ from flwr.app import MetricRecord
 from fedara_flwr import strategies
 from fedara_flwr.config import DataSettings, ModelSettings, Settings
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.model.deltas import Weights
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.server.loop import Callback, RoundLoop
 
 EVERY = 5  # rounds between evaluations
 DATASETS = {  # name: (clients, Dirichlet alpha)
@@ -39,7 +40,13 @@ def server_model(model: ModelSettings, data: DataSettings, seed: int) -> ServerM
     return ServerModel(Settings(model=model, data=data, seed=seed, run={"threads": 1}))
 
 
-class Trial:
+def new_loop(settings: Settings, model: ServerModel, *callbacks: Callback) -> RoundLoop:
+    """The rounds of a run before its first one, told to the callbacks."""
+    method = strategies.find(settings.method)(settings, model)
+    return RoundLoop(settings, method, method.start(), model.expected(method.all_terms(), method.parts), callbacks)
+
+
+class Trial(Callback):
     """One run that can be continued rung by rung; what its file already holds is not run again."""
 
     def __init__(
@@ -60,7 +67,7 @@ class Trial:
         }
         self.key = {"stage": stage, "data": dataset, "method": method, "setting": setting, "seed": seed}
         self.out, self.rounds, self.settings = out, rounds, Settings.from_flat(flat)
-        self.strategy: Any = None
+        self.loop: RoundLoop | None = None
         self._modelled = {"seconds": 0.0, "joules": 0.0}
         self._busy = 0.0
 
@@ -69,12 +76,12 @@ class Trial:
         wanted = (rounds - EVERY, rounds)
         done = {line["round"]: line["accuracy"] for line in read(self.out) if self._mine(line)}
         if rounds not in done:
-            if self.strategy is None:
+            if self.loop is None:
                 settings = self.settings
                 self.model = server_model(settings.model, settings.data, settings.seed)
-                self.strategy = strategies.find(settings.method)(settings, self.model, self._take)
+                self.loop = new_loop(settings, self.model, self)
                 self.grid = InProcessGrid(settings.to_flat(), self.clients)
-            self.strategy.start(self.grid, self.strategy.initial_arrays(), rounds, evaluate_fn=self._evaluate)
+            self.loop.start(self.grid, self.loop.initial_arrays(), rounds, evaluate_fn=self._evaluate)
             done = {line["round"]: line["accuracy"] for line in read(self.out) if self._mine(line)}
         return sum(done[r] for r in wanted) / 2
 
@@ -84,9 +91,13 @@ class Trial:
     def _evaluate(self, server_round: int, arrays: object) -> MetricRecord | None:
         if server_round == 0 or server_round % EVERY:
             return None
-        return MetricRecord(dict(self.strategy.evaluate()))
+        return MetricRecord(dict(self.model.evaluate(self._weights())))
 
-    def _take(self, record: dict) -> None:
+    def _weights(self) -> Weights:
+        assert self.loop is not None, "no round yet"
+        return self.loop.method.weights(self.loop.state)
+
+    def record(self, record: dict) -> None:
         """Sum what rounds cost, and write a line for each that was evaluated."""
         if record["type"] == "client":
             self._busy += record["seconds-all"]
@@ -107,7 +118,7 @@ class Trial:
             "client-seconds": self._busy,
         }
         if record["round"] == self.rounds:
-            test = self.model.evaluate(self.strategy.weights(), "test")
+            test = self.model.evaluate(self._weights(), "test")
             line |= {f"test-{name}": value for name, value in test.items()}
         # client lines of this round are written after it; what they took counts from the next line on
         with self.out.open("a") as file:

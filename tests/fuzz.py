@@ -1,7 +1,7 @@
 """A seeded fuzzer for what crosses the wire: replies as the server gets them, plans as a client gets them.
 
 A valid message is changed in one to three places, on one of two levels: its *records* (names, types, dtypes, shapes, npy
-headers, numbers, votes, counts), or the *bytes* of the objects into which Flower deflates it, inflated again as Flower's Grid
+headers, numbers, reports, counts), or the *bytes* of the objects into which Flower deflates it, inflated again as Flower's Grid
 would. Replies then take the server's whole way: Grid, server/messages, `RoundLoop._receive`, `Round.collect`, a merger that
 checks what reaches it. Everything follows from the seed.
 """
@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,32 +36,36 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from fedara_flwr.config import Settings
+from fedara_flwr.config import LocalTraining, Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import DeltaLog, Piece
 from fedara_flwr.model.draws import draw
-from fedara_flwr.model.ranks import RankMask, rank_order
-from fedara_flwr.model.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.parts import BUILT_IN
+from fedara_flwr.model.ranks import RankMask, pack_order, rank_order
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Round
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.strategies.base import Client, Method
+from fedara_flwr.strategies.fedara import FedARA
 from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_arrays, to_record
 from fedara_flwr.wire.codec import CODECS, Broadcast
-from fedara_flwr.wire.meter import COUNTED, payload
-from fedara_flwr.wire.plan import REPORTS, TrainPlan, Update, Vote
+from fedara_flwr.wire.meter import counted, payload
+from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 from fedara_flwr.wire.records import (
+    LARGEST_VALUE,
     MAX_METRICS,
     MAX_VALUE,
     need_delta,
     plan_from_content,
     plan_to_content,
     read_pieces,
-    sent_parts,
     update_to_content,
 )
 from fedara_flwr.wire.upload import code_update
 
+PARTS = tuple(BUILT_IN)
 SPEC = ModelSpec(
     "f" * 64,
     (ModuleSpec("m0", 3, 2, 0), ModuleSpec("m1", 1, 4, 0), ModuleSpec("m2", 2, 2, 1)),
@@ -82,7 +85,7 @@ REASONS = {
         "range",
         "metrics",
         "num-examples",
-        "votes",
+        "report",
         "protocol",
         "round",
     ),
@@ -106,34 +109,31 @@ PLAN = TrainPlan(
     seed=42,
     mask=MASK,
     scales=(2.0, 2.0, 2.0),
-    trainable=frozenset({"B", "E", "A", "head"}),
-    steps=8,
-    epochs=1,
-    batch_size=16,
-    learning_rate=2e-3,
-    e_lr_factor=1.0,
-    head_learning_rate=1e-2,
+    train=LocalTraining(steps=8, epochs=1, batch_size=16, learning_rate=2e-3, e_lr_factor=1.0, head_learning_rate=1e-2),
+    sent=frozenset({"B", "E", "A", "head"}),
     carries=frozenset({"B", "E", "A", "head"}),
 )
-VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
+VOTE = "slot-vote"
+VOTING = replace(PLAN, terms={VOTE: {"budget": 2.0, "importance": "magnitude"}}, report=frozenset({VOTE}))
 PLANS = {
     "fedara": VOTING,
-    "fedara-local": replace(VOTING, upload_mask="local", down="float16", up="int4"),
-    "ffa-lora": replace(PLAN, trainable=frozenset({"B", "head"}), drawn=frozenset({"A"}), draw_seed=9),
-    "full": replace(PLAN, mask=MASK.keep(np.zeros(4, dtype=bool)), trainable=frozenset({"head", "backbone"})),
+    "fedara-local": replace(VOTING, report=frozenset({VOTE, KEPT_SLOTS}), down="float16", up="int4"),
+    "ffa-lora": replace(PLAN, sent=frozenset({"B", "head"}), drawn=frozenset({"A"}), draw_seed=9),
+    "full": replace(PLAN, mask=MASK.keep(np.zeros(4, dtype=bool)), sent=frozenset({"head", "backbone"})),
     "slora": replace(
-        PLAN, trainable=frozenset({"head", "backbone"}), drawn=frozenset({"backbone"}), entries=9, draw_seed=3, up="int8"
+        PLAN, sent=frozenset({"head", "backbone"}), drawn=frozenset({"backbone"}), entries=9, draw_seed=3, up="int8"
     ),
     "hetlora": replace(
         PLAN,
-        report=frozenset({"kept"}),
+        report=frozenset({KEPT_SLOTS}),
         terms={"tail-penalty": {"weight": 0.01, "gamma": 0.85}},
         down="int4",
         up="float16",
-        feedback=PLAN.trainable,
+        feedback=PLAN.sent,
         run="5" * 32,
     ),
     "flora": replace(PLAN, terms={"prox": {"mu": 0.1}}),
+    "fedsa-lora": replace(PLAN, sent=frozenset({"A", "head"}), kept=frozenset({"B"}), run="5" * 32),
 }
 
 
@@ -141,17 +141,14 @@ def answer(plan: TrainPlan, lacks: bool = False) -> RecordDict:
     """A good reply to `plan`, or one that lacks its delta."""
     if lacks:
         return need_delta(plan.delta, plan.server_round)
-    mask, vote = plan.mask, None
-    if "votes" in plan.report:
-        ranks = rank_order(np.array([0.1, 4.0, 3.0, 0.2]))
-        vote = Vote(ranks < plan.budget, ranks.astype(np.uint16))
-        mask = mask.keep(vote.keep) if plan.upload_mask == "local" else mask
-    if "kept" in plan.report:
-        mask = mask.keep(np.array([True, False, True, True]))
+    mask, ranks = plan.mask, rank_order(np.array([0.1, 4.0, 3.0, 0.2]))
+    reports = {VOTE: pack_order(ranks)} if VOTE in plan.report else {}
+    if KEPT_SLOTS in plan.report:
+        mask = mask.keep(ranks < 2 if reports else np.array([True, False, True, True]))
     rng = np.random.default_rng(0)
-    sizes = {part: SPEC.length(part, mask, plan.entries) for part in PARTS if part in sent_parts(plan)}
+    sizes = {part: SPEC.length(part, mask, plan.entries) for part in PARTS if part in plan.returns(mask)}
     arrays = {part: rng.normal(size=size).astype(np.float32) for part, size in sizes.items()}
-    update = Update(arrays, mask, 37, {"loss": 0.5, "eval-examples": 4, "eval-loss": 0.4}, vote)
+    update = Update(arrays, mask, 37, {"loss": 0.5, "eval-examples": 4, "eval-loss": 0.4}, reports)
     received = {part: np.zeros(SPEC.length(part, plan.mask, plan.entries), dtype=np.float32) for part in PARTS}
     return update_to_content(update, plan, code_update(update, plan, SPEC, received, "0")[0])
 
@@ -163,9 +160,11 @@ NAMES = [
     "metrics",
     "plan",
     *PARTS,
-    "votes",
-    "slot-ranks",
+    "report.slot-vote",
+    "report.",
     "kept",
+    "sent",
+    "run",
     "round",
     "protocol",
     "num-examples",
@@ -183,7 +182,20 @@ NAMES += [
     "need-delta",
     "loss",
 ]
-NAMES += ["eval-examples", "eval-accuracy", "\u202e", "term.", "term.prox.mu", "term..", "seconds-elapsed", "client", "type"]
+NAMES += [
+    "eval-examples",
+    "eval-accuracy",
+    "\u202e",
+    "term.",
+    "term.prox.mu",
+    "term..",
+    "term.slot-vote.importance",
+    "train.",
+    "train.steps",
+    "seconds-elapsed",
+    "client",
+    "type",
+]
 INTS = [0, 1, -1, 2, 7, 37, MOST, MOST + 1, 2**31, 2**53 + 1, 2**62, 2**63 - 1, -(2**63), 2**64 - 1, 10**12]
 FLOATS = [0.0, -0.0, 0.5, 7.0, 37.0, math.nan, math.inf, -math.inf, 1e12, 1.1e12, 1e38, -1e38, 1e300, -1e300, 5e-324, 1e-40]
 FLOAT32 = [struct.pack("<f", x) for x in (math.nan, math.inf, -math.inf, 1e38, -1e38, 1e12, 1.1e12, 1e-45, -0.0, 0.0)]
@@ -492,7 +504,7 @@ def deflated(message: Message) -> tuple[str, Objects]:
 def change_objects(rng: random.Random, objects: Objects, root: str) -> None:
     """Change the bytes of one object, under its old id: an attacker's tree would be consistent (`rehashed`)."""
     ids = list(objects)
-    leaves = [i for i in ids if b"  " in objects[i][:64]]  # no children in the head: numbers, votes, counts
+    leaves = [i for i in ids if b"  " in objects[i][:64]]  # no children in the head: numbers, reports, counts
     object_id = rng.choice(leaves if leaves and rng.random() < 0.5 else ids)
     kind = rng.randrange(16)
     if kind == 0 and object_id != root:
@@ -548,34 +560,38 @@ def rehashed(objects: Objects, root: str) -> tuple[str, Objects, dict[str, str]]
 
 
 # -- the server ---------------------------------------------------------------------------------------------------------
-class Loop(RoundLoop):
-    """The server's rounds over PLANS, each of them given to several clients; the methods' hooks do nothing."""
+@dataclass
+class Model:
+    """As much of one as a method takes over before its start."""
+
+    spec: ModelSpec
+
+
+class Given(Method):
+    """Its clients get PLANS in turn; their votes are read as FedARA reads them."""
 
     name = "fuzz"
+    read_report = FedARA.read_report
+
+    def plan(self, state, client):
+        return list(PLANS.values())[int(client.key) % len(PLANS)]
+
+
+class Loop(RoundLoop):
+    """The server's rounds over PLANS, each of them given to several clients."""
 
     def __init__(self, ids: Sequence[int], timeout: float = 3600.0) -> None:
         """One client per node id; a node may be several clients."""
         settings = Settings.from_flat({"strategy.fraction-train": 1.0, "strategy.round-timeout": timeout})
-        super().__init__(settings, SPEC, Expected("f" * 64, "t", "d", ("a", "b"), frozenset()), lambda record: None)
         log, rng = DeltaLog(SPEC), np.random.default_rng(1)
         log.add(PIECE)
         arrays = {part: rng.normal(size=SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}
-        self.state = ServerState(arrays, MASK, log, server_round=ROUND - 1)
+        state = ServerState(arrays, MASK, log, server_round=ROUND - 1)
+        expected = Expected("f" * 64, "t", "d", ("a", "b"), frozenset())
+        super().__init__(settings, Given(settings, Model(SPEC)), state, expected, run_id="5" * 32)
         self.roster.nodes = {str(i): Node(str(i), node_id, len(ids)) for i, node_id in enumerate(ids)}
         self.roster.examples = dict.fromkeys(self.roster.nodes, MOST)
         self.roster._asked = set(ids)
-
-    def plan(self, server_round, client_key):
-        return list(PLANS.values())[int(client_key) % len(PLANS)]
-
-    def ready(self, node, metrics): ...
-    def prepare(self, server_round, nodes): ...
-    def finish_round(self, server_round): ...
-    def merger(self): ...
-    def take(self, client_key, update, weight): ...
-    def leave_out(self, client_key): ...
-    def next_mask(self, server_round): ...
-    def evaluate(self): ...
 
 
 class Checker:
@@ -597,10 +613,12 @@ def check_update(update: Update, plan: TrainPlan) -> None:
     """All that the strategies may rely on."""
     if not plan.mask.covers(update.mask):
         raise Broken("slots that were not granted")
-    if plan.upload_mask != "local" and "kept" not in plan.report and update.mask != plan.mask:
+    if KEPT_SLOTS not in plan.report and update.mask != plan.mask:
         raise Broken("slots are missing")
-    if set(update.arrays) != sent_parts(replace(plan, mask=update.mask)):
-        raise Broken(f"parts {sorted(update.arrays)}")
+    if not update.mask.count and plan.mask.count:
+        raise Broken("no slot at all")
+    if set(update.arrays) != plan.returns(update.mask) or update.stays:
+        raise Broken(f"parts {sorted(update.arrays)}, {sorted(update.stays)}")
     for part, vector in update.arrays.items():
         if vector.dtype != np.float32 or vector.shape != (SPEC.length(part, update.mask, plan.entries),):
             raise Broken(f"{part} is {vector.dtype} {vector.shape}")
@@ -613,14 +631,10 @@ def check_update(update: Update, plan: TrainPlan) -> None:
     for name, value in update.metrics.items():
         if type(value) is not float or not abs(value) <= MAX_VALUE or len(name) > MAX_NAME:
             raise Broken(f"metric {name!r} = {value!r}")
-    if ("votes" in plan.report) != (update.vote is not None):
-        raise Broken("vote")
-    if update.vote is not None:
-        keep, ranks = update.vote.keep, update.vote.ranks
-        if keep.shape != (plan.mask.count,) or keep.sum() != min(plan.budget, plan.mask.count):
-            raise Broken(f"vote {keep}")
-        if "scores" in plan.report and sorted(ranks.tolist()) != list(range(plan.mask.count)):
-            raise Broken(f"ranks {ranks}")
+    if set(update.reports) != plan.report - {KEPT_SLOTS}:
+        raise Broken(f"reports {sorted(update.reports)}")
+    if VOTE in plan.report and sorted(update.reports[VOTE].tolist()) != list(range(plan.mask.count)):
+        raise Broken(f"ranks {update.reports[VOTE]}")
 
 
 class FuzzGrid(InProcessGrid):
@@ -686,7 +700,7 @@ class FuzzGrid(InProcessGrid):
 
     def _reply_to(self, message_id: str, message: Message) -> tuple[Message, str, Objects]:
         if message_id not in self._good:
-            plan = self.loop.plan(ROUND, str(message.metadata.dst_node_id - 1000))
+            plan = self.loop.method.plan(self.loop.state, Client(str(message.metadata.dst_node_id - 1000)))
             work = self.loop.work
             index = next(i for i, node in enumerate(work.asked) if node.node_id == message.metadata.dst_node_id)
             lacks = plan is PLANS["flora"] and not message_id.endswith("again")
@@ -766,7 +780,7 @@ def play(loop: Loop, grid: Grid, outcome: Outcome) -> None:
     work, unreadable = loop.work, grid.raised.total()
     merger = Checker({node.key: plan for node, plan in zip(work.asked, work.plans, strict=True)})
     state = {part: vector.copy() for part, vector in loop.state.arrays.items()}
-    work.collect(loop._receive(grid, 3600.0), merger, lambda key, update, weight: None)
+    work.collect(loop._receive(grid, 3600.0), merger)
     for drop in work.drops:
         if drop.reason not in REASONS | {"timeout"} and not drop.reason.startswith("error-"):
             raise Broken(f"unknown reason {drop.reason!r}: {drop.detail}")
@@ -779,7 +793,7 @@ def play(loop: Loop, grid: Grid, outcome: Outcome) -> None:
     if sorted([*merger.keys, *dropped]) != sorted(keys) or merger.keys != work.answered:
         raise Broken("a client's reply counts twice, or not at all")
     sent = loop.meter.take_round()
-    if sent["up"] != sum(sent[f"up.{part}"] for part in COUNTED) or any(size < 0 for size in sent.values()):
+    if sent["up"] != sum(sent[f"up.{part}"] for part in counted()) or any(size < 0 for size in sent.values()):
         raise Broken(f"bytes {sent}")
     json.dumps([vars(drop) for drop in work.drops])
     json.dumps(work.records, allow_nan=False)
@@ -966,37 +980,37 @@ def _read_plan(content: RecordDict) -> str:
 
 def check_plan(plan: TrainPlan) -> None:
     """Types and ranges on which the client's code relies."""
-    for name in (
-        "server_round",
-        "seed",
-        "steps",
-        "epochs",
-        "batch_size",
-        "budget",
-        "warmup_steps",
-        "draw_seed",
-        "entries",
-        "batch_tokens",
-    ):
+    for name in ("server_round", "seed", "draw_seed", "entries"):
         value = getattr(plan, name)
         if type(value) is not int or not 0 <= value < 2**64:
             raise Broken(f"{name} = {value!r}")
-    for name in ("learning_rate", "e_lr_factor", "head_learning_rate", "clip_norm"):
-        value = getattr(plan, name)
-        if type(value) is not float or not 0 <= value < math.inf:
+    least = {"epochs": 1, "batch_size": 1, "steps": 0, "warmup_steps": 0, "batch_tokens": 0}
+    for name in LocalTraining.model_fields:
+        value = getattr(plan.train, name)
+        if name in least:
+            good = type(value) is int and value >= least[name]
+        elif name == "dropout":
+            good = type(value) is bool
+        else:
+            above = name in ("e_lr_factor", "head_learning_rate")
+            good = type(value) is float and 0 <= value < math.inf and (value > 0 or not above)
+        if not good:
             raise Broken(f"{name} = {value!r}")
+    if type(plan.train) is not LocalTraining or vars(plan.train).keys() != LocalTraining.model_fields.keys():
+        raise Broken(f"training settings {sorted(vars(plan.train))}")
     if not {plan.down, plan.up} <= set(CODECS):
         raise Broken(f"formats {plan.down!r}, {plan.up!r}")
-    if type(plan.dropout) is not bool or type(plan.evaluate) is not bool:
-        raise Broken("dropout or evaluate")
-    if (plan.importance_time, plan.upload_mask) not in product(("before", "after"), ("global", "local")):
-        raise Broken(f"{plan.importance_time!r}, {plan.upload_mask!r}")
-    if plan.importance not in ("sensitivity", "gradient-product", "magnitude"):
-        raise Broken(f"importance {plan.importance!r}")
-    if not (plan.trainable | plan.carries | plan.drawn) <= set(PARTS) or not plan.report <= set(REPORTS):
-        raise Broken("parts or report")
+    if type(plan.evaluate) is not bool:
+        raise Broken("evaluate")
+    if not (plan.sent | plan.kept | plan.carries | plan.drawn | plan.feedback) <= set(PARTS):
+        raise Broken("parts")
+    if type(plan.run) is not str or len(plan.run) > MAX_NAME or bool(plan.run) != bool(plan.feedback | plan.kept):
+        raise Broken(f"run {plan.run!r}")
+    if not all(type(name) is str and len(name) <= MAX_NAME for name in plan.report):
+        raise Broken(f"report {plan.report}")
     if len(plan.mask.ranks) != len(SPEC.modules) or not all(math.isfinite(scale) for scale in plan.scales):
         raise Broken("mask or scales")
-    numbers = [value for parameters in plan.terms.values() for value in parameters.values()]
-    if not all(type(value) is float for value in numbers):
-        raise Broken("terms")
+    for value in (value for parameters in plan.terms.values() for value in parameters.values()):
+        text = type(value) is str and 0 < len(value) <= MAX_NAME and value.isprintable()
+        if not text and not (type(value) is float and math.isfinite(value)):
+            raise Broken(f"a term's parameter {value!r}")

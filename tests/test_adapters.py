@@ -191,7 +191,7 @@ def test_no_activation_is_kept_below_the_lowest_living_block(tiny_models, name):
 def test_no_gradient_flows_when_only_the_head_is_trained(tiny_models):
     adapted, task, batch = AdaptedModel(backbone(tiny_models["bert"])), TASKS["classification"], random_batch()
     mask = RankMask.full([0] * len(adapted.spec.modules))
-    adapted.load({"head": np.ones(adapted.spec.head_size, np.float32)}, mask, scales(adapted.spec), frozenset({"head"}))
+    adapted.load({"head": np.ones(adapted.spec.size("head"), np.float32)}, mask, scales(adapted.spec), frozenset({"head"}))
     task.loss(adapted.logits(batch), batch).backward()
     assert [p for p in adapted.model.parameters() if p.grad is not None] == list(adapted.head)
 

@@ -15,6 +15,7 @@ report runs client_app server_app engine cli""".split()
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 NUMPY_ONLY = ("model", "merging", "strategies", "wire", "node", "data")
 FORBIDDEN = dict.fromkeys(NUMPY_ONLY, {"torch"}) | {"adapters": {"flwr"}, "tasks": {"flwr"}}
+FORBIDDEN |= dict.fromkeys(("model", "merging", "strategies"), {"torch", "flwr"})
 NEVER_MEET = {("server", "client"), ("server", "node")}
 
 
@@ -58,8 +59,8 @@ from fedara_flwr.client_app import app
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 context = Context(1, 5, {"partition-id": 3, "num-partitions": 8}, RecordDict(), {})
 answer = app(Message(RecordDict(), 5, "query.whoami"), context).content.config_records["whoami"]
-assert dict(answer) == {"protocol": 2, "client-key": "3", "num-partitions": 8,
-    "terms": "orthogonality,prox,tail-penalty", "simulated": False}, answer
+assert dict(answer) == {"protocol": 3, "client-key": "3", "num-partitions": 8,
+    "terms": "orthogonality,prox,slot-vote,tail-penalty", "parts": "B,E,A,head,backbone", "simulated": False}, answer
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)

@@ -53,7 +53,7 @@ def scales(spec):
 
 
 def head_of(spec):
-    return np.random.default_rng(5).normal(0, 0.3, spec.head_size).astype(np.float32)
+    return np.random.default_rng(5).normal(0, 0.3, spec.size("head")).astype(np.float32)
 
 
 def adapters(spec, mask, seed=0):
@@ -77,7 +77,7 @@ def is_restored(adapted, before):
 # -- deltas --------------------------------------------------------------------------------------------------------
 @architectures
 @pytest.mark.parametrize("kind", ["factors", "dense"])
-def test_an_delta_is_added_to_the_weights_of_living_and_dead_modules(tiny_models, name, kind):
+def test_a_delta_is_added_to_the_weights_of_living_and_dead_modules(tiny_models, name, kind):
     """The reference is a plain model whose weights were changed: no adapter, and s·B·A on two thirds of the modules."""
     adapted, plain = AdaptedModel(backbone(tiny_models[name])), backbone(tiny_models[name])
     spec, before = adapted.spec, resident(adapted)
@@ -166,23 +166,16 @@ def test_a_piece_that_does_not_fit_changes_nothing(tiny_models):
 def work(adapted, what, key="1", **changes):
     """One client's round: `full`, `slora` (drawn positions) or LoRA; without votes."""
     spec = adapted.spec
-    changes = {"report": frozenset(), "budget": 0, "scales": scales(spec), **changes}
+    changes = {"vote": None, "scales": scales(spec), **changes}
+    learner = Learner(adapted, TASKS["classification"], PadOnly())
     if what == "lora":
         mask = some_mask(spec)
-        return train(
-            adapted,
-            TASKS["classification"],
-            PadOnly(),
-            client(1),
-            plan(mask, trainable=ADAPTERS, **changes),
-            adapters(spec, mask),
-            key,
-        )
+        return train(learner, client(1), plan(mask, sent=ADAPTERS, **changes), adapters(spec, mask), key)
     entries = {"full": 0, "slora": 200}[what]
-    orders = plan(no_slots(spec), trainable=frozenset({"backbone", "head"}), entries=entries, draw_seed=7, **changes)
-    change = np.random.default_rng(4).normal(0, 0.02, entries or spec.backbone_size).astype(np.float32)
+    orders = plan(no_slots(spec), sent=frozenset({"backbone", "head"}), entries=entries, draw_seed=7, **changes)
+    change = np.random.default_rng(4).normal(0, 0.02, entries or spec.size("backbone")).astype(np.float32)
     arrays = {"head": head_of(spec), "backbone": change}
-    return train(Learner(adapted, TASKS["classification"], PadOnly()), client(1), orders, arrays, key)
+    return train(learner, client(1), orders, arrays, key)
 
 
 def equal(first, second):
@@ -216,7 +209,7 @@ def test_full_training_is_that_of_the_plain_model(tiny_models):
     adapted, plain = AdaptedModel(backbone(tiny_models["bert"])), backbone(tiny_models["bert"])
     spec, data = adapted.spec, client(1)
     update = work(adapted, "full", dropout=False)
-    change = np.random.default_rng(4).normal(0, 0.02, spec.backbone_size).astype(np.float32)
+    change = np.random.default_rng(4).normal(0, 0.02, spec.size("backbone")).astype(np.float32)
     from fedara_flwr import seeds
 
     body = [plain.model.get_parameter(p.name) for p in spec.backbone]
@@ -232,7 +225,7 @@ def test_full_training_is_that_of_the_plain_model(tiny_models):
     plain.model.requires_grad_(True)
     optimizer = torch.optim.AdamW([*body, *plain.head_parameters()], lr=1e-2, weight_decay=0.0)
     rng = np.random.default_rng(seeds.derive(3, "train", 1, "1"))
-    for rows in batches([len(row) for row in data.train.ids], plan(no_slots(spec)), rng):
+    for rows in batches([len(row) for row in data.train.ids], plan(no_slots(spec)).train, rng):
         batch = TASKS["classification"].collate(
             PadOnly(), [data.train.ids[i] for i in rows], [data.train.labels[i] for i in rows]
         )
@@ -274,8 +267,8 @@ def test_what_a_client_sends_back_of_the_backbone_leaves_the_delta_out(tiny_mode
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec = adapted.spec
     entries = {"full": 0, "slora": 200}[what]
-    change = np.random.default_rng(4).normal(0, 0.02, entries or spec.backbone_size).astype(np.float32)
-    orders = plan(no_slots(spec), scales=scales(spec), trainable=frozenset({"backbone", "head"}), entries=entries, draw_seed=7)
+    change = np.random.default_rng(4).normal(0, 0.02, entries or spec.size("backbone")).astype(np.float32)
+    orders = plan(no_slots(spec), scales=scales(spec), sent=frozenset({"backbone", "head"}), entries=entries, draw_seed=7)
     for kind in (None, "dense", "factors"):
         adapted.set_delta(delta_of(spec, kind) if kind else None)
         load(adapted, orders, {"head": head_of(spec), "backbone": change})
@@ -288,7 +281,7 @@ def test_drawn_values_are_those_of_the_server(tiny_models):
 
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec, mask = adapted.spec, some_mask(adapted.spec)
-    orders = plan(mask, scales=scales(spec), drawn=frozenset({"A", "B"}), draw_seed=11, trainable=ADAPTERS)
+    orders = plan(mask, scales=scales(spec), drawn=frozenset({"A", "B"}), draw_seed=11, sent=ADAPTERS)
     load(adapted, orders, {"head": head_of(spec)})
     collected = adapted.collect(frozenset({"A", "B"}))
     full = RankMask.full(mask.ranks)
@@ -302,7 +295,7 @@ def test_the_frozen_weight_stays_the_frozen_one(tiny_models):
     adapted, plain = AdaptedModel(backbone(tiny_models["bert"])), backbone(tiny_models["bert"])
     spec = adapted.spec
     adapted.set_delta(delta_of(spec, "dense"))
-    adapted.load({"head": head_of(spec), "backbone": np.ones(spec.backbone_size, np.float32)}, no_slots(spec), scales(spec))
+    adapted.load({"head": head_of(spec), "backbone": np.ones(spec.size("backbone"), np.float32)}, no_slots(spec), scales(spec))
     for module in spec.modules:
         weight = adapted.resident_weight(module.name)
         assert np.array_equal(weight, plain.model.get_parameter(module.name + ".weight").detach().numpy())
@@ -315,9 +308,9 @@ def test_a_bfloat16_backbone_is_saved_without_rounding_what_was_trained(tiny_mod
     """Stock transformers loads a model in one type: it must be float32, though the resident weights stay as they are."""
     adapted = AdaptedModel(backbone(tiny_models["bert"], dtype="bfloat16"))
     spec, arrays, mask, before = adapted.spec, {"head": head_of(adapted.spec)}, no_slots(adapted.spec), resident(adapted)
-    change = np.zeros(spec.backbone_size, np.float32)
+    change = np.zeros(spec.size("backbone"), np.float32)
     if kind == "full":
-        arrays["backbone"] = change = np.random.default_rng(0).normal(0, 1e-4, spec.backbone_size).astype(np.float32)
+        arrays["backbone"] = change = np.random.default_rng(0).normal(0, 1e-4, spec.size("backbone")).astype(np.float32)
     elif kind != "head":
         adapted.set_delta(delta_of(spec, kind))
     adapted.load(arrays, mask, scales(spec))
@@ -345,7 +338,7 @@ def test_a_bfloat16_backbone_is_saved_without_rounding_what_was_trained(tiny_mod
 def test_full_is_exported_for_stock_transformers(tiny_models, tmp_path):
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     spec = adapted.spec
-    change = np.random.default_rng(0).normal(0, 0.02, spec.backbone_size).astype(np.float32)
+    change = np.random.default_rng(0).normal(0, 0.02, spec.size("backbone")).astype(np.float32)
     adapted.load({"head": head_of(spec), "backbone": change}, no_slots(spec), scales(spec))
     expected = logits_of(adapted).numpy()
     save_model(tmp_path, adapted)
@@ -360,5 +353,5 @@ def test_sizes(tiny_models):
     spec = backbone(tiny_models["bert"]).spec
     assert dense_size(spec) == 3 * (4 * 256 + 2 * 384)
     assert [f[0].shape for f in factors(delta_of(spec, "factors"), spec)][:2] == [(16, 0), (16, 2)]
-    assert spec.length("backbone", no_slots(spec)) == spec.backbone_size == sum(p.size for p in spec.backbone)
+    assert spec.length("backbone", no_slots(spec)) == spec.size("backbone") == sum(p.size for p in spec.backbone)
     assert spec.length("backbone", no_slots(spec), entries=5) == 5

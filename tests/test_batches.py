@@ -11,27 +11,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedara_flwr.client.train import batches
-from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.wire.plan import TrainPlan
+from fedara_flwr.config import LocalTraining
 
 
-def plan(steps: int = 0, epochs: int = 1, batch_size: int = 16) -> TrainPlan:
-    return TrainPlan(
-        server_round=1,
-        seed=0,
-        mask=RankMask.full([1]),
-        scales=(1.0,),
-        trainable=frozenset({"head"}),
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=1e-3,
-        e_lr_factor=1.0,
-        head_learning_rate=1e-3,
-    )
+def plan(steps: int = 0, epochs: int = 1, batch_size: int = 16) -> LocalTraining:
+    return LocalTraining(steps=steps, epochs=epochs, batch_size=batch_size)
 
 
-def draw(lengths: list[int], order: TrainPlan, seed: int = 0) -> list[list[int]]:
+def draw(lengths: list[int], order: LocalTraining, seed: int = 0) -> list[list[int]]:
     return [rows.tolist() for rows in batches(lengths, order, np.random.default_rng(seed))]
 
 

@@ -16,6 +16,7 @@ from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import FlopCounter, backward_blocks, measure
 from fedara_flwr.client.train import ClientData, train
+from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
 from fedara_flwr.tasks import TASKS
@@ -81,8 +82,8 @@ def counted(adapted):
 def test_flops_equal_the_formula(adapted, blocks):
     load(adapted, blocks)
     assert counted(adapted) == (forward_flops(blocks), backward_flops(blocks))
-    assert backward_blocks(adapted, False) == blocks
-    assert backward_blocks(adapted, True) == LAYERS
+    assert backward_blocks(adapted, LORA) == blocks
+    assert backward_blocks(adapted, frozenset({"backbone", "head"})) == LAYERS
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
@@ -95,7 +96,7 @@ def test_fewer_blocks_cost_less_on_every_architecture(tiny_models, architecture)
         arrays = random_arrays(model.spec, sub)
         model.load(arrays, sub, (1.0,) * len(mask.ranks), frozenset({"B", "A", "head"}))
         costs.append(counted(model))
-        assert backward_blocks(model, False) == blocks
+        assert backward_blocks(model, LORA) == blocks
     forwards, backwards = zip(*costs, strict=True)
     assert list(forwards) == sorted(set(forwards)) and list(backwards) == sorted(set(backwards))
     steps = np.diff(backwards)
@@ -107,7 +108,7 @@ def test_training_reports_the_rounds_flops(adapted):
     mask = last_blocks(adapted.spec, FULL, 2)
     rows = np.random.default_rng(0).integers(5, 97, (12, LENGTH)).tolist()
     data = ClientData(Encoded(rows, [0, 1, 2] * 4), Encoded([], []))
-    orders = plan(mask, batch_size=ROWS, dropout=False, report=frozenset(), trainable=frozenset({"B", "A", "head"}))
+    orders = plan(mask, batch_size=ROWS, dropout=False, vote=None, sent=LORA)
     arrays = random_arrays(adapted.spec, mask)
     update = train(Learner(adapted, TASK, PadOnly()), data, orders, arrays, "1", simulated=True)
     assert update.metrics["flops-forward"] == pytest.approx(3 * forward_flops(2))
@@ -123,7 +124,7 @@ def test_counting_changes_nothing(adapted, changes):
         train(Learner(adapted, TASK, PadOnly()), client(1), orders, arrays, "1", simulated=count) for count in (False, True)
     )
     assert all(np.array_equal(plain.arrays[part], other.arrays[part]) for part in plain.arrays)
-    assert np.array_equal(plain.vote.ranks, other.vote.ranks)
+    assert plain.reports == other.reports and len(plain.reports["slot-vote"]) == 2 * FULL.count
     assert plain.metrics["loss"] == other.metrics["loss"]
     assert not [name for name in plain.metrics if name.startswith("flops")]
 

@@ -25,16 +25,17 @@ OPTIONS = {"hetlora": "ranks = [1, 2, 4]", "flora": "ranks = [1, 2, 4]", "slora"
 
 
 def settings(model, folder, name, method="fedara", **more):
+    own = {"strategy__options": OPTIONS[method]} if method in OPTIONS else {}
     return config(
         model,
         method=method,
         num_server_rounds=3,
-        strategy__options=OPTIONS.get(method, ""),
         fedara__warmup_rounds=0,
         fedara__final_rounds=1,
         data__test=0.95,
         run__dir=str(folder),
         run__name=name,
+        **own,
         **more,
     )
 
@@ -136,8 +137,8 @@ def damaged(path: Path, how: str) -> str:
 def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(saved, caplog, how):
     newest = saved / "checkpoint" / "round-000003.safetensors"
     words = damaged(newest, how)
-    strategy, _ = open_run(saved)
-    assert strategy.state.server_round == 2
+    found = open_run(saved)
+    assert found.state.server_round == 2
     assert f"{newest.name} is not used" in caplog.text and words in caplog.text
 
 
@@ -145,8 +146,8 @@ def test_a_checkpoint_of_another_run_is_refused(saved, tiny_bert, tmp_path, capl
     engine.run(settings(tiny_bert, tmp_path, "other", seed=9), CLIENTS)
     newest = "checkpoint/round-000003.safetensors"
     shutil.copy(tmp_path / "other" / newest, saved / newest)
-    strategy, _ = open_run(saved)
-    assert strategy.state.server_round == 2 and "it is another run's: its run is" in caplog.text
+    found = open_run(saved)
+    assert found.state.server_round == 2 and "it is another run's: its run is" in caplog.text
     (saved / "checkpoint" / "round-000002.safetensors").unlink()
     with pytest.raises(ConfigError, match="no checkpoint that can be used"):
         open_run(saved)
@@ -226,7 +227,7 @@ def test_missing_lines_are_no_checkpoint_to_go_on_from(saved, tiny_bert, tmp_pat
 def test_only_this_packages_identity_counts(saved):
     """A checkpoint says whose it is; a folder may be moved."""
     moved = saved.rename(saved.parent / "moved")
-    strategy, _ = open_run(moved)
-    assert strategy.state.server_round == 3
+    found = open_run(moved)
+    assert found.state.server_round == 3
     with pytest.raises(BadCheckpoint, match="another run's"):
-        Checkpoints(moved / "checkpoint", {"run": "x"}).read(moved / "checkpoint/round-000003.safetensors", strategy.spec)
+        Checkpoints(moved / "checkpoint", {"run": "x"}).read(moved / "checkpoint/round-000003.safetensors", found.model.spec)

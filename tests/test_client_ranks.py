@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,14 @@ from fedara_flwr.client.terms import TailPenalty
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.merging.factors import delta_norm, module_factors, split_svd
 from fedara_flwr.model.deltas import dense
+from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask, pack_bits
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.server.roster import Expected, Node
+from fedara_flwr.server.fleet import PROFILES
+from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import find
-from fedara_flwr.strategies.client_ranks import first_slots
+from fedara_flwr.strategies.allocation import first_slots
+from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.records import update_from_content, update_to_content
@@ -44,19 +49,17 @@ class Port:
 
     spec = SPEC
 
-    def expected(self, terms):
-        return Expected(SPEC.fingerprint, "t", "d", ("a", "b"), terms)
-
 
 def make(method, text="", **flat):
-    values = {"method": method, "adapter.rank": RANK, "adapter.final-rank": 1.0, "strategy.options": text}
+    values = {"method": method, "adapter.rank": RANK, "strategy.options": text}
     settings = Settings.from_flat(values | {name.replace("__", "."): value for name, value in flat.items()})
     return find(method)(settings, Port())
 
 
-def admit(strategy, *keys, simulated=True):
-    for number, key in enumerate(keys):
-        strategy.roster.nodes[key] = Node(key, 1000 + number, len(keys), simulated)
+def started(method, text="", **flat):
+    """(method, its state before round 1)."""
+    made = make(method, text, **flat)
+    return made, made.start()
 
 
 # -- who gets which rank ------------------------------------------------------------
@@ -67,6 +70,12 @@ FLEET = "agx-orin,orin-nano,raspberry-pi-5,phone"  # fastest first
 def test_a_rank_above_the_global_one_is_refused(method):
     with pytest.raises(ConfigError, match="strategy.options.ranks = 99: allowed is up to adapter.rank = 4"):
         make(method, "ranks = [2, 99]")
+
+
+def on(name, fleet):
+    """A client that stands for a device of a fleet."""
+    speeds = sorted({PROFILES[other].flops for other in fleet.split(",")})
+    return Client("0", 1, PROFILES[name], (speeds.index(PROFILES[name].flops), len(speeds)))
 
 
 @pytest.mark.parametrize(
@@ -84,33 +93,36 @@ def test_a_rank_above_the_global_one_is_refused(method):
 )
 @EACH
 def test_ranks_by_profile(method, fleet, ranks, expected):
-    strategy = make(method, f"ranks = {ranks}", fleet__profiles=fleet)
-    keys = [str(i) for i in range(40)]
-    admit(strategy, *keys)
-    names = fleet.split(",")
-    wanted = dict(zip(names, expected, strict=True))
-    profiles = [strategy.profile(strategy.roster.nodes[key]).name for key in keys]
-    assert set(profiles) == set(names)
-    assert [strategy.client_rank(key) for key in keys] == [wanted[name] for name in profiles]
+    made, state = started(method, f"ranks = {ranks}")
+    assert [made.client_rank(state, on(name, fleet)) for name in fleet.split(",")] == expected
+
+
+@pytest.mark.parametrize("fleet", [FLEET, "phone,agx-orin,phone", "phone,phone"])
+def test_the_loop_tells_a_methods_clients_their_devices_speed(tiny_bert, fleet):
+    """Of 40 simulated nodes each has a device of the fleet and its place among the speeds there are; a real one has neither."""
+    loop, _ = prepare(config(tiny_bert, method="flexlora", fleet__profiles=fleet))
+    clients = [loop.client(Node(str(i), 1000 + i, 40, simulated=True)) for i in range(40)]
+    assert {client.device.name for client in clients} == set(fleet.split(","))
+    assert all(client.speed == on(client.device.name, fleet).speed for client in clients)
+    assert loop.client(Node("0", 1000, 40)) == Client("0", 0, None, None)
 
 
 @pytest.mark.parametrize(
-    ("text", "fleet", "simulated"),
+    ("text", "device"),
     [
-        ("ranks = [1, 2, 4]\nassign = 'seed'", FLEET, True),
-        ("ranks = [1, 2, 4]", FLEET, False),  # a real device: its speed is not known
-        ("ranks = [1, 2, 4]", "phone,phone", True),  # all are equal
+        ("ranks = [1, 2, 4]\nassign = 'seed'", on("phone", FLEET)),
+        ("ranks = [1, 2, 4]", Client("0", 1)),  # a real device: its speed is not known
+        ("ranks = [1, 2, 4]", on("phone", "phone,phone")),  # all are equal
     ],
+    ids=["by seed", "real", "equals"],
 )
 @EACH
-def test_ranks_by_seed(method, text, fleet, simulated):
+def test_ranks_by_seed(method, text, device):
     """900 draws of three ranks lie within four standard deviations (57) of 300; another seed gives another draw."""
 
     def draw(seed):
-        strategy = make(method, text, fleet__profiles=fleet, seed=seed)
-        keys = [str(i) for i in range(900)]
-        admit(strategy, *keys, simulated=simulated)
-        return [strategy.client_rank(key) for key in keys]
+        made, state = started(method, text, seed=seed)
+        return [made.client_rank(state, replace(device, key=str(i))) for i in range(900)]
 
     drawn = draw(1)
     assert all(abs(drawn.count(rank) - 300) < 57 for rank in (1, 2, 4))
@@ -119,11 +131,11 @@ def test_ranks_by_seed(method, text, fleet, simulated):
 
 @EACH
 def test_a_client_holds_the_first_slots_of_every_module(method):
-    strategy = make(method, "ranks = [3]")
-    admit(strategy, "0")
-    assert strategy.client_mask("0") == RankMask((4, 4), np.array([1, 1, 1, 0, 1, 1, 1, 0], dtype=bool))
-    assert strategy.plan(1, "0").mask.alive.tolist() == [3, 3]
-    assert strategy.scales() == (24.0 / 4,) * 2, "one scale for all ranks"
+    made, state = started(method, "ranks = [3]")
+    client = Client("0")
+    assert made.client_mask(state, client) == RankMask((4, 4), np.array([1, 1, 1, 0, 1, 1, 1, 0], dtype=bool))
+    assert made.plan(state, client).mask.alive.tolist() == [3, 3]
+    assert made.scales(state.mask) == (24.0 / 4,) * 2, "one scale for all ranks"
 
 
 def test_first_slots_of_a_pruned_mask():
@@ -201,7 +213,7 @@ def test_what_a_client_keeps_when_its_tail_shrank(adapted, rank, gamma, cut):
 
 def penalised(weight):
     terms = {"tail-penalty": {"weight": weight, "gamma": 0.5}}
-    return {"terms": terms, "report": frozenset({"kept"}), "trainable": frozenset({"B", "A", "head"}), "dropout": False}
+    return {"terms": terms, "report": frozenset({"kept"}), "vote": None, "sent": LORA, "dropout": False}
 
 
 def test_a_heavy_penalty_prunes_and_fewer_slots_are_sent(adapted):
@@ -232,7 +244,7 @@ FULL = RankMask.full([RANK, RANK])
 
 def kept_reply(kept, mask=FULL, **config_changes):
     """A reply under `mask` that says it kept `kept` (bytes; None = says nothing)."""
-    orders = plan(FULL, report=frozenset({"kept"}), trainable=frozenset({"B", "A", "head"}))
+    orders = plan(FULL, vote=None, report=frozenset({"kept"}), sent=LORA)
     parts = ("B", "A", "head") if mask.count else ("head",)
     arrays = {part: np.ones(SPEC.length(part, mask), dtype=np.float32) for part in parts}
     content = update_to_content(Update(arrays, mask, 3, {}), orders)
@@ -245,11 +257,11 @@ def kept_reply(kept, mask=FULL, **config_changes):
 @pytest.mark.parametrize(
     ("kept", "mask", "reason"),
     [
-        (None, FULL, "votes"),
-        ("\xff", FULL, "votes"),
-        (b"", FULL, "votes"),
-        (b"\xff\xff", FULL, "votes"),  # more slots than were granted
-        (b"\x00", RankMask((4, 4), np.zeros(8, dtype=bool)), "votes"),
+        (None, FULL, "report"),
+        ("\xff", FULL, "report"),
+        (b"", FULL, "report"),
+        (b"\xff\xff", FULL, "report"),  # more slots than were granted
+        (b"\x00", RankMask((4, 4), np.zeros(8, dtype=bool)), "report"),
         (b"\xcc", FULL, "shape"),  # says two of four, sends four
         (b"\xff", first_slots(FULL, 2), "shape"),  # says four, sends two
         (b"\xcc", first_slots(FULL, 3), "shape"),
@@ -264,7 +276,7 @@ def test_kept_bits_are_checked(kept, mask, reason):
 def test_kept_padding_is_checked():
     """Of three slots a module, six in all, two bits are padding."""
     granted = first_slots(FULL, 3)
-    orders = plan(granted, report=frozenset({"kept"}), trainable=frozenset({"head"}))
+    orders = plan(granted, vote=None, report=frozenset({"kept"}), sent=frozenset({"head"}))
     content = update_to_content(Update({"head": np.ones(2, dtype=np.float32)}, granted, 3, {}), orders)
     assert update_from_content(content, SPEC, orders, 10).mask == granted
     content["reply"] = ConfigRecord(dict(content.config_records["reply"]) | {"kept": b"\xfd"})
@@ -285,35 +297,36 @@ def an_update(mask, seed=0, metrics=None):
 
 
 def test_a_rank_that_fell_stays_low_and_never_falls_below_one():
-    strategy = make("hetlora", "ranks = [4]")
-    admit(strategy, "0", "1")
+    method, state = started("hetlora", "ranks = [4]")
+    first, second = Client("0"), Client("1")
     for sent, expected in ((4, 4), (3, 3), (2, 2), (1, 1), (0, 1)):
-        strategy.take("0", an_update(first_slots(FULL, sent)), 1)
-        assert strategy.client_rank("0") == expected and strategy.plan(2, "0").mask == first_slots(FULL, expected)
-    assert strategy.client_rank("1") == 4
+        method.next(state, state.arrays, [Reply(first, 1, first_slots(FULL, sent))], method.merger(state))
+        assert method.client_rank(state, first) == expected
+        assert method.plan(state, first).mask == first_slots(FULL, expected)
+    assert method.client_rank(state, second) == 4
 
 
 def test_hetlora_weighs_by_the_norm():
     """Two clients with ranks 2 and 4, examples 1 and 100: slots by ‖BA‖, over all modules together, head by examples."""
-    strategy = make("hetlora")
+    method, state = started("hetlora")
     small, large = an_update(first_slots(FULL, 2), 1), an_update(FULL, 2)
-    merger = strategy.merger()
+    merger = method.merger(state)
     merger.add("0", small, 1)
     merger.add("1", large, 100)
     merged = merger.result()
     one, two = delta_norm(SPEC, small), delta_norm(SPEC, large)
     for part in ("B", "A"):
-        wide = FULL.scatter(small.arrays[part], SPEC.widths(part), small.mask, np.zeros_like(large.arrays[part]))
+        wide = SPEC.scatter(part, small.arrays[part], FULL, small.mask, np.zeros_like(large.arrays[part]))
         assert np.allclose(merged[part], (one * wide + two * large.arrays[part]) / (one + two), rtol=1e-5, atol=1e-6)
     assert np.allclose(merged["head"], (small.arrays["head"] + 100 * large.arrays["head"]) / 101, rtol=1e-5)
 
 
 def test_no_penalty_no_pruning():
-    strategy = make("hetlora", "penalty = 0.0")
-    admit(strategy, "0")
-    assert strategy.plan(1, "0").report == frozenset() and "tail-penalty" not in strategy.terms()
-    admit(strategy := make("hetlora", "penalty = 0.5\ngamma = 0.25"), "0")
-    assert strategy.plan(1, "0").terms["tail-penalty"] == {"weight": 0.5, "gamma": 0.25}
+    method, state = started("hetlora", "penalty = 0.0")
+    assert method.plan(state, Client("0")).report == frozenset() and "tail-penalty" not in method.terms()
+    method, state = started("hetlora", "penalty = 0.5\ngamma = 0.25")
+    plan = method.plan(state, Client("0"))
+    assert plan.terms["tail-penalty"] == {"weight": 0.5, "gamma": 0.25} and plan.report == {"kept"}
 
 
 # -- flexlora ------------------------------------------------------------
@@ -321,12 +334,12 @@ def test_no_penalty_no_pruning():
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, RANK), st.integers(1, 1000)), min_size=1, max_size=4))
 def test_flexlora_is_the_best_approximation_of_the_weighted_sum(drawn):
     """Of Σ w·s·B·A, at the global rank; its first slots are the best one of each lower rank. Module 1 may go by QR."""
-    strategy = make("flexlora")
-    merger, total = strategy.merger(), sum(weight for *_, weight in drawn)
+    method, state = started("flexlora")
+    merger, total = method.merger(state), sum(weight for *_, weight in drawn)
     updates = [(an_update(first_slots(FULL, rank), seed), weight) for seed, rank, weight in drawn]
     for number, (update, weight) in enumerate(updates):
         merger.add(str(number), update, weight)
-    merged, scale = merger.result(), strategy.scales()[0]
+    merged, scale = merger.result(), method.scales(state.mask)[0]
     factors = [(module_factors(SPEC, update.mask, update.arrays), weight) for update, weight in updates]
     for m, (b, a) in enumerate(module_factors(SPEC, FULL, merged)):
         exact = sum(scale * weight / total * pairs[m][0] @ pairs[m][1] for pairs, weight in factors)
@@ -337,8 +350,8 @@ def test_flexlora_is_the_best_approximation_of_the_weighted_sum(drawn):
 
 def test_flexlora_restarts_slots_without_a_singular_value():
     """All send one slot, the same A: rank 1 of 4. Three slots start from random A of Kaiming's size and B = 0, in both ways."""
-    strategy = make("flexlora")
-    merger = strategy.merger()
+    method, state = started("flexlora")
+    merger = method.merger(state)
     first = an_update(first_slots(FULL, 1), 0)
     for number in range(12):
         update = an_update(first_slots(FULL, 1), number)
@@ -350,8 +363,8 @@ def test_flexlora_restarts_slots_without_a_singular_value():
 
 def test_flexlora_keeps_small_singular_values():
     """A slot of a thousandth of the first one's size is no zero."""
-    strategy = make("flexlora")
-    merger, mask = strategy.merger(), first_slots(FULL, 2)
+    method, state = started("flexlora")
+    merger, mask = method.merger(state), first_slots(FULL, 2)
     arrays = dict(an_update(mask).arrays)
     widths = SPEC.widths("B")
     second = ~mask.elements(widths, first_slots(FULL, 1))
@@ -362,8 +375,8 @@ def test_flexlora_keeps_small_singular_values():
 
 
 def test_flexlora_of_updates_that_are_zero_starts_afresh():
-    strategy = make("flexlora")
-    merger = strategy.merger()
+    method, state = started("flexlora")
+    merger = method.merger(state)
     merger.add("0", Update({p: np.zeros(SPEC.length(p, FULL), dtype=np.float32) for p in ("B", "A", "head")}, FULL, 1, {}), 1)
     merged = merger.result()
     assert not merged["B"].any() and all(np.linalg.norm(a, axis=1).min() > 0.2 for _, a in module_factors(SPEC, FULL, merged))
@@ -375,26 +388,27 @@ def test_a_restarted_slot_learns(adapted):
     arrays = without_e(adapted.spec, mask, ("B",))
     first = mask.elements(adapted.spec.widths("A"), first_slots(mask, 1))
     arrays["A"] = np.where(first, arrays["A"], np.float32(0))
-    update = train_client(adapted, "1", mask, arrays, trainable=frozenset({"B", "A", "head"}), report=frozenset(), steps=1)
+    update = train_client(adapted, "1", mask, arrays, sent=LORA, vote=None, steps=1)
     learnt = mask.elements(adapted.spec.widths("B"), first_slots(mask, 1))
     assert np.abs(update.arrays["B"][learnt]).min() > 0 and not update.arrays["B"][~learnt].any()
 
 
 # -- flora and fedex-lora ------------------------------------------------------------
-def matrices(strategy):
+def matrices(method, state):
     """ΔW of every module: the delta and what the adapters add."""
-    state = strategy.state
     pairs = module_factors(SPEC, state.mask, state.arrays)
     delta = dense([state.delta.composed()], SPEC) if state.delta.version else [0.0] * len(pairs)
-    return [o + s * b @ a for o, s, (b, a) in zip(delta, strategy.scales(), pairs, strict=True)]
+    return [o + s * b @ a for o, s, (b, a) in zip(delta, method.scales(state.mask), pairs, strict=True)]
 
 
-def merge_round(strategy, number, updates):
-    merger = strategy.merger()
+def merge_round(method, state, updates):
+    """A whole round of a method, without a server."""
+    merger = method.merger(state)
     for key, (update, weight) in enumerate(updates):
         merger.add(str(key), update, weight)
-    strategy.state.arrays = merger.result()
-    strategy.finish_round(number)
+    replies = [Reply(Client(str(key)), weight, update.mask) for key, (update, weight) in enumerate(updates)]
+    state.server_round += 1
+    method.next(state, merger.result(), replies, merger)
 
 
 rounds = st.lists(
@@ -409,15 +423,15 @@ rounds = st.lists(
 @given(rounds)
 def test_delta_and_adapters_are_the_exact_weighted_sum(method, drawn):
     """Whatever the ranks: what was in the delta, and the mean of s·B·A. flora's adapters end at ΔW = 0."""
-    strategy = make(method)
-    for number, clients in enumerate(drawn, 1):
-        total, state = sum(weight for *_, weight in clients), strategy.state
+    made, state = started(method)
+    for clients in drawn:
+        total = sum(weight for *_, weight in clients)
         before = dense([state.delta.composed()], SPEC) if state.delta.version else [0.0, 0.0]
         updates = [(an_update(first_slots(FULL, rank), seed), weight) for seed, rank, weight in clients]
         held = module_factors(SPEC, FULL, state.arrays)
-        merge_round(strategy, number, updates)
-        scale = strategy.scales()[0]
-        for m, found in enumerate(matrices(strategy)):
+        merge_round(made, state, updates)
+        scale = made.scales(state.mask)[0]
+        for m, found in enumerate(matrices(made, state)):
             products = [(weight, module_factors(SPEC, update.mask, update.arrays)[m]) for update, weight in updates]
             exact = before[m] + sum(scale * weight / total * b @ a for weight, (b, a) in products)
             if method == "fedex-lora":  # slot by slot over the clients that hold it; one that nobody holds is as it was
@@ -427,24 +441,27 @@ def test_delta_and_adapters_are_the_exact_weighted_sum(method, drawn):
                     mean = sum(weight * np.outer(b, a) for weight, b, a in owners) / max(sum(w for w, *_ in owners), 1)
                     exact += scale * (mean if owners else np.outer(left, right))
             assert np.allclose(found, exact, rtol=1e-4, atol=1e-4)
-        assert method == "fedex-lora" or not strategy.state.arrays["B"].any()
+        assert method == "fedex-lora" or not state.arrays["B"].any()
 
 
 def test_fedex_averages_over_the_clients_that_hold_a_slot():
-    strategy = make("fedex-lora")
+    method, state = started("fedex-lora")
     small, large = an_update(first_slots(FULL, 2), 1), an_update(FULL, 2)
-    merge_round(strategy, 1, [(small, 1), (large, 3)])
+    merge_round(method, state, [(small, 1), (large, 3)])
     for part in ("B", "A"):
         shared = FULL.elements(SPEC.widths(part), small.mask)
-        found = strategy.state.arrays[part]
+        found = state.arrays[part]
         assert np.allclose(found[shared], (small.arrays[part] + 3 * large.arrays[part][shared]) / 4, rtol=1e-5, atol=1e-6)
         assert np.array_equal(found[~shared], large.arrays[part][~shared])
 
 
 def test_flora_draws_the_rounds_adapters_afresh():
     """A and B do not travel; each round has a seed of its own, the same for all clients, whatever their rank."""
-    strategy = make("flora", "ranks = [2, 4]\nassign = 'seed'")
-    plans = {(number, key): strategy.plan(number, key) for number in (1, 2) for key in "0123"}
+    method, state = started("flora", "ranks = [2, 4]\nassign = 'seed'")
+    plans = {}
+    for number in (1, 2):
+        state.server_round = number - 1
+        plans |= {(number, key): method.plan(state, Client(key)) for key in "0123"}
     assert {p.drawn for p in plans.values()} == {frozenset({"A", "B"})}
     assert [len({p.draw_seed for (n, _), p in plans.items() if n == number}) for number in (1, 2)] == [1, 1]
     assert plans[1, "0"].draw_seed != plans[2, "0"].draw_seed
@@ -455,8 +472,8 @@ def test_flora_draws_the_rounds_adapters_afresh():
 ALL = {"strategy__fraction_train": 1.0, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
 
-def lines(strategy, kind):
-    return [line for line in strategy.lines if line["type"] == kind]
+def lines(loop, kind):
+    return [line for line in loop.lines if line["type"] == kind]
 
 
 @pytest.mark.parametrize(
@@ -469,10 +486,10 @@ def test_runs_with_ranks_of_each_client(tiny_bert, method, assign, rounds):
     flat = config(tiny_bert, method=method, num_server_rounds=rounds, strategy__options=text, **ALL)
     plain, shuffled = start(flat, clients=4), start(flat, ShuffledGrid, clients=4, seed=3)
     assert all(np.array_equal(plain.state.arrays[part], shuffled.state.arrays[part]) for part in plain.state.arrays)
-    composed = [strategy.state.delta.composed() for strategy in (plain, shuffled)]
+    composed = [loop.state.delta.composed() for loop in (plain, shuffled)]
     assert composed[0] is None or composed[0].digest == composed[1].digest
     assert plain.meter.total == shuffled.meter.total
-    ranks = {key: plain.client_rank(key) for key in plain.roster.nodes}
+    ranks = {key: plain.method.client_rank(plain.state, plain.client(node)) for key, node in plain.roster.nodes.items()}
     assert len(set(ranks.values())) > 1
     for line in lines(plain, "client"):
         slots = first_slots(plain.state.mask, ranks[line["client"]])
@@ -483,16 +500,16 @@ def test_runs_with_ranks_of_each_client(tiny_bert, method, assign, rounds):
 def test_hetlora_prunes_itself_and_bytes_fall(tiny_bert):
     """From round 2 on the heavy penalty shrinks every tail: ranks 4, then 2, then 1, and 1 it stays."""
     text = "penalty = 1000.0\ngamma = 0.5"
-    strategy = start(config(tiny_bert, method="hetlora", num_server_rounds=5, strategy__options=text, **ALL), clients=3)
-    ranks = {n: {line["bytes-up"]["B"] for line in lines(strategy, "client") if line["round"] == n} for n in range(1, 6)}
-    one = 4 * strategy.spec.length("B", first_slots(strategy.state.mask, 1))
+    loop = start(config(tiny_bert, method="hetlora", num_server_rounds=5, strategy__options=text, **ALL), clients=3)
+    ranks = {n: {line["bytes-up"]["B"] for line in lines(loop, "client") if line["round"] == n} for n in range(1, 6)}
+    one = 4 * loop.spec.length("B", first_slots(loop.state.mask, 1))
     assert ranks[1] == {4 * one}
     sent = [max(ranks[n]) for n in range(1, 6)]
     assert sent == sorted(sent, reverse=True) and ranks[5] == {one}
-    assert {strategy.client_rank(key) for key in strategy.roster.nodes} == {1}
-    down = [line["bytes"]["down.B"] for line in lines(strategy, "round")]
+    assert {loop.method.client_rank(loop.state, loop.client(node)) for node in loop.roster.nodes.values()} == {1}
+    down = [line["bytes"]["down.B"] for line in lines(loop, "round")]
     assert down == sorted(down, reverse=True) and down[0] == 4 * down[-1]
-    assert all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
+    assert all(np.isfinite(vector).all() for vector in loop.state.arrays.values())
 
 
 def nothing_kept(reply):
@@ -505,11 +522,11 @@ def nothing_kept(reply):
 
 def test_a_client_that_keeps_nothing_does_not_end_the_run(tiny_bert):
     flat = config(tiny_bert, method="hetlora", num_server_rounds=2, **ALL)
-    strategy = start(flat, TamperedGrid, tamper=lambda n, node, reply: nothing_kept(reply) if node == 1 else reply, clients=3)
-    for line in lines(strategy, "round"):
-        assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("1", "votes")]
+    loop = start(flat, TamperedGrid, tamper=lambda n, node, reply: nothing_kept(reply) if node == 1 else reply, clients=3)
+    for line in lines(loop, "round"):
+        assert [(drop["client"], drop["reason"]) for drop in line["dropped"]] == [("1", "report")]
         assert line["good"] == 2
-    assert strategy.client_rank("1") == 4
+    assert loop.method.client_rank(loop.state, loop.client(loop.roster.nodes["1"])) == 4
 
 
 def test_a_loss_beyond_reason_does_not_end_the_run(tiny_bert):
@@ -519,14 +536,14 @@ def test_a_loss_beyond_reason_does_not_end_the_run(tiny_bert):
         reply.content.metric_records["metrics"]["loss"] = 1.7e308 if node < 2 else 1.0
         return reply
 
-    strategy = start(config(tiny_bert, method="fedlora", num_server_rounds=1, **ALL), TamperedGrid, tamper=tamper, clients=3)
-    (line,) = lines(strategy, "round")
+    loop = start(config(tiny_bert, method="fedlora", num_server_rounds=1, **ALL), TamperedGrid, tamper=tamper, clients=3)
+    (line,) = lines(loop, "round")
     assert sorted(drop["client"] for drop in line["dropped"]) == ["0", "1"] and line["client-loss"] == 1.0
 
 
 def test_what_prepare_gives_is_what_start_gives(tiny_bert):
     """A run may be driven step by step: the masks that are planned are those that travel."""
-    strategy, grid = prepare(config(tiny_bert, method="flexlora", strategy__options="ranks = [1, 4]", **ALL))
-    strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid)
-    for node, orders in zip(strategy.work.asked, strategy.work.plans, strict=True):
-        assert orders.mask == first_slots(strategy.state.mask, strategy.client_rank(node.key))
+    loop, grid = prepare(config(tiny_bert, method="flexlora", strategy__options="ranks = [1, 4]", **ALL))
+    loop.configure_train(1, loop.initial_arrays(), ConfigRecord(), grid)
+    for node, orders in zip(loop.work.asked, loop.work.plans, strict=True):
+        assert orders.mask == first_slots(loop.state.mask, loop.method.client_rank(loop.state, loop.client(node)))

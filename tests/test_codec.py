@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_wire import MASK, MOST, PLAN, PLANS, SPEC, VOTING, changed_plan, plan_reason, random_arrays, reason, update_for
+from test_wire import LOCAL, MASK, MOST, PARTS, PLAN, PLANS, SPEC, changed_plan, plan_reason, random_arrays, reason, update_for
 
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import PARTS
 from fedara_flwr.wire.arrays import Rejected, read_arrays
 from fedara_flwr.wire.codec import CODECS, Broadcast, nbytes
 from fedara_flwr.wire.meter import payload
 from fedara_flwr.wire.plan import Update
-from fedara_flwr.wire.records import plan_to_content, sent_parts, update_from_content, update_to_content
+from fedara_flwr.wire.records import plan_to_content, update_from_content, update_to_content
 from fedara_flwr.wire.upload import code_update
 
 laws = settings(deadline=None, max_examples=200)
@@ -182,7 +181,7 @@ def test_what_training_did_not_change_stays_as_the_server_has_it(up):
     assert said == {"coding-error": 0.0}
 
 
-@pytest.mark.parametrize("plan", [PLAN, replace(VOTING, upload_mask="local")], ids=["whole", "local"])
+@pytest.mark.parametrize("plan", [PLAN, LOCAL], ids=["whole", "local"])
 @pytest.mark.parametrize("up", CODED)
 def test_differences_are_added_to_the_servers_values(plan, up):
     plan = replace(plan, up=up)
@@ -204,7 +203,7 @@ def test_differences_are_added_to_the_servers_values(plan, up):
 
 def test_differences_from_what_both_sides_draw():
     """flora: A and B never came, the client drew them."""
-    plan = replace(PLAN, up="int8", trainable=frozenset({"A", "B"}), carries=frozenset(), drawn=frozenset({"A", "B"}))
+    plan = replace(PLAN, up="int8", sent=frozenset({"A", "B"}), carries=frozenset(), drawn=frozenset({"A", "B"}))
     start = plan.start(SPEC, {}, MASK, MASK)
     assert set(start) == {"A", "B"} and not start["B"].any() and start["A"].any()
     coded, _ = code_update(Update(start, MASK, 5, {}), plan, SPEC, {}, "k")
@@ -284,5 +283,5 @@ def test_more_entries_than_weights_allocate_nothing():
 def test_settings():
     with pytest.raises(ConfigError, match="wire.up = 'int3'.*'int4'"):
         Settings.from_flat({"wire.up": "int3"})
-    assert sent_parts(PLAN) == set(PARTS) and not PLAN.differences
+    assert PLAN.returns(MASK) == set(PARTS) and not PLAN.differences
     assert all(replace(PLAN, **{way: form}).differences for way in ("down", "up") for form in CODED)

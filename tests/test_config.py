@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -11,8 +12,10 @@ from flwr.common.config import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from runs_helper import options as toml
 
 from fedara_flwr.config import ConfigError, Group, Settings, check_options, describe, nearest
+from fedara_flwr.strategies import find
 
 laws = settings(deadline=None, max_examples=150)
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -28,6 +31,25 @@ def problem(flat):
     with pytest.raises(ConfigError) as caught:
         Settings.from_flat(flat)
     return one_line(caught.value)
+
+
+def fedara(rounds=20, rank=12, **own):
+    """fedara's options as the method takes them."""
+    flat = {"num-server-rounds": rounds, "adapter.rank": rank, "strategy.options": toml(**own)}
+    return find("fedara").check(Settings.from_flat(flat))
+
+
+def fedaras_problem(**own):
+    """The message for options that fedara must refuse."""
+    with pytest.raises(ConfigError) as caught:
+        fedara(**own)
+    return one_line(caught.value)
+
+
+def problem_of(key, value):
+    """Of a key of the configuration, or of fedara's options."""
+    option = key.removeprefix("strategy.options.")
+    return problem({key: value}) if option == key else fedaras_problem(**{option: value})
 
 
 def one_line(error):
@@ -77,11 +99,12 @@ def test_int_is_accepted_for_float():
         ("adapter.alpha", float("inf"), "finite"),
         ("method", 3, "string"),
         ("run.dir", False, "string"),
-        ("strategy.arbitration", 1, "'budget' or 'threshold'"),
+        ("strategy.weighting", 1, "'examples' or 'uniform'"),
+        ("strategy.options.arbitration", 1, "'budget' or 'threshold'"),
     ],
 )
 def test_wrong_types(key, value, allowed):
-    message = problem({key: value})
+    message = problem_of(key, value)
     assert message.startswith(f"{key} = {value!r}: ")
     assert allowed in message
 
@@ -95,11 +118,11 @@ def test_wrong_types(key, value, allowed):
         ("method", "", "at least 1 character"),
         ("adapter.rank", 0, "greater than or equal to 1"),
         ("adapter.rank", 1025, "less than or equal to 1024"),
-        ("adapter.final-rank", 0.0, "greater than 0"),
+        ("strategy.options.final-rank", 0.0, "greater than 0"),
         ("strategy.fraction-train", 0.0, "greater than 0"),
         ("strategy.fraction-train", 1.5, "less than or equal to 1"),
-        ("strategy.threshold", 0.0, "greater than 0"),
-        ("strategy.warmup-rounds", -2, "greater than or equal to -1"),
+        ("strategy.options.threshold", 0.0, "greater than 0"),
+        ("strategy.options.warmup-rounds", -2, "greater than or equal to -1"),
         ("train.head-learning-rate", 0.0, "greater than 0"),
         ("train.clip-norm", -1.0, "greater than or equal to 0"),
         ("data.validation", 1.0, "less than 1"),
@@ -110,7 +133,7 @@ def test_wrong_types(key, value, allowed):
     ],
 )
 def test_values_out_of_range(key, value, allowed):
-    message = problem({key: value})
+    message = problem_of(key, value)
     assert message.startswith(f"{key} = {value!r}: ")
     assert allowed in message
 
@@ -118,17 +141,17 @@ def test_values_out_of_range(key, value, allowed):
 @pytest.mark.parametrize(
     "key, value, near",
     [
-        ("strategy.arbitration", "bugdet", "budget"),
-        ("strategy.arbitration", "treshold", "threshold"),
-        ("strategy.importance", "gradient_product", "gradient-product"),
-        ("strategy.upload-mask", "locale", "local"),
+        ("strategy.options.arbitration", "bugdet", "budget"),
+        ("strategy.options.arbitration", "treshold", "threshold"),
+        ("strategy.options.importance", "gradient_product", "gradient-product"),
+        ("strategy.options.upload-mask", "locale", "local"),
         ("data.partition", "dirichelet", "dirichlet"),
         ("model.dtype", "float16", "bfloat16"),
-        ("adapter.init", "gausian", "gaussian"),
+        ("model.pooling", "pretraned", "pretrained"),
     ],
 )
 def test_bad_choice_names_the_nearest(key, value, near):
-    message = problem({key: value})
+    message = problem_of(key, value).removesuffix(" (method 'fedara')")
     assert message.startswith(f"{key} = {value!r}: ")
     assert message.endswith(f"did you mean {near!r}?")
 
@@ -145,7 +168,7 @@ def test_bad_choice_far_from_all_lists_all():
         ("train.learning_rate", "train.learning-rate"),
         ("num_server_rounds", "num-server-rounds"),
         ("num-rounds", "num-server-rounds"),
-        ("threshold", "strategy.threshold"),
+        ("weighting", "strategy.weighting"),
         ("alpha", "adapter.alpha"),
         ("model", "model.name"),
         ("adapter.rank.x", "adapter.rank"),
@@ -187,29 +210,36 @@ def test_any_single_setting_is_taken_or_named_in_one_line(key, value):
 
 # -- relations ------------------------------------------------------------
 def test_final_rank_above_the_initial():
-    message = problem({"adapter.rank": 4, "adapter.final-rank": 4.5})
-    assert message == "adapter.final-rank = 4.5: allowed is at most adapter.rank = 4"
-    assert Settings.from_flat({"adapter.rank": 4, "adapter.final-rank": 4.0}).adapter.final_rank == 4.0
+    message = fedaras_problem(rank=4, final_rank=4.5)
+    assert message == "strategy.options.final-rank = 4.5: allowed is at most adapter.rank = 4"
+    assert fedara(rank=4, final_rank=4.0).final_rank == 4.0
 
 
 @pytest.mark.parametrize("warmup, final", [(10, 10), (19, 1), (0, 20), (25, 0), (18, -1), (-1, 18)])
 def test_warm_up_and_final_rounds_leave_no_round_between(warmup, final):
     """20 rounds; -1 is a tenth, 2."""
-    message = problem({"num-server-rounds": 20, "strategy.warmup-rounds": warmup, "strategy.final-rounds": final})
+    message = fedaras_problem(rounds=20, warmup_rounds=warmup, final_rounds=final)
     shown = [2 if value < 0 else value for value in (warmup, final)]
-    assert message.startswith(f"strategy.warmup-rounds = {shown[0]}: with strategy.final-rounds = {shown[1]} ")
+    start = "strategy.options.warmup-rounds = {}: with strategy.options.final-rounds = {} "
+    assert message.startswith(start.format(*shown))
     assert "num-server-rounds = 20" in message
 
 
 def test_warm_up_and_final_rounds_with_one_round_between():
-    taken = Settings.from_flat({"strategy.warmup-rounds": 12, "strategy.final-rounds": 7})
+    taken = fedara(rounds=20, warmup_rounds=12, final_rounds=7)
     assert (taken.warmup_rounds, taken.final_rounds) == (12, 7)
 
 
 @pytest.mark.parametrize("rounds, tenth", [(1, 0), (4, 0), (6, 1), (10, 1), (20, 2), (50, 5), (100, 10)])
 def test_a_tenth_by_default(rounds, tenth):
-    taken = Settings.from_flat({"num-server-rounds": rounds})
-    assert (taken.warmup_rounds, taken.final_rounds) == (tenth, tenth)
+    """The budget begins to fall after the first tenth, and has fallen where the last tenth begins."""
+    flat = {"num-server-rounds": rounds, "adapter.rank": 12, "strategy.options": toml(final_rank=1.0)}
+    modules = 10**5  # so many that no two rounds between have one budget
+    spec = SimpleNamespace(modules=range(modules), head=())
+    method = find("fedara")(Settings.from_flat(flat), SimpleNamespace(spec=spec))
+    state = SimpleNamespace(mask=SimpleNamespace(ranks=[12] * modules))
+    budgets = [method.budget(state, server_round) for server_round in range(1, rounds + 1)]
+    assert budgets.count(12 * modules) == tenth and budgets.count(modules) == tenth + 1
 
 
 @pytest.mark.parametrize("folder", ["runs", "./runs", "../runs", "a/b", " /runs"])
@@ -238,7 +268,7 @@ overrides = st.fixed_dictionaries(
         "adapter.rank": st.integers(3, 1024),
         "adapter.alpha": st.floats(1e-6, 1e6),
         "strategy.fraction-train": st.floats(0.001, 1.0),
-        "strategy.arbitration": st.sampled_from(["budget", "threshold"]),
+        "strategy.weighting": st.sampled_from(["examples", "uniform"]),
         "strategy.options": st.text(max_size=10),
         "train.dropout": st.booleans(),
         "train.steps": st.integers(0, 1000),

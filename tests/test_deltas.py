@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.deltas import DeltaLog, Holding, Piece, as_dense, compose, dense, factors, from_factors
 from fedara_flwr.model.draws import draw, lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
@@ -233,9 +234,8 @@ def test_other_drawn_parts_are_zero():
 
 # -- the wire -------------------------------------------------------------------------------------------------------
 def plan(*digests):
-    values = {"server_round": 2, "seed": 1, "mask": RankMask.full([0] * 3), "scales": (1.0,) * 3, "steps": 1, "epochs": 1}
-    values |= {"batch_size": 1, "learning_rate": 1.0, "e_lr_factor": 1.0, "head_learning_rate": 1.0}
-    return TrainPlan(**values, trainable=frozenset({"head"}), carries=frozenset({"head"}), delta=digests)
+    values = {"server_round": 2, "seed": 1, "mask": RankMask.full([0] * 3), "scales": (1.0,) * 3, "train": LocalTraining()}
+    return TrainPlan(**values, sent=frozenset({"head"}), carries=frozenset({"head"}), delta=digests)
 
 
 def content_of(*some):

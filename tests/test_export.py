@@ -103,7 +103,7 @@ def test_plain_lora_with_unequal_ranks_and_scales(tiny_models, tmp_path, name):
 def test_a_model_without_adapters_is_saved_whole(tiny_models, tmp_path):
     adapted = AdaptedModel(backbone(tiny_models["bert"], pooling="identity"))
     mask = RankMask.full([0] * len(adapted.spec.modules))
-    head = np.random.default_rng(0).normal(size=adapted.spec.head_size).astype(np.float32)
+    head = np.random.default_rng(0).normal(size=adapted.spec.size("head")).astype(np.float32)
     weights = Weights({"head": head}, mask, (1.0,) * len(mask.ranks))
     batch, expected = random_batch(), logits(adapted, weights, random_batch())
     save_model(tmp_path, adapted)

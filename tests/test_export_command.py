@@ -23,9 +23,11 @@ from fedara_flwr import engine
 from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.cli import app
 from fedara_flwr.cli.exporting import FORMATS
+from fedara_flwr.model.deltas import Weights
 from fedara_flwr.runs.card import has_card, write_card
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
+from fedara_flwr.server.evaluate import ServerModel
 
 README = Path(__file__).parent.parent / "README.md"
 COLOURS = ("red", "green", "blue")
@@ -78,10 +80,15 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def opened(path: Path) -> tuple[ServerModel, Weights]:
+    """The server's model, and what the run's newest checkpoint holds."""
+    run = open_run(path)
+    return run.model, run.method.weights(run.state)
+
+
 def logits(path: Path) -> np.ndarray:
     """Of the trained model that the run's newest checkpoint holds."""
-    strategy, model = open_run(path)
-    weights = strategy.method.weights(strategy.state)
+    model, weights = opened(path)
     model.adapted.set_delta(weights.delta)
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
@@ -112,8 +119,7 @@ def test_every_format_has_the_runs_logits_in_stock_libraries(run, base, name, me
 def test_training_shows_in_the_exports(run, base):
     """Else the formats would agree by having left it out: the head alone gives other logits."""
     path = run("bert", "fedara")
-    strategy, model = open_run(path)
-    weights = strategy.method.weights(strategy.state)
+    model, weights = opened(path)
     model.adapted.load(weights.arrays | {"E": np.zeros_like(weights.arrays["E"])}, weights.mask, weights.scales)
     with torch.no_grad():
         assert np.abs(model.adapted.logits(batch()).numpy() - logits(path)).max() > 1e-4
@@ -132,8 +138,8 @@ def test_the_cards_own_lines_load_it(run, base, name, kind):
     more = f'logits = model(**tokenizer({texts}, padding=True, return_tensors="pt")).logits'
     code = code.replace("path/to/this/folder", str(folder)).replace(f"'{name}'", f"'{base[name]}'")
     printed, found = stock_run(code + more)
-    strategy, model = open_run(path)
-    model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
+    model, weights = opened(path)
+    model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
         expected = model.adapted.logits(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
@@ -149,9 +155,9 @@ def test_the_readmes_lines_load_a_runs_adapter(run, base):
     assert code.count("runs/<name>") == 1 and code.count(MINILM) == 1
     printed, found = stock_run(code.replace("runs/<name>", str(path)).replace(MINILM, str(base["bert"])))
     text = re.search(r'tokenizer\("(.*?)"', code)[1]
-    strategy, model = open_run(path)
+    model, weights = opened(path)
     ids = dict(model.learner.tokenizer(text, return_tensors="pt"))
-    model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
+    model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
         expected = model.adapted.logits(ids).numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)

@@ -18,9 +18,10 @@ from runs_helper import CLIENTS, TamperedGrid, config, prepare
 
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.model.ranks import RankMask, pack_bits
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.wire import PROTOCOL
 
+VOTE = "report.slot-vote"
 BAD, LAST = 2, 2  # the client whose reply is bad, and the round
 FLAT = {
     "method": "fedara",
@@ -52,7 +53,7 @@ class Ground:
 
     def prepare(self, grid_class=InProcessGrid, **options):
         strategy, grid = prepare(self.flat, grid_class, app=self.app, **options)
-        strategy.evaluate = lambda: {}  # not what is tested here
+        strategy._validate = lambda number, arrays: None  # not what is tested here
         return strategy, grid
 
 
@@ -180,12 +181,16 @@ def dead_slots(reply, ground):
         arrays[name] = Array(np.zeros(spec.length(name, full), dtype=np.float32))
 
 
-def greedy_vote(reply, ground):
-    """One vote more than the budget grants, and ranks to go with it."""
-    votes = record(reply, "reply")["votes"]
-    keep = np.unpackbits(np.frombuffer(votes, dtype=np.uint8))[: ground.sent.count].astype(bool)
-    keep[np.flatnonzero(~keep)[:1]] = True
-    record(reply, "reply")["votes"] = pack_bits(keep)
+def vote(change):
+    """A fault of the vote; `change` gets the rank of every slot that was sent."""
+
+    def fault(reply, ground):
+        found = record(reply, "reply")
+        ranks = np.frombuffer(found[VOTE], dtype="<u2").astype(np.int64)
+        assert sorted(ranks.tolist()) == list(range(ground.sent.count))
+        found[VOTE] = np.asarray(change(ranks)).astype("<u2").tobytes()
+
+    return fault
 
 
 FAULTS = {
@@ -242,12 +247,15 @@ FAULTS = {
     "evaluated on no examples": (setting("metrics", eval_examples=0), "num-examples"),
     "round stale": (stale_reply, "round"),
     "round as text": (setting("reply", round=str(LAST)), "round"),
-    "mask stale": (stale_mask, "votes"),
+    "mask stale": (stale_mask, "report"),
     "slots dead": (dead_slots, "shape"),
-    "slots more than granted": (greedy_vote, "votes"),
-    "vote missing": (setting("reply", votes=None), "votes"),
-    "vote empty": (setting("reply", votes=b""), "votes"),
-    "ranks of the vote twice the same": (setting("reply", slot_ranks=b"\0\0"), "votes"),
+    "slots more than granted": (vote(lambda ranks: np.append(ranks, len(ranks))), "report"),
+    "vote missing": (setting("reply", **{VOTE: None}), "report"),
+    "vote empty": (setting("reply", **{VOTE: b""}), "report"),
+    "vote of another type": (setting("reply", **{VOTE: "3012"}), "report"),
+    "vote of a megabyte": (setting("reply", **{VOTE: bytes(2**20)}), "report"),
+    "ranks of the vote twice the same": (vote(lambda ranks: np.where(ranks == 1, 0, ranks)), "report"),
+    "ranks of the vote from 1 on": (vote(lambda ranks: ranks + 1), "report"),
     "protocol unknown": (setting("reply", protocol=PROTOCOL + 1), "protocol"),
     "protocol missing": (setting("reply", protocol=None), "protocol"),
     "needs pieces that there are not": (setting("reply", need_delta=["ab" * 32], protocol=9), "protocol"),

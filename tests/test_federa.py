@@ -21,8 +21,6 @@ from fedara_flwr.model.deltas import dense
 from fedara_flwr.model.draws import lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.messages import replies
-from fedara_flwr.server.roster import Expected
-from fedara_flwr.wire.plan import TrainPlan
 from fedara_flwr.wire.records import need_delta, plan_from_content
 
 CLIENTS = 4
@@ -31,7 +29,7 @@ architectures = pytest.mark.parametrize("name", list(CONFIGS))
 
 # -- the start ------------------------------------------------------------------------------------------------------
 class Port:
-    """What a strategy sees of a model, without data."""
+    """What a method sees of a model, without data."""
 
     def __init__(self, adapted):
         self.adapted, self.spec = adapted, adapted.spec
@@ -39,16 +37,14 @@ class Port:
     def weight(self, name):
         return self.adapted.resident_weight(name)
 
-    def expected(self, terms):
-        return Expected(self.spec.fingerprint, "", "", (), terms)
-
 
 def federa(path, rank, alpha, dtype="float32"):
     adapted = AdaptedModel(backbone(path, dtype=dtype))
     settings = Settings.from_flat({"method": "federa", "adapter.rank": rank, "adapter.alpha": alpha})
-    strategy = strategies.find("federa")(settings, Port(adapted))
-    strategy.state.arrays["head"] = strategy.state.arrays["head"] * 50  # logits of about 1
-    return adapted, strategy
+    method = strategies.find("federa")(settings, Port(adapted))
+    state = method.start()
+    state.arrays["head"] = state.arrays["head"] * 50  # logits of about 1
+    return adapted, method, state
 
 
 @torch.no_grad()
@@ -72,8 +68,8 @@ def bare_logits(path, head, dtype="float32"):
 @architectures
 def test_the_start_is_the_backbones_function(tiny_models, name, rank, alpha):
     """Rank 20 is above that of most modules (16); neither start nor delta may change the function."""
-    adapted, strategy = federa(tiny_models[name], rank, alpha)
-    weights = strategy.method.weights(strategy.state)
+    adapted, method, state = federa(tiny_models[name], rank, alpha)
+    weights = method.weights(state)
     expected = bare_logits(tiny_models[name], weights.arrays["head"])
     torch.testing.assert_close(logits(adapted, weights), expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(logits(adapted, weights, delta=False), expected, atol=1e-3)
@@ -82,16 +78,16 @@ def test_the_start_is_the_backbones_function(tiny_models, name, rank, alpha):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_start_is_the_backbones_function_in_bfloat16(tiny_models, name):
     """bfloat16 keeps 8 bits: the sum of two products differs from one in the third digit."""
-    adapted, strategy = federa(tiny_models[name], 3, 12.0, "bfloat16")
-    weights = strategy.method.weights(strategy.state)
+    adapted, method, state = federa(tiny_models[name], 3, 12.0, "bfloat16")
+    weights = method.weights(state)
     expected = bare_logits(tiny_models[name], weights.arrays["head"], "bfloat16")
     torch.testing.assert_close(logits(adapted, weights), expected, atol=0.03, rtol=0.03)
 
 
 def test_start_and_delta_by_the_papers_formula(tiny_models):
     """s·B0·A0 is the best approximation of rank 3: what is left has the other singular values; the delta takes it out."""
-    adapted, strategy = federa(tiny_models["bert"], 3, 12.0)
-    spec, state, s = adapted.spec, strategy.state, 12.0 / 3
+    adapted, method, state = federa(tiny_models["bert"], 3, 12.0)
+    spec, s = adapted.spec, 12.0 / 3
     taken = dense([state.delta.composed()], spec)
     for module, (b, a), out in zip(spec.modules, module_factors(spec, state.mask, state.arrays), taken, strict=True):
         weight = adapted.resident_weight(module.name).astype(np.float64)
@@ -106,39 +102,38 @@ def test_start_and_delta_by_the_papers_formula(tiny_models):
 
 
 def test_slots_above_a_modules_rank_are_zero(tiny_models):
-    adapted, strategy = federa(tiny_models["bert"], 20, 1.0)
-    state = strategy.state
+    adapted, method, state = federa(tiny_models["bert"], 20, 1.0)
     for b, a in module_factors(adapted.spec, state.mask, state.arrays):
         assert b.shape[1] == a.shape[0] == 20
         assert not b[:, 16:].any() and not a[16:].any() and b[:, :16].any(axis=0).all()
 
 
-def trained(strategy, seed=0):
+def trained(state, seed=0):
     """The state after some training."""
     rng = np.random.default_rng(seed)
     for part in ("B", "A"):
-        noise = rng.normal(0, 0.1, len(strategy.state.arrays[part])).astype(np.float32)
-        strategy.state.arrays[part] = strategy.state.arrays[part] + noise
-    return strategy
+        noise = rng.normal(0, 0.1, len(state.arrays[part])).astype(np.float32)
+        state.arrays[part] = state.arrays[part] + noise
+    return state
 
 
 @pytest.mark.parametrize("rank", [3, 20])
 @architectures
-def test_what_is_exported_is_the_model_without_an_delta(tiny_models, name, rank):
-    adapted, strategy = federa(tiny_models[name], rank, 12.0)
-    exported = trained(strategy).exported()
+def test_what_is_exported_is_the_model_without_a_delta(tiny_models, name, rank):
+    adapted, method, state = federa(tiny_models[name], rank, 12.0)
+    exported = method.exported(trained(state))
     assert exported.delta is None and "E" not in exported.arrays
     # a start above a layer's own rank needs no more than that
     assert list(exported.mask.ranks) == [rank + min(rank, m.d_out, m.d_in) for m in adapted.spec.modules]
-    expected = logits(adapted, strategy.method.weights(strategy.state))
+    expected = logits(adapted, method.weights(state))
     torch.testing.assert_close(logits(adapted, exported), expected, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(expected, bare_logits(tiny_models[name], exported.arrays["head"]), atol=1e-3)
 
 
 def test_the_export_loads_in_stock_peft(tiny_models, tmp_path):
-    adapted, strategy = federa(tiny_models["bert"], 3, 12.0)
-    expected = logits(adapted, trained(strategy).weights()).numpy()
-    save_lora(tmp_path, adapted.backbone, strategy.method.exported(strategy.state), "SEQ_CLS")
+    adapted, method, state = federa(tiny_models["bert"], 3, 12.0)
+    expected = logits(adapted, method.weights(trained(state))).numpy()
+    save_lora(tmp_path, adapted.backbone, method.exported(state), "SEQ_CLS")
     import json
 
     written = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -178,14 +173,14 @@ def short(model, **changes):
 
 
 def play(flat, grid_class=WatchedGrid, **options):
-    """(strategy, grid) after a run."""
-    strategy, grid = prepare(flat, grid_class, CLIENTS, **options)
-    strategy.start(grid, strategy.initial_arrays(), strategy.settings.num_server_rounds)
-    return strategy, grid
+    """(loop, grid) after a run."""
+    loop, grid = prepare(flat, grid_class, CLIENTS, **options)
+    loop.start(grid, loop.initial_arrays(), loop.settings.num_server_rounds)
+    return loop, grid
 
 
-def rounds(strategy):
-    return [line for line in strategy.lines if line["type"] == "round"]
+def rounds(loop):
+    return [line for line in loop.lines if line["type"] == "round"]
 
 
 def delta_bytes(content):
@@ -204,32 +199,32 @@ def whole_federa(tiny_bert, tmp_path_factory):
 
 
 def test_the_delta_is_sent_once_to_each_node(whole_federa):
-    strategy, grid = whole_federa
-    spec, mask = strategy.spec, strategy.state.mask
+    loop, grid = whole_federa
+    spec, mask = loop.spec, loop.state.mask
     size = 4 * (spec.length("B", mask) + spec.length("A", mask))
     first, sent = set(), Counter()
     for _, node, content, _ in grid.seen:
-        assert plan_from_content(content, len(spec.modules)).delta == strategy.state.holdings["0"].digests
+        assert plan_from_content(content, len(spec.modules)).delta == loop.state.holdings["0"].digests
         assert delta_bytes(content) == (0 if node in first else size)
         first.add(node)
         sent["delta"] += delta_bytes(content)
         sent["B"] += 4 * content.array_records["arrays"]["B"].shape[0]
     assert len(grid.seen) == 6 and first == set(range(CLIENTS))
-    total = strategy.state.bytes_total
-    assert total["down.delta"] == sent["delta"] == CLIENTS * size == sum(r["bytes"]["down.delta"] for r in rounds(strategy))
+    total = loop.state.bytes_total
+    assert total["down.delta"] == sent["delta"] == CLIENTS * size == sum(r["bytes"]["down.delta"] for r in rounds(loop))
     assert total["down.B"] == total["up.B"] == sent["B"] == 6 * 4 * spec.length("B", mask)
     assert "up.delta" not in total
-    clients = [line for line in strategy.lines if line["type"] == "client"]
+    clients = [line for line in loop.lines if line["type"] == "client"]
     assert sum(line["bytes-down"].get("delta", 0) for line in clients) == sent["delta"]
 
 
 def test_a_node_that_comes_late_trains_on_the_same_residual(whole_federa):
     """Round 1's two nodes and the others have one piece with one digest, whenever it came."""
-    strategy, grid = whole_federa
+    loop, grid = whole_federa
     late = [node for _, node, content, _ in grid.seen[2:] if delta_bytes(content)]
     assert late, "all nodes were drawn in round 1: choose another seed"
-    assert {h.digests for h in strategy.state.holdings.values()} == {strategy.state.holdings[str(late[0])].digests}
-    assert not any(line["dropped"] for line in rounds(strategy))
+    assert {h.digests for h in loop.state.holdings.values()} == {loop.state.holdings[str(late[0])].digests}
+    assert not any(line["dropped"] for line in rounds(loop))
 
 
 def same_arrays(first, second):
@@ -252,24 +247,24 @@ def test_a_node_that_lost_its_pieces_gets_them_within_the_round(tiny_bert, home,
             session._resident.clear()
         lost.append(context.node_id - 1000)
 
-    strategy, grid = play(short(tiny_bert, **FEDERA), before=lose)
+    loop, grid = play(short(tiny_bert, **FEDERA), before=lose)
     whole, _ = whole_federa
     size = delta_bytes(grid.seen[0][2])
-    assert len(lost) == 2 and same_arrays(strategy, whole)
-    assert [line["good"] for line in rounds(strategy)] == [2, 2, 2] and not any(r["dropped"] for r in rounds(strategy))
-    assert strategy.state.holdings == whole.state.holdings
+    assert len(lost) == 2 and same_arrays(loop, whole)
+    assert [line["good"] for line in rounds(loop)] == [2, 2, 2] and not any(r["dropped"] for r in rounds(loop))
+    assert loop.state.holdings == whole.state.holdings
     assert len(grid.seen) == 6 + 2
     answers = [answer for *_, answer in grid.seen if "need-delta" in answer.config_records["reply"]]
     assert len(answers) == 2
-    more = Counter(strategy.state.bytes_total)
+    more = Counter(loop.state.bytes_total)
     more.subtract(whole.state.bytes_total)
     # what a client says of its own time is as long as its digits: other bytes may differ, values may not
     assert more["down.delta"] == 2 * size
-    assert more["down.B"] == 2 * 4 * strategy.spec.length("B", strategy.state.mask) == more["down.A"]
+    assert more["down.B"] == 2 * 4 * loop.spec.length("B", loop.state.mask) == more["down.A"]
     assert more["up.B"] == more["up.A"] == more["up.head"] == 0
     assert more["up.other"] == sum(record.count_bytes() for a in answers for record in a.values())
-    lines = [line for line in strategy.lines if line["type"] == "client" and line["bytes-down"].get("delta", 0)]
-    assert sum(line["bytes-down"]["delta"] for line in lines) == strategy.state.bytes_total["down.delta"]
+    lines = [line for line in loop.lines if line["type"] == "client" and line["bytes-down"].get("delta", 0)]
+    assert sum(line["bytes-down"]["delta"] for line in lines) == loop.state.bytes_total["down.delta"]
 
 
 class Greedy(TamperedGrid):
@@ -294,28 +289,28 @@ class Greedy(TamperedGrid):
 def test_a_node_that_always_lacks_everything_is_dropped_after_one_repeat(tiny_bert, home):
     """The others' round goes on; the node is sent the pieces again when it is next drawn, in case it recovered."""
     flat = short(tiny_bert, method="federa", num_server_rounds=2, strategy__fraction_train=1.0)
-    strategy, grid = play(flat, Greedy)
+    loop, grid = play(flat, Greedy)
     assert grid.asked == {1: 2, 2: 2}
-    for line in rounds(strategy):
+    for line in rounds(loop):
         assert line["good"] == CLIENTS - 1
         assert [(d["client"], d["reason"]) for d in line["dropped"]] == [("1", "delta")]
-    assert set(strategy.state.holdings) == {"0", "2", "3"}
-    size = 4 * (strategy.spec.length("B", strategy.state.mask) + strategy.spec.length("A", strategy.state.mask))
-    assert [line["bytes"]["down.delta"] for line in rounds(strategy)] == [5 * size, 2 * size]
+    assert set(loop.state.holdings) == {"0", "2", "3"}
+    size = 4 * (loop.spec.length("B", loop.state.mask) + loop.spec.length("A", loop.state.mask))
+    assert [line["bytes"]["down.delta"] for line in rounds(loop)] == [5 * size, 2 * size]
 
 
 def test_flowers_own_loop_recovers_a_lost_delta_in_the_next_round(tiny_bert, home):
     """`Strategy.start` of Flower sends nothing twice: the node is dropped, and sent the pieces with its next plan."""
     flat = short(tiny_bert, method="federa", num_server_rounds=3, strategy__fraction_train=1.0)
-    strategy, grid = prepare(flat, WatchedGrid, CLIENTS)
-    arrays = strategy.initial_arrays()
+    loop, grid = prepare(flat, WatchedGrid, CLIENTS)
+    arrays = loop.initial_arrays()
     good = []
     for server_round in (1, 2, 3):
         if server_round == 2:
             del grid.contexts[1002].state["delta"]
-        replies = grid.send_and_receive(strategy.configure_train(server_round, arrays, {}, grid))
-        arrays, _ = strategy.aggregate_train(server_round, replies)
-        good.append((strategy.work.good, [(d.client, d.reason) for d in strategy.work.drops]))
+        replies = grid.send_and_receive(loop.configure_train(server_round, arrays, {}, grid))
+        arrays, _ = loop.aggregate_train(server_round, replies)
+        good.append((loop.work.good, [(d.client, d.reason) for d in loop.work.drops]))
     assert good == [(4, []), (3, [("2", "delta")]), (4, [])]
     assert [bool(delta_bytes(content)) for _, node, content, _ in grid.seen if node == 2] == [True, False, True]
 
@@ -323,8 +318,8 @@ def test_flowers_own_loop_recovers_a_lost_delta_in_the_next_round(tiny_bert, hom
 def test_pieces_that_came_are_not_sent_again_after_a_failed_round(tiny_bert, home):
     flat = short(tiny_bert, method="federa", num_server_rounds=2, strategy__fraction_train=1.0)
     flat["strategy.min-replies"], flat["strategy.max-failed-rounds"] = CLIENTS + 1, 3
-    strategy, grid = play(flat)
-    assert strategy.state.failed_rounds == 2
+    loop, grid = play(flat)
+    assert loop.state.failed_rounds == 2
     assert [bool(delta_bytes(content)) for _, _, content, _ in grid.seen] == [True] * CLIENTS + [False] * CLIENTS
 
 
@@ -341,11 +336,11 @@ def test_a_start_that_is_not_the_announced_one_is_refused(tiny_bert, home):
                 record["A"].data = bytes(data)
 
     flat = short(tiny_bert, method="federa", num_server_rounds=1, strategy__fraction_train=1.0)
-    strategy, grid = play(flat, before=spoil)
-    (line,) = rounds(strategy)
+    loop, grid = play(flat, before=spoil)
+    (line,) = rounds(loop)
     assert line["good"] == CLIENTS - 1 and [d["client"] for d in line["dropped"]] == ["1"]
     assert "sha256" in line["dropped"][0]["detail"]
-    assert "delta" not in grid.contexts[1001].state and "1" not in strategy.state.holdings
+    assert "delta" not in grid.contexts[1001].state and "1" not in loop.state.holdings
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -375,7 +370,7 @@ def test_a_message_is_repeated_once_and_a_reply_that_breaks_the_check_is_that_no
 # -- FFA-LoRA -------------------------------------------------------------------------------------------------------
 def test_ffa_lora_never_sends_a_and_never_changes_it(tiny_bert):
     flat = short(tiny_bert, method="ffa-lora", num_server_rounds=2, data__client_validation=0.3)
-    strategy, grid = play(flat)
+    loop, grid = play(flat)
     assert {kind for kind, *_ in grid.seen} == {"train", "evaluate"}
     for kind, _, content, answer in grid.seen:
         assert set(content.array_records["arrays"]) == {"B", "head"}
@@ -383,9 +378,9 @@ def test_ffa_lora_never_sends_a_and_never_changes_it(tiny_bert):
             assert set(answer.array_records["arrays"]) == {"B", "head"}
         else:
             assert answer.metric_records["metrics"]["eval-examples"] > 0
-    assert not {"down.A", "up.A"} & {key for key, size in strategy.state.bytes_total.items() if size}
-    assert np.array_equal(strategy.state.arrays["A"], lora_a(strategy.spec, strategy.state.mask, strategy.settings.seed))
-    assert strategy.state.arrays["B"].any()
+    assert not {"down.A", "up.A"} & {key for key, size in loop.state.bytes_total.items() if size}
+    assert np.array_equal(loop.state.arrays["A"], lora_a(loop.spec, loop.state.mask, loop.settings.seed))
+    assert loop.state.arrays["B"].any()
 
 
 # -- full and SLoRA -------------------------------------------------------------------------------------------------
@@ -405,17 +400,17 @@ def mean(found, part):
 
 
 def test_full_averages_all_parameters_and_its_bytes_are_four_per_number(tiny_bert):
-    strategy, grid = play(short(tiny_bert, method="full", num_server_rounds=2))
-    spec, state = strategy.spec, strategy.state
+    loop, grid = play(short(tiny_bert, method="full", num_server_rounds=2))
+    spec, state = loop.spec, loop.state
     for part in ("backbone", "head"):
         np.testing.assert_allclose(state.arrays[part], mean(updates(grid, 2), part), atol=1e-7)
         np.testing.assert_allclose(
             grid.seen[-1][2].array_records["arrays"][part].numpy(), mean(updates(grid, 1), part), atol=1e-7
         )
-    assert state.arrays["backbone"].shape == (spec.backbone_size,) and np.abs(state.arrays["backbone"]).max() > 1e-4
-    total, size = state.bytes_total, 4 * spec.backbone_size
+    assert state.arrays["backbone"].shape == (spec.size("backbone"),) and np.abs(state.arrays["backbone"]).max() > 1e-4
+    total, size = state.bytes_total, 4 * spec.size("backbone")
     assert (total["up.backbone"], total["down.backbone"]) == (4 * size, 2 * size)  # none down in round 1
-    assert total["up.head"] == total["down.head"] == 4 * 4 * spec.head_size
+    assert total["up.head"] == total["down.head"] == 4 * 4 * spec.size("head")
     assert "backbone" not in grid.seen[0][2].array_records["arrays"]
     # words that no client has seen get no gradient: their embeddings are the pre-trained ones
     start = 0
@@ -429,24 +424,27 @@ def test_full_averages_all_parameters_and_its_bytes_are_four_per_number(tiny_ber
 def test_slora_trains_drawn_positions_then_starts_lora_from_their_svd(tiny_bert):
     """Three rounds, one of them sparse."""
     flat = short(tiny_bert, method="slora", num_server_rounds=3, **{"strategy__options": "sparse-rounds = 0.3"})
-    strategy, grid = prepare(flat, WatchedGrid, CLIENTS)
-    spec, settings, finish = strategy.spec, strategy.settings, []
+    loop, grid = prepare(flat, WatchedGrid, CLIENTS)
+    spec, settings, finish = loop.spec, loop.settings, []
 
-    def finish_round(server_round, original=strategy.finish_round):
-        finish.append({part: vector.copy() for part, vector in strategy.state.arrays.items()})
-        original(server_round)
-        finish.append({part: vector.copy() for part, vector in strategy.state.arrays.items()})
+    def copied(arrays):
+        return {part: vector.copy() for part, vector in arrays.items()}
 
-    strategy.finish_round = finish_round
-    strategy.start(grid, strategy.initial_arrays(), 3)
-    mask = strategy.state.mask
+    def spied(state, merged, replies, merger, original=loop.method.next):
+        finish.append(copied(merged))
+        original(state, merged, replies, merger)
+        finish.append(copied(state.arrays))
+
+    loop.method.next = spied
+    loop.start(grid, loop.initial_arrays(), 3)
+    mask = loop.state.mask
     entries = spec.length("B", mask) + spec.length("A", mask)
     plans = [plan_from_content(content, len(spec.modules)) for _, _, content, _ in grid.seen]
-    assert [(p.entries, p.mask.count, "backbone" in p.trainable) for p in plans] == [(entries, 0, True)] * 2 + [
+    assert [(p.entries, p.mask.count, "backbone" in p.sent) for p in plans] == [(entries, 0, True)] * 2 + [
         (0, mask.count, False)
     ] * 4
     np.testing.assert_allclose(finish[0]["backbone"], mean(updates(grid, 1), "backbone"), atol=1e-7)
-    total = strategy.state.bytes_total
+    total = loop.state.bytes_total
     assert total["up.backbone"] == 2 * 4 * entries and total.get("down.backbone", 0) == 0
     assert total["down.B"] + total["down.A"] == total["up.B"] + total["up.A"] == 4 * 4 * entries
 
@@ -460,15 +458,16 @@ def test_slora_trains_drawn_positions_then_starts_lora_from_their_svd(tiny_bert)
         left = np.linalg.norm(change - scale * b @ a)
         assert left == pytest.approx(np.sqrt(np.square(values[settings.adapter.rank :]).sum()), rel=1e-3, abs=1e-6)
         start += change.size
-    assert "backbone" not in finish[1] and strategy.method.weights(strategy.state).positions is None
-    assert strategy.method.exported(strategy.state).delta is None
-    adapted = strategy.method.model.adapted
+    assert "backbone" not in finish[1] and loop.method.weights(loop.state).positions is None
+    assert loop.method.exported(loop.state).delta is None
+    adapted = loop.method.model.adapted
     kept = dict(zip(adapted._frozen, adapted._resident, strict=True))
     assert all(p.data_ptr() == kept[p].data_ptr() for p in adapted._frozen)  # the server's own model, after the last round
 
 
 def test_a_plan_names_no_delta_where_there_is_none(tiny_bert):
-    strategy, _ = prepare(short(tiny_bert, method="fedlora"), InProcessGrid, CLIENTS)
-    assert strategy.state.delta.composed() is None
-    plan: TrainPlan = strategy.plan(1, "0")
-    assert plan.delta == ()
+    loop, grid = prepare(short(tiny_bert, method="fedlora"), InProcessGrid, CLIENTS)
+    assert loop.state.delta.composed() is None
+    messages = list(loop.configure_train(1, loop.initial_arrays(), {}, grid))
+    assert len(messages) == 2
+    assert {plan_from_content(message.content, len(loop.spec.modules)).delta for message in messages} == {()}

@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_helper import CLIENTS, ShuffledGrid, TamperedGrid, config, prepare, start, stopped_in_round
 from test_checkpoint import assert_same_end, lines
-from test_wire import MASK, PLAN, SPEC, random_arrays
+from test_wire import MASK, PARTS, PLAN, SPEC, random_arrays
 
 from fedara_flwr import engine, strategies
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.merging.private import PrivateMean
+from fedara_flwr.model.kept import Kept
+from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import PARTS, SLOT_PARTS
 from fedara_flwr.node.kept import KeptStore
+from fedara_flwr.server.dispatch import Dispatch
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.plan import Update
-from fedara_flwr.wire.upload import Residue, code_update
+from fedara_flwr.wire.upload import code_update, residue_of
 
 laws = settings(deadline=None, max_examples=60)
 FED = replace(PLAN, up="int4", feedback=frozenset(PARTS), run="5" * 32)
@@ -41,7 +43,7 @@ def upload(plan, changes, residue, mask=None, key="k"):
 
 
 def empty(plan=FED):
-    return Residue({}, plan.mask).fit(plan, SPEC)
+    return residue_of(None, plan, SPEC)
 
 
 # -- by hand ------------------------------------------------------------
@@ -69,11 +71,11 @@ def test_without_feedback_two_halves_may_come_to_two():
 def test_slots_by_hand():
     """Slots 0 and 1 of m0, 1 of m1, 1 of m2 are alive. Slot 1 of m0 dies, and m2's. E's residues stay with their slots; under
     a mask on which a slot is back it starts at zero."""
-    residue = Residue({"E": np.array([1, 2, 3, 4], np.float32), "head": np.ones(6, np.float32)}, MASK)
+    residue = Kept({"E": np.array([1, 2, 3, 4], np.float32), "head": np.ones(6, np.float32)}, MASK)
     after = MASK.keep(np.array([True, False, True, False]))
-    fitted = residue.fit(replace(FED, mask=after, feedback=frozenset({"E", "head"})), SPEC)
+    fitted = residue_of(residue, replace(FED, mask=after, feedback=frozenset({"E", "head"})), SPEC)
     assert fitted.arrays["E"].tolist() == [1, 3] and fitted.arrays["head"].tolist() == [1] * 6
-    assert fitted.fit(replace(FED, feedback=frozenset({"E"})), SPEC).arrays["E"].tolist() == [1, 0, 3, 0]
+    assert residue_of(fitted, replace(FED, feedback=frozenset({"E"})), SPEC).arrays["E"].tolist() == [1, 0, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -81,24 +83,40 @@ def test_slots_by_hand():
     [
         ({}, set(PARTS)),
         ({"feedback": frozenset({"B", "head"})}, {"B", "head"}),
-        ({"trainable": frozenset({"head"})}, {"head"}),
+        ({"sent": frozenset({"head"})}, set(PARTS)),
+        ({"sent": frozenset({"head"}), "kept": frozenset({"B"})}, set(PARTS)),
+        ({"sent": frozenset({"A", "head"}), "feedback": frozenset({"head"})}, set(PARTS) - {"A"}),
+        ({"sent": frozenset({"head"}), "draw_seed": 1}, {"head"}),
         ({"draw_seed": 1}, {"head"}),
         ({"entries": 5}, {"head"}),
         ({"mask": RankMask.full([2, 2, 1])}, set()),
     ],
-    ids=["all", "asked for", "trained", "drawn", "entries", "other ranks"],
+    ids=["all", "asked for", "waits", "waits, kept", "waits, asked for", "waits, drawn", "drawn", "entries", "other ranks"],
 )
 def test_what_means_something_else_is_dropped(changes, kept):
     plan = replace(FED, **changes)
-    fitted = Residue(random_arrays(MASK), MASK).fit(plan, SPEC)
-    assert set(fitted.arrays) == plan.feedback & plan.trainable
+    fitted = residue_of(Kept(random_arrays(MASK), MASK), plan, SPEC)
+    assert set(fitted.arrays) == (plan.feedback & plan.sent) | kept
     for part, values in fitted.arrays.items():
         assert values.shape == (SPEC.length(part, plan.mask, plan.entries),) and values.any() == (part in kept)
 
 
+def test_what_a_round_does_not_send_waits_for_its_turn():
+    """E's residues go through a round that sends the head alone: untouched by its coding, the dead slot's is gone."""
+    residue = Kept({"E": np.array([1, 2, 3, 4], np.float32), "head": np.zeros(6, np.float32)}, MASK)
+    after = MASK.keep(np.array([True, True, False, True]))
+    plan = replace(FED, mask=after, sent=frozenset({"head"}), feedback=frozenset({"head"}))
+    fitted = residue_of(residue, plan, SPEC)
+    decoded, _ = upload(plan, {"head": [7, 0.5, 0, 0, 0, 0]}, fitted)
+    assert set(decoded) == {"head"} and fitted.arrays["head"].any()
+    turn = residue_of(fitted, replace(plan, sent=frozenset({"E"}), feedback=frozenset({"E"})), SPEC)
+    assert turn.arrays["E"].tolist() == [1, 2, 4]
+    assert np.array_equal(turn.arrays["head"], fitted.arrays["head"])
+
+
 def test_a_residue_of_other_lengths_is_dropped():
-    residue = Residue({"A": np.ones(3, np.float32), "head": np.ones(7, np.float32)}, MASK)
-    assert not any(values.any() for values in residue.fit(FED, SPEC).arrays.values())
+    residue = Kept({"A": np.ones(3, np.float32), "head": np.ones(7, np.float32)}, MASK)
+    assert not any(values.any() for values in residue_of(residue, FED, SPEC).arrays.values())
 
 
 # -- laws ------------------------------------------------------------
@@ -120,7 +138,7 @@ def test_all_that_was_sent_is_all_that_was_learnt_but_for_the_last_residue(cours
     sums = {part: np.zeros((2, SPEC.length(part, full))) for part in PARTS}
     for number, (mask, sent, spread) in enumerate(course):
         plan = replace(FED, mask=mask, up=up, seed=seed, server_round=number)
-        residue = residue.fit(plan, SPEC)
+        residue = residue_of(residue, plan, SPEC)
         parts = [part for part in PARTS if part not in SLOT_PARTS or sent.count]
         changes = {part: rng.normal(0, spread, SPEC.length(part, sent)).astype(np.float32) for part in parts}
         decoded, _ = upload(plan, changes, residue, sent)
@@ -148,79 +166,6 @@ def test_a_residue_stays_a_share_of_the_largest_difference(seed, form):
         assert (np.maximum.reduceat(np.abs(residue.arrays["B"]), starts) <= largest / share * (1 + 1e-5)).all()
 
 
-# -- the node's files ------------------------------------------------------------
-def residue_of(seed, entries=0):
-    return Residue(random_arrays(MASK, seed=seed), MASK, draw_seed=2**62, entries=entries)
-
-
-def same(found, expected):
-    if found is None:
-        return expected is None
-    facts = (found.mask, found.draw_seed, found.entries) == (expected.mask, expected.draw_seed, expected.entries)
-    return facts and all(np.array_equal(found.arrays[part], values) for part, values in expected.arrays.items())
-
-
-def test_a_round_that_is_done_again_starts_from_the_same(tmp_path):
-    store, kept = KeptStore(tmp_path, "run", "3"), {number: residue_of(number) for number in (2, 5, 9)}
-    assert store.take(1) is None
-    for number, residue in kept.items():
-        store.put(residue, number)
-    assert same(store.take(10), kept[9]) and len(list(store.folder.iterdir())) == 2
-    assert same(store.take(9), kept[5])
-    store.put(residue_of(77), 9)
-    assert same(store.take(10), residue_of(77)) and same(store.take(9), kept[5])
-    assert store.take(5) is None and list(store.folder.iterdir()) == []
-
-
-def test_no_run_and_no_client_sees_anothers(tmp_path):
-    names = [("run", "3"), ("run", "4"), ("other", "3"), ("run\x1f3", ""), ("../..", "/etc/x\0y")]
-    for seed, (run, key) in enumerate(names):
-        KeptStore(tmp_path / "a", run, key).put(residue_of(seed, seed), 1)
-    assert [KeptStore(tmp_path / "a", run, key).take(2).entries for run, key in names] == list(range(5))
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 5
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o700}
-
-
-def test_what_is_lost_or_damaged_is_zero(tmp_path):
-    """Every byte flipped, a file cut off, an empty one. The older file is in an upload already and never taken instead."""
-    store = KeptStore(tmp_path, "run", "3")
-    store.put(residue_of(1), 1)
-    store.put(residue_of(2), 2)
-    file = store.folder / "2.safetensors"
-    data = file.read_bytes()
-    flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data))]
-    for bad in (*flipped, data[:-4], b""):
-        file.write_bytes(bad)
-        assert store.take(3) is None
-    store.put(residue_of(3), 3)
-    assert same(store.take(4), residue_of(3))
-
-
-def test_a_full_disk_costs_the_residue_alone(tmp_path, monkeypatch, caplog):
-    """The older file must not stay as if it were the last one."""
-    store = KeptStore(tmp_path, "run", "3")
-    store.put(residue_of(1), 1)
-
-    def full(self, data):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        store.put(residue_of(2), 2)
-    assert "No space left" in caplog.text and store.take(3) is None
-
-
-def test_those_who_wrote_longest_ago_make_room(tmp_path):
-    """A file has 1,200 bytes and two are reckoned with: three clients of 1,200 and a new one are 6,000 of at most 5,000."""
-    stores = [KeptStore(tmp_path, "run", str(key), limit=5000) for key in range(4)]
-    for age, store in enumerate(stores[:3]):
-        store.put(Residue({"head": np.zeros(260, np.float32)}, MASK), 1)
-        assert 1100 < (store.folder / "1.safetensors").stat().st_size < 1500
-        os.utime(store.folder, (1000 - age, 1000 - age))
-    stores[3].put(Residue({"head": np.zeros(260, np.float32)}, MASK), 1)
-    assert [store.take(2) is None for store in stores] == [False, False, True, False]
-
-
 # -- whole runs ------------------------------------------------------------
 def flat(model, method="fedara", **more):
     return config(
@@ -229,7 +174,7 @@ def flat(model, method="fedara", **more):
         **{
             "num_server_rounds": 3,
             "strategy__fraction_train": 1.0,
-            "strategy__options": OPTIONS.get(method, ""),
+            **({"strategy__options": OPTIONS[method]} if method in OPTIONS else {}),
             "fedara__warmup_rounds": 0,
             "fedara__final_rounds": 0,
             "wire__down": "int8",
@@ -261,12 +206,11 @@ def test_without_feedback_the_first_round_is_the_same(tiny_bert):
     assert sent[0] == sent[1] and not any("feedback-norm" in line for line in of(plain))
 
 
-def test_slots_that_are_made_anew_have_no_residue(tiny_bert):
+def test_slots_that_are_made_anew_have_no_residue(tiny_bert, monkeypatch):
     """flora draws A and B afresh each round: only the head's rounding comes along."""
     strategy, grid = prepare(flat(tiny_bert, "flora"))
-    seen = []
-    pack = strategy._pack
-    strategy._pack = lambda *args: (seen.append(pack(*args)), seen[-1])[1]
+    seen, pack = [], Dispatch.pack
+    monkeypatch.setattr(Dispatch, "pack", lambda *args: (seen.append(pack(*args)), seen[-1])[1])
     strategy.start(grid, strategy.initial_arrays(), 1)
     assert {plan.feedback for plan, _ in seen} == {frozenset({"head"})}
     assert {plan.run for plan, _ in seen} == {strategy.run_id}
@@ -327,7 +271,7 @@ def test_a_private_run_takes_it(tiny_bert):
 
 
 def test_a_private_mean_moves_by_no_more_than_its_clip_whatever_the_residue():
-    residue = Residue({part: values * 1e6 for part, values in random_arrays(MASK).items()}, MASK)
+    residue = Kept({part: values * 1e6 for part, values in random_arrays(MASK).items()}, MASK)
     decoded, said = upload(FED, random_arrays(MASK, seed=1), residue)
     still = {part: np.zeros_like(values) for part, values in decoded.items()}
     mean = PrivateMean(SPEC, MASK, still, frozenset(PARTS), clip=0.5, noise_multiplier=1.0, planned=2, normal=np.zeros)

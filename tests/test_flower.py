@@ -206,7 +206,7 @@ def test_wrong_settings_end_before_anything_starts(tmp_path):
     for setting, words in {
         "metod='fedara'": ["metod = 'fedara'", "did you mean 'method'?"],
         "method='fedarra'": ["method = 'fedarra'", "did you mean 'fedara'?"],
-        "adapter.final-rank=20.0": ["adapter.final-rank = 20.0", "at most adapter.rank = 12"],
+        "strategy.options='final-rank = 20.0'": ["strategy.options.final-rank = 20.0", "at most adapter.rank = 12"],
         "train.dropout='yes'": ["train.dropout = 'yes'", "boolean"],
         "data.path='/nowhere.csv'": ["data.path = '/nowhere.csv'", "no such file"],
         "seed = 7": ["seed = 7", "no key=value"],

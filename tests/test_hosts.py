@@ -31,7 +31,7 @@ LINKS = {"attic": ("100mbit", 0.0), "barn": ("20mbit", 0.05), "cellar": ("2mbit"
 LOST = 0.01  # of the packets that reach "barn"
 RUN = {
     "adapter.rank": 4,
-    "adapter.final-rank": 2.0,
+    "strategy.options": "final-rank = 2.0",
     "num-server-rounds": 5,
     "strategy.fraction-train": 1.0,
     "strategy.min-available-nodes": 3,

@@ -20,9 +20,9 @@ from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.fleet import PROFILES
-from fedara_flwr.server.roster import Expected, Node
-from fedara_flwr.strategies.legend import Capacity, Legend, depths, last_blocks, rank_distribution
-from fedara_flwr.wire.plan import Update
+from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution
+from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.strategies.legend import Legend
 
 laws = hypothesis_settings(deadline=None, max_examples=100)
 
@@ -170,7 +170,7 @@ def test_memory_beyond_reason(depth):
     assert depths([replace(QUICK, depth=depth), QUICK], 3, 2, SENT)[0] == (3 if depth > 3 else 1)
 
 
-# -- the strategy ------------------------------------------------------------
+# -- the method ------------------------------------------------------------
 SPEC = ModelSpec(
     "f" * 64,
     tuple(ModuleSpec(f"layer.{block}.{name}", 4, 4, block) for block in range(3) for name in ("query", "value")),
@@ -184,14 +184,35 @@ class Port:
     def __init__(self, spec=SPEC):
         self.spec = spec
 
-    def expected(self, terms):
-        return Expected(self.spec.fingerprint, "t", "d", ("a", "b"), terms)
 
+class Driven:
+    """The method and its state, driven by hand: there is no server."""
 
-def legend(text="", spec=SPEC, **flat):
-    values = {"method": "legend", "adapter.rank": 4, "adapter.final-rank": 1.0, "train.steps": 2, "strategy.options": text}
-    values |= {"train.cache": "off"}
-    return Legend(Settings.from_flat(values | {k.replace("__", "."): v for k, v in flat.items()}), Port(spec))
+    def __init__(self, text="", spec=SPEC, **flat):
+        values = {"method": "legend", "adapter.rank": 4, "train.steps": 2, "strategy.options": text, "train.cache": "off"}
+        settings = Settings.from_flat(values | {name.replace("__", "."): value for name, value in flat.items()})
+        self.method = Legend(settings, Port(spec))
+        self.state = self.method.start()
+
+    def join(self, key, metrics, device=None, examples=0):
+        """A client that answered whether it is ready."""
+        client = Client(key, examples, device)
+        self.method.ready(self.state, client, metrics)
+        return client
+
+    def depths(self, *clients):
+        """What a round with these clients begins with."""
+        self.method.prepare(self.state, clients)
+        return {client.key: self.state.clients[client.key]["depth"] for client in clients}
+
+    def answer(self, client, **metrics):
+        """A round of which one good update is left, of a client at its present depth."""
+        mask = self.method.client_mask(self.state, client)
+        said = {name.replace("_", "-"): value for name, value in metrics.items()}
+        self.method.next(self.state, self.state.arrays, [Reply(client, 5, mask, said)], None)
+
+    def capacity(self, client):
+        return self.method.capacity(self.state, client)
 
 
 def calibration(forward, backward, blocks=3.0, free=1e9, per_block=1e6, unit="seconds"):
@@ -204,36 +225,22 @@ def calibration(forward, backward, blocks=3.0, free=1e9, per_block=1e6, unit="se
     }
 
 
-def join(strategy, key, metrics, simulated=False):
-    node = Node(key, 1000 + int(key), 3, simulated)
-    strategy.roster.nodes[key] = node
-    strategy.ready(node, metrics)
-    return node
-
-
-def answer(strategy, key, **metrics):
-    """A good update of one client at its present depth."""
-    mask = strategy.client_mask(key)
-    arrays = {part: np.zeros(SPEC.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
-    strategy.take(key, Update(arrays, mask, 5, {name.replace("_", "-"): value for name, value in metrics.items()}), 5)
-
-
 def test_start_by_hand():
     """Ranks 2, 4, 6 and one scale alpha / rank for all: alpha_l = 2·r_l."""
-    strategy = legend(adapter__alpha=8.0)
-    assert strategy.state.mask.ranks == (2, 2, 4, 4, 6, 6)
-    assert strategy.scales() == (2.0,) * 6
-    assert strategy.calibration == {"calibrate-batch": 16, "calibrate-rank": 4}
+    legend = Driven(adapter__alpha=8.0)
+    assert legend.state.mask.ranks == (2, 2, 4, 4, 6, 6)
+    assert legend.method.scales(legend.state.mask) == (2.0,) * 6
+    assert legend.method.calibration == {"calibrate-batch": 16, "calibrate-rank": 4}
 
 
-def sent_at(strategy, depth):
-    """Bytes of an update of the last `depth` blocks."""
-    return strategy._sent(last_blocks(strategy.spec, strategy.state.mask, depth))
+def sent_at(run, depth):
+    """Bytes of an update of the last `depth` blocks; `run` has a method and a state."""
+    return run.method._bytes(last_blocks(run.method.spec, run.state.mask, depth))
 
 
 def test_bytes_of_an_update():
     """Head 10 numbers; a slot 4 + 4; the last block has 12 slots, the one before 8, the first 4."""
-    assert [sent_at(legend(), depth) for depth in range(4)] == [40, 40 + 384, 40 + 640, 40 + 768]
+    assert [sent_at(Driven(), depth) for depth in range(4)] == [40, 40 + 384, 40 + 640, 40 + 768]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +256,7 @@ def test_bytes_of_an_update():
 )
 def test_impossible_options(text, message):
     with pytest.raises(ConfigError, match=message):
-        legend(text)
+        Driven(text)
 
 
 def test_moving_averages_by_hand():
@@ -258,67 +265,65 @@ def test_moving_averages_by_hand():
     Round 1: 4 steps, 16 s forward, 8 s backward through 2 blocks: 4 and 1 per step; halves: f = 3, g = 1.5.
     Round 2: 2 steps, 2 s and 3 s through 1 block: 1 and 1.5. The 1 counts as 1.5, half of 3: f = 2.25, g = 1.5.
     """
-    strategy = legend("smoothing = 0.5", train__steps=0)
-    node = join(strategy, "0", calibration(2.0, 6.0, free=5e6, per_block=2e6))
-    assert strategy.capacity(node) == Capacity(2.0, 2.0, 0.0, 2.5)
-    strategy.prepare(1, [node])
-    assert strategy.depth == {"0": 2}
-    answer(strategy, "0", steps=4, seconds_forward=16.0, seconds_backward=8.0, seconds_all=25.0, seconds_elapsed=28.0)
-    assert strategy.capacity(node) == Capacity(3.0, 1.5, 0.0, 2.5)
-    strategy.depth = {"0": 1}
-    answer(strategy, "0", steps=2, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
-    assert strategy.capacity(node) == Capacity(2.25, 1.5, 0.0, 2.5)
+    legend = Driven("smoothing = 0.5", train__steps=0)
+    node = legend.join("0", calibration(2.0, 6.0, free=5e6, per_block=2e6))
+    assert legend.capacity(node) == Capacity(2.0, 2.0, 0.0, 2.5)
+    assert legend.depths(node) == {"0": 2}
+    legend.answer(node, steps=4, seconds_forward=16.0, seconds_backward=8.0, seconds_all=25.0, seconds_elapsed=28.0)
+    assert legend.capacity(node) == Capacity(3.0, 1.5, 0.0, 2.5)
+    legend.state.clients["0"]["depth"] = 1
+    legend.answer(node, steps=2, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
+    assert legend.capacity(node) == Capacity(2.25, 1.5, 0.0, 2.5)
 
 
 def test_kept_outputs_make_the_forward_pass_as_short_as_the_backward_pass():
     """Calibration: 6 s and 9 s through 3 blocks, so g = 2 + 3. Then one step of 2 s and 3 s through 1 block: the same."""
-    strategy = legend(train__cache="exact", train__steps=0)
-    node = join(strategy, "0", calibration(6.0, 9.0))
-    assert strategy.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
-    strategy.depth = {"0": 1}
-    answer(strategy, "0", steps=1, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
-    assert strategy.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
+    legend = Driven(train__cache="exact", train__steps=0)
+    node = legend.join("0", calibration(6.0, 9.0))
+    assert legend.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
+    legend.state.clients["0"]["depth"] = 1
+    legend.answer(node, steps=1, seconds_forward=2.0, seconds_backward=3.0, seconds_all=6.0, seconds_elapsed=9.0)
+    assert legend.capacity(node) == Capacity(0.0, 5.0, 0.0, 3.0)
 
 
 def test_smoothing_is_the_newest_reports_weight():
     """f = 8, then 4 (8 s in two steps): at 1/4 it is 7, at 1 it is 4."""
     for text, expected in (("smoothing = 0.25", 7.0), ("smoothing = 1.0", 4.0)):
-        strategy = legend(text)
-        node = join(strategy, "0", calibration(8.0, 3.0))
-        strategy.prepare(1, [node])
-        answer(strategy, "0", seconds_forward=8.0, seconds_backward=3.0)
-        assert strategy.capacity(node).forward == expected
+        legend = Driven(text)
+        node = legend.join("0", calibration(8.0, 3.0))
+        legend.depths(node)
+        legend.answer(node, seconds_forward=8.0, seconds_backward=3.0)
+        assert legend.capacity(node).forward == expected
 
 
 def test_upload_is_the_median_of_the_last_five():
     """Depth 2 sends 680 bytes. Elapsed less busy less 3 s of polling: 68, 6.8, 13.6, 0 (not below), 20.4, 27.2 s, so per byte
     .1, .01, .02, 0, .03, .04; the first is forgotten: the median of the rest is .02.
     """
-    strategy = legend()
-    node = join(strategy, "0", calibration(1.0, 3.0, free=2e6))
-    strategy.prepare(1, [node])
-    assert strategy.depth == {"0": 2}
+    legend = Driven()
+    node = legend.join("0", calibration(1.0, 3.0, free=2e6))
+    assert legend.depths(node) == {"0": 2}
     for elapsed in (78.0, 16.8, 23.6, 5.0, 30.4, 37.2):
         report = {"seconds_forward": 1.0, "seconds_backward": 3.0, "seconds_all": 7.0}
-        answer(strategy, "0", seconds_elapsed=elapsed, **report)
-    assert strategy.state.clients["0"]["uploads"] == pytest.approx([0.01, 0.02, 0, 0.03, 0.04])
-    assert strategy.capacity(node).upload == pytest.approx(0.02)
+        legend.answer(node, seconds_elapsed=elapsed, **report)
+    assert legend.state.clients["0"]["uploads"] == pytest.approx([0.01, 0.02, 0, 0.03, 0.04])
+    assert legend.capacity(node).upload == pytest.approx(0.02)
 
 
 def test_simulated_devices_by_their_profile():
     """FLOPs over the profile's speed, its memory and its link; seconds that this machine took do not count."""
-    strategy = legend(fleet__profiles="phone")
+    legend = Driven()
     phone = PROFILES["phone"]
     metrics = calibration(3e9, 6e9, unit="flops", per_block=phone.memory / 2, free=1.0) | {"seconds-forward": 1e9}
-    node = join(strategy, "0", metrics, simulated=True)
+    node = legend.join("0", metrics, PROFILES["phone"])
     expected = Capacity(3e9 / phone.flops, 6e9 / phone.flops / 3, 1 / phone.up, 2.0)
-    assert strategy.capacity(node) == expected
-    strategy.prepare(1, [node])
+    assert legend.capacity(node) == expected
+    legend.depths(node)
     clock = {"seconds_forward": 7.0, "seconds_backward": 7.0, "seconds_all": 1.0, "seconds_elapsed": 99.0}
-    answer(strategy, "0", flops_forward=6e9, flops_backward=8e9, **clock)
-    assert strategy.capacity(node).forward == expected.forward
-    assert strategy.capacity(node).backward == pytest.approx(2e9 / phone.flops)
-    assert strategy.state.clients["0"]["uploads"] == []
+    legend.answer(node, flops_forward=6e9, flops_backward=8e9, **clock)
+    assert legend.capacity(node).forward == expected.forward
+    assert legend.capacity(node).backward == pytest.approx(2e9 / phone.flops)
+    assert legend.state.clients["0"]["uploads"] == []
 
 
 def test_options_reach_the_depths():
@@ -328,33 +333,28 @@ def test_options_reach_the_depths():
         ("slack = 0.8", [3, 2, 1]),
         ("target = 'median'\nslack = 0.0", [3, 3, 1]),
     ):
-        strategy = legend(text)
+        legend = Driven(text)
         times = ((1.0, 3.0), (2.0, 6.0), (4.0, 18.0))  # 2(1 + k): 4, 6, 8 | 2(2 + 2k): 8, 12, 16 | 2(4 + 6k): 20, 32, 44
-        nodes = [join(strategy, str(i), calibration(*pair)) for i, pair in enumerate(times)]
-        strategy.prepare(1, nodes)
-        assert [strategy.depth[node.key] for node in nodes] == expected
+        nodes = [legend.join(str(i), calibration(*pair)) for i, pair in enumerate(times)]
+        assert list(legend.depths(*nodes).values()) == expected
 
 
 def test_by_epochs_each_device_has_its_own_steps():
     """Two passes over 8 or 33 examples in batches of 16: 2 or 6 steps. At equal speed that is 2 + 2k s and 6 + 6k s: the
     limit of 1.5·8 s is the second one's depth 1. What an update reports is per step, whatever their number.
     """
-    strategy = legend("slack = 0.5", train__steps=0, train__epochs=2)
-    few, many = (join(strategy, key, calibration(1.0, 3.0)) for key in ("0", "1"))
-    strategy.roster.examples |= {"0": 8, "1": 33}
-    strategy.prepare(1, [few, many])
-    assert strategy.depth == {"0": 3, "1": 1}
-    answer(strategy, "1", steps=6, seconds_forward=6.0, seconds_backward=6.0)
-    assert strategy.capacity(many).forward == strategy.capacity(many).backward == 1.0
+    legend = Driven("slack = 0.5", train__steps=0, train__epochs=2)
+    few, many = (legend.join(key, calibration(1.0, 3.0), examples=count) for key, count in (("0", 8), ("1", 33)))
+    assert legend.depths(few, many) == {"0": 3, "1": 1}
+    legend.answer(many, steps=6, seconds_forward=6.0, seconds_backward=6.0)
+    assert legend.capacity(many).forward == legend.capacity(many).backward == 1.0
 
 
 def test_only_the_rounds_nodes_count():
-    strategy = legend("slack = 0.0")
-    quick, slow, slower = (join(strategy, str(i), calibration(10.0**i, 3 * 10.0**i)) for i in range(3))
-    strategy.prepare(1, [slow, slower])
-    assert strategy.depth == {"1": 3, "2": 1}
-    strategy.prepare(2, [quick, slow])
-    assert strategy.depth == {"0": 3, "1": 1}
+    legend = Driven("slack = 0.0")
+    quick, slow, slower = (legend.join(str(i), calibration(10.0**i, 3 * 10.0**i)) for i in range(3))
+    assert legend.depths(slow, slower) == {"1": 3, "2": 1}
+    assert legend.depths(quick, slow) == {"0": 3, "1": 1}
 
 
 ABSURD = (-1.0, 0.0, float("nan"), float("inf"), float("-inf"), 1e300, 1.7e308, None)
@@ -368,7 +368,7 @@ ABSURD = (-1.0, 0.0, float("nan"), float("inf"), float("-inf"), 1e300, 1.7e308, 
 @pytest.mark.parametrize("target", ["fastest", "median"])
 def test_absurd_reports_change_no_other_devices_depth(name, value, simulated, target):
     """Of the calibration batch, then of an update; four sound devices keep their depths, and none reaches beyond 1 to 3."""
-    strategy = legend(f"slack = 0.0\ntarget = '{target}'", fleet__profiles="raspberry-pi-5")
+    legend = Driven(f"slack = 0.0\ntarget = '{target}'")
     unit, scale = ("flops", 1e10) if simulated else ("seconds", 1.0)
     name = name.replace("seconds", unit)
 
@@ -378,60 +378,56 @@ def test_absurd_reports_change_no_other_devices_depth(name, value, simulated, ta
     def broken(sound):
         return {k: v for k, v in (sound | {name: value}).items() if v is not None}
 
-    sound = [join(strategy, str(i), report(factor), simulated) for i, factor in enumerate((1.0, 2.0, 3.0, 8.0))]
-    strategy.prepare(1, sound)
-    expected = dict(strategy.depth)
+    device = PROFILES["raspberry-pi-5"] if simulated else None
+    sound = [legend.join(str(i), report(factor), device) for i, factor in enumerate((1.0, 2.0, 3.0, 8.0))]
+    expected = legend.depths(*sound)
     assert expected["0"] == 3 and expected["3"] < 3
-    odd = join(strategy, "9", broken(report(2.5)), simulated)
+    odd = legend.join("9", broken(report(2.5)), device)
     for _ in range(3):
-        strategy.prepare(1, [*sound, odd])
-        assert 1 <= strategy.depth["9"] <= 3
-        assert target == "median" or {key: strategy.depth[key] for key in expected} == expected
-        mask = strategy.client_mask("9")
-        arrays = {part: np.zeros(SPEC.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}
-        strategy.take("9", Update(arrays, mask, 5, broken(report(2.5)) | {"seconds-elapsed": 1e300}), 5)
+        found = legend.depths(*sound, odd)
+        assert 1 <= found.pop("9") <= 3
+        assert target == "median" or found == expected
+        mask = legend.method.client_mask(legend.state, odd)
+        said = broken(report(2.5)) | {"seconds-elapsed": 1e300}
+        legend.method.next(legend.state, legend.state.arrays, [Reply(odd, 5, mask, said)], None)
 
 
 @pytest.mark.parametrize("metrics", [{}, {"num-examples": 5.0}, calibration(0.0, 3.0), {"seconds-forward": 1.0}])
 def test_a_device_without_a_report_trains_one_block_until_its_first_update(metrics):
-    strategy = legend()
-    node, other = join(strategy, "0", metrics), join(strategy, "1", calibration(1.0, 3.0))
-    strategy.prepare(1, [node])
-    assert strategy.capacity(node) is None and strategy.depth == {"0": 1}
-    strategy.prepare(1, [node, other])
-    assert strategy.depth == {"0": 1, "1": 3}
-    answer(strategy, "0", seconds_forward=2.0, seconds_backward=2.0, seconds_all=4.0, seconds_elapsed=7.0)
-    found = strategy.capacity(node)
+    legend = Driven()
+    node, other = legend.join("0", metrics), legend.join("1", calibration(1.0, 3.0))
+    assert legend.depths(node) == {"0": 1} and legend.capacity(node) is None
+    assert legend.depths(node, other) == {"0": 1, "1": 3}
+    legend.answer(node, seconds_forward=2.0, seconds_backward=2.0, seconds_all=4.0, seconds_elapsed=7.0)
+    found = legend.capacity(node)
     assert (found.forward, found.backward, found.upload) == (1.0, 1.0, 0.0)
     assert found.depth == (3.0 if "bytes-block" in metrics else 1.0)
 
 
 def test_free_memory_is_a_moving_average():
     """6 MB at first, 2 MB after a round: 4 MB, and with 2 MB a block the depth falls from 3 to 2."""
-    strategy = legend("smoothing = 0.5")
-    node = join(strategy, "0", calibration(1.0, 3.0, free=6e6, per_block=2e6))
-    strategy.prepare(1, [node])
-    assert strategy.depth == {"0": 3}
-    answer(strategy, "0", seconds_forward=1.0, seconds_backward=3.0, bytes_free=2e6)
-    assert strategy.capacity(node).depth == 2.0
+    legend = Driven("smoothing = 0.5")
+    node = legend.join("0", calibration(1.0, 3.0, free=6e6, per_block=2e6))
+    assert legend.depths(node) == {"0": 3}
+    legend.answer(node, seconds_forward=1.0, seconds_backward=3.0, bytes_free=2e6)
+    assert legend.capacity(node).depth == 2.0
 
 
 def test_asked_again_a_device_keeps_its_averages():
-    strategy = legend()
-    node = join(strategy, "0", calibration(1.0, 3.0))
-    strategy.prepare(1, [node])
-    answer(strategy, "0", seconds_forward=5.0, seconds_backward=9.0, seconds_elapsed=99.0)
-    known = strategy.capacity(node)
-    strategy.ready(node, calibration(100.0, 300.0))
-    assert strategy.capacity(node) == known
+    legend = Driven()
+    node = legend.join("0", calibration(1.0, 3.0))
+    legend.depths(node)
+    legend.answer(node, seconds_forward=5.0, seconds_backward=9.0, seconds_elapsed=99.0)
+    known = legend.capacity(node)
+    legend.method.ready(legend.state, node, calibration(100.0, 300.0))
+    assert legend.capacity(node) == known
 
 
 @pytest.mark.parametrize("claimed", [1e-9, 1e-300])
 def test_a_device_that_claims_to_be_absurdly_fast_does_not_move_the_median_target(claimed):
-    strategy = legend("target = 'median'\nslack = 0.0")
-    nodes = [join(strategy, str(i), calibration(1.0, 3.0)) for i in range(3)]
-    strategy.prepare(1, [*nodes, join(strategy, "9", calibration(claimed, claimed))])
-    assert strategy.depth == {"0": 3, "1": 3, "2": 3, "9": 3}
+    legend = Driven("target = 'median'\nslack = 0.0")
+    nodes = [legend.join(str(i), calibration(1.0, 3.0)) for i in range(3)]
+    assert legend.depths(*nodes, legend.join("9", calibration(claimed, claimed))) == {"0": 3, "1": 3, "2": 3, "9": 3}
 
 
 # -- blocks ------------------------------------------------------------
@@ -441,7 +437,7 @@ def test_blocks_are_found_from_the_structure(tiny_models, architecture):
     spec = backbone(tiny_models[architecture]).spec
     numbers = [int(re.search(r"\.(\d+)\.", module.name)[1]) for module in spec.modules]
     assert spec.blocks == 3 and set(numbers) == {0, 1, 2} and numbers == sorted(numbers)
-    mask = legend(spec=spec).state.mask
+    mask = Driven(spec=spec).state.mask
     assert list(mask.ranks) == [2 + 2 * number for number in numbers]
     for depth in range(4):
         alive = last_blocks(spec, mask, depth).alive
@@ -453,8 +449,12 @@ def test_blocks_are_found_from_the_structure(tiny_models, architecture):
 ALL = {"num_server_rounds": 2, "strategy__fraction_train": 1.0, "fedara__warmup_rounds": 0, "fedara__final_rounds": 0}
 
 
-def lines(strategy, kind):
-    return [line for line in strategy.lines if line["type"] == kind]
+def depths_of(loop):
+    return {key: known["depth"] for key, known in loop.state.clients.items()}
+
+
+def lines(loop, kind):
+    return [line for line in loop.lines if line["type"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -465,15 +465,16 @@ def finished(tiny_bert):
 
 def test_depth_is_known_before_the_first_round(tiny_bert, finished):
     """Six devices, at least two kinds of them: the slower ones get fewer blocks at once, by the calibration batch."""
-    strategy, grid = prepare(config(tiny_bert, method="legend", **ALL))
-    strategy.configure_train(1, strategy.initial_arrays(), ConfigRecord(), grid)
-    speeds = {key: strategy.profile(node).flops for key, node in strategy.roster.nodes.items()}
-    assert len(set(strategy.depth.values())) > 1
-    assert strategy.depth[max(speeds, key=speeds.get)] == 3 and strategy.depth[min(speeds, key=speeds.get)] < 3
-    for node, plan in zip(strategy.work.asked, strategy.work.plans, strict=True):
-        assert plan.mask == last_blocks(strategy.spec, strategy.state.mask, strategy.depth[node.key])
+    loop, grid = prepare(config(tiny_bert, method="legend", **ALL))
+    loop.configure_train(1, loop.initial_arrays(), ConfigRecord(), grid)
+    speeds = {key: loop.profile(node).flops for key, node in loop.roster.nodes.items()}
+    depth = depths_of(loop)
+    assert len(set(depth.values())) > 1
+    assert depth[max(speeds, key=speeds.get)] == 3 and depth[min(speeds, key=speeds.get)] < 3
+    for node, plan in zip(loop.work.asked, loop.work.plans, strict=True):
+        assert plan.mask == last_blocks(loop.spec, loop.state.mask, depth[node.key])
     trained = {line["client"]: line["blocks"] for line in lines(finished, "client") if line["round"] == 1}
-    assert trained == strategy.depth
+    assert trained == depth
 
 
 def test_bytes_follow_the_depth(finished):
@@ -501,7 +502,7 @@ def test_this_machines_clock_does_not_matter(tiny_bert, finished, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) + 86400 * random.random() + 1e6)
     again = start(config(tiny_bert, method="legend", **ALL))
     assert all(np.array_equal(again.state.arrays[part], finished.state.arrays[part]) for part in ("B", "A", "head"))
-    assert again.state.clients == finished.state.clients and again.depth == finished.depth
+    assert again.state.clients == finished.state.clients and depths_of(again)
 
     def timeless(line):
         machine = {"peak-memory-mb", "bytes-free"}
@@ -512,16 +513,21 @@ def test_this_machines_clock_does_not_matter(tiny_bert, finished, monkeypatch):
 
 def test_layers_that_nobody_trained_keep_their_values(tiny_bert, monkeypatch):
     """Everyone at depth 1: A and B of the two lower blocks stay bit for bit, the last block's and the head do not."""
-    monkeypatch.setattr(Legend, "prepare", lambda self, _, nodes: setattr(self, "depth", {n.key: 1 for n in nodes}))
-    strategy, grid = prepare(config(tiny_bert, method="legend", **ALL))
-    before = {part: vector.copy() for part, vector in strategy.state.arrays.items()}
-    strategy.start(grid, strategy.initial_arrays(), 2)
-    mask, spec = strategy.state.mask, strategy.spec
+
+    def lowest(self, state, clients):
+        for client in clients:
+            state.clients[client.key]["depth"] = 1
+
+    monkeypatch.setattr(Legend, "prepare", lowest)
+    loop, grid = prepare(config(tiny_bert, method="legend", **ALL))
+    before = {part: vector.copy() for part, vector in loop.state.arrays.items()}
+    loop.start(grid, loop.initial_arrays(), 2)
+    mask, spec = loop.state.mask, loop.spec
     for part in ("B", "A"):
         top = mask.elements(spec.widths(part), last_blocks(spec, mask, 1))
-        assert np.array_equal(strategy.state.arrays[part][~top], before[part][~top])
-        assert not np.array_equal(strategy.state.arrays[part][top], before[part][top])
-    assert not np.array_equal(strategy.state.arrays["head"], before["head"])
+        assert np.array_equal(loop.state.arrays[part][~top], before[part][~top])
+        assert not np.array_equal(loop.state.arrays[part][top], before[part][top])
+    assert not np.array_equal(loop.state.arrays["head"], before["head"])
 
 
 class OddGrid(InProcessGrid):
@@ -554,15 +560,13 @@ def reported(value):
 def test_absurd_reports_do_not_end_a_run(tiny_bert, value):
     """What is not finite, or beyond 1e100, is no update; the others' rounds go on, at least one of them at full depth."""
     flat = config(tiny_bert, method="legend", **ALL | {"strategy__fraction_train": 0.5})
-    strategy, grid = prepare(flat, OddGrid, odd=reported(value), clients=4)
-    strategy.start(grid, strategy.initial_arrays(), 2)
-    drops = {(drop["client"], drop["reason"]) for line in lines(strategy, "round") for drop in line["dropped"]}
+    loop, grid = prepare(flat, OddGrid, odd=reported(value), clients=4)
+    loop.start(grid, loop.initial_arrays(), 2)
+    drops = {(drop["client"], drop["reason"]) for line in lines(loop, "round") for drop in line["dropped"]}
     assert drops <= {("2", "not-finite")}
-    assert any(node == "2" for line in lines(strategy, "round") for node in line["sampled"])
-    assert all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
-    for line in lines(strategy, "round"):
-        depth = {
-            other["client"]: other["bytes-up"]["B"] for other in lines(strategy, "client") if other["round"] == line["round"]
-        }
-        full = 4 * strategy.spec.length("B", strategy.state.mask)
+    assert any(node == "2" for line in lines(loop, "round") for node in line["sampled"])
+    assert all(np.isfinite(vector).all() for vector in loop.state.arrays.values())
+    for line in lines(loop, "round"):
+        depth = {other["client"]: other["bytes-up"]["B"] for other in lines(loop, "client") if other["round"] == line["round"]}
+        full = 4 * loop.spec.length("B", loop.state.mask)
         assert max(number for key, number in depth.items() if key != "2") == full

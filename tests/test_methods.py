@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from runs_helper import ShuffledGrid, config, prepare
 from fedara_flwr import strategies
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.spec import SLOT_PARTS
+from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.wire.plan import Update
 
 METHODS = sorted(strategies.built_in())
@@ -58,28 +60,39 @@ def bytes_in(form, spec, part, mask, entries):
     return {"float32": 4 * size, "float16": 2 * size, "int8": size + 4 * rows, "int4": (size + 1) // 2 + 4 * rows}[form]
 
 
+def pieces_in(content):
+    """Bytes of the numbers of the delta's pieces in a message."""
+    pieces = [record for name, record in content.array_records.items() if name != "arrays"]
+    return sum(len(array.data) - 128 for piece in pieces for array in piece.values())
+
+
 class Spied:
     """A finished run with what it sent and merged, by round and client."""
 
     def __init__(self, tiny_bert, method, grid_class=InProcessGrid, wire=EXACT):
-        self.strategy, grid = prepare(flat(tiny_bert, method, wire), grid_class)
-        strategy, self.plans, self.updates, self.fetched = self.strategy, {}, {}, {}
-        self.start = strategy.method.weights(strategy.state)
-        pack, take = strategy._pack, strategy.take
+        self.loop, grid = prepare(flat(tiny_bert, method, wire), grid_class)
+        loop, self.plans, self.updates, self.fetched = self.loop, {}, {}, {}
+        self.own = dict(vars(loop.method))
+        self.own_copied = {name: deepcopy(value) for name, value in self.own.items() if name != "model"}
+        self.start = loop.method.weights(loop.state)
+        make = loop._merger
 
-        def spy_pack(node, plan, have):
-            plan, content = pack(node, plan, have)
-            self.plans[plan.server_round, node.key] = plan
-            pieces = [record for name, record in content.array_records.items() if name != "arrays"]
-            self.fetched[plan.server_round, node.key] = sum(len(a.data) - 128 for piece in pieces for a in piece.values())
-            return plan, content
+        def spied_merger(plans):
+            merger, work = make(plans), loop.work
+            add = merger.add
+            for node, plan, message in zip(work.asked, plans, work.messages, strict=True):
+                key = work.number, node.key
+                self.plans[key], self.fetched[key] = plan, pieces_in(message.content)
 
-        def spy_take(key, update, weight):
-            self.updates[strategy.work.number, key] = update
-            take(key, update, weight)
+            def spied_add(key, update, weight):
+                self.updates[work.number, key] = update
+                add(key, update, weight)
 
-        strategy._pack, strategy.take = spy_pack, spy_take
-        strategy.start(grid, strategy.initial_arrays(), 2)
+            merger.add = spied_add
+            return merger
+
+        loop._merger = spied_merger
+        loop.start(grid, loop.initial_arrays(), 2)
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +111,18 @@ def runs(tiny_bert):
 def test_starts_as_the_backbone(runs, method):
     """Adapters, deltas and backbone differences cancel or are zero: the head on the pre-trained model."""
     run = runs(method)
-    empty = RankMask.full([0] * len(run.strategy.spec.modules))
+    empty, model = RankMask.full([0] * len(run.loop.spec.modules)), run.loop.method.model
     bare = Weights({"head": run.start.arrays["head"]}, empty, run.start.scales)
-    np.testing.assert_allclose(logits(run.strategy.method.model, run.start), logits(run.strategy.method.model, bare), atol=2e-6)
+    np.testing.assert_allclose(logits(model, run.start), logits(model, bare), atol=2e-6)
 
 
 @every_method
 def test_learns_something_finite_from_every_reply(runs, method):
     run = runs(method)
-    state = run.strategy.state
+    state, model = run.loop.state, run.loop.method.model
     assert state.server_round == 2 and len(run.updates) == 6
     assert all(np.isfinite(vector).all() for vector in state.arrays.values())
-    change = logits(run.strategy.method.model, run.strategy.method.weights(run.strategy.state)) - logits(
-        run.strategy.method.model, run.start
-    )
+    change = logits(model, run.loop.method.weights(state)) - logits(model, run.start)
     assert np.isfinite(change).all() and np.abs(change).max() > 1e-5
 
 
@@ -120,8 +131,8 @@ def test_learns_something_finite_from_every_reply(runs, method):
 def test_bytes_follow_the_formula(runs, method, wire):
     """What a format takes for what the plan carries and the update holds; 4 bytes for each number of pieces that were sent."""
     run, (down_form, up_form) = runs(method, wire), wire
-    spec = run.strategy.spec
-    lines = [line for line in run.strategy.lines if line["type"] == "client"]
+    spec = run.loop.spec
+    lines = [line for line in run.loop.lines if line["type"] == "client"]
     assert len(lines) == 6
     for line in lines:
         key = line["round"], line["client"]
@@ -132,17 +143,17 @@ def test_bytes_follow_the_formula(runs, method, wire):
         assert {p: line["bytes-down"].get(p, 0) for p in parts} == {p: down.get(p, 0) for p in parts}
         assert {p: line["bytes-up"].get(p, 0) for p in parts} == {p: up.get(p, 0) for p in parts}
         assert line["bytes-down"].get("delta", 0) == run.fetched[key]
-        assert set(update.arrays) == {p for p in plan.trainable if p not in SLOT_PARTS or update.mask.count}
+        assert set(update.arrays) == {p for p in plan.sent if p not in SLOT_PARTS or update.mask.count}
         assert wire == EXACT or 0 < line["coding-error"] < 0.3
-    first = next(line for line in run.strategy.lines if line["type"] == "round")
+    first = next(line for line in run.loop.lines if line["type"] == "round")
     assert wire == EXACT or (0 < first["coding-error"] < 0.3 and 0 < first["client-coding-error"] < 0.3)
-    assert all(np.isfinite(vector).all() for vector in run.strategy.state.arrays.values())
+    assert all(np.isfinite(vector).all() for vector in run.loop.state.arrays.values())
 
 
 @every_method
 def test_order_of_replies_is_irrelevant(runs, tiny_bert, method):
     first, second = runs(method), Spied(tiny_bert, method, ShuffledGrid)
-    one, two = first.strategy.state, second.strategy.state
+    one, two = first.loop.state, second.loop.state
     assert one.mask == two.mask and one.bytes_total == two.bytes_total
     assert one.arrays.keys() == two.arrays.keys()
     assert all(np.array_equal(one.arrays[part], two.arrays[part]) for part in one.arrays)
@@ -154,9 +165,10 @@ def test_what_is_left_loads_in_stock_peft_or_transformers(runs, tiny_bert, tmp_p
     """One fresh process without this package loads them all; where the backbone changed it is a whole model."""
     expected, folders = {}, {}
     for method in METHODS:
-        strategy = runs(method).strategy
-        expected[method] = logits(strategy.method.model, strategy.method.weights(strategy.state))
-        folders[method] = strategy.method.model.export(tmp_path / method, strategy.method.exported(strategy.state))
+        loop = runs(method).loop
+        model = loop.method.model
+        expected[method] = logits(model, loop.method.weights(loop.state))
+        folders[method] = model.export(tmp_path / method, loop.method.exported(loop.state))
     whole = {method for method, folder in folders.items() if folder.name == "model"}
     assert whole == {"head", "full", "flora", "fedex-lora"}
     ids = json.dumps(torch.arange(5, 19).view(2, 7).tolist())
@@ -174,10 +186,10 @@ def test_a_client_without_a_layer_does_not_change_it(runs, method):
 
     Where clients of unequal rank are padded with zeros or summed, its absence counts as zero, but never its values.
     """
-    strategy = runs(method).strategy
-    spec, mask = strategy.spec, strategy.state.mask
+    loop = runs(method).loop
+    spec, mask = loop.spec, loop.state.mask
     rng = np.random.default_rng(0)
-    trained = strategy.trainable
+    trained = loop.method.parts
 
     def update(mask, scale):
         values = {p: (scale * rng.normal(size=spec.length(p, mask))).astype(np.float32) for p in trained}
@@ -190,13 +202,23 @@ def test_a_client_without_a_layer_does_not_change_it(runs, method):
     third = replace(second, arrays={p: -v if p != "head" else v for p, v in second.arrays.items()})  # the same norm
     results = []
     for other in (second, third):
-        merger = strategy.merger()
+        merger = RoundLoop._merger(loop, [])
         merger.add("a", first, 5)
         merger.add("b", other, 5)
         merged = merger.result()
         results.append({p: merged[p][: spec.widths(p)[0] * mask.alive[0]] for p in ("B", "A")})
     for part in ("B", "A"):
         np.testing.assert_allclose(results[0][part], results[1][part], atol=1e-6)
+
+
+@every_method
+def test_a_method_has_no_state_of_its_own(runs, method):
+    """What changes from round to round is in the State that its hooks are given: after a run it holds what it held before."""
+    run = runs(method)
+    now = vars(run.loop.method)
+    assert set(now) == {"settings", "model", "spec", "options", "parts"} == set(run.own)
+    assert all(now[name] is value for name, value in run.own.items())
+    assert all(now[name] == value for name, value in run.own_copied.items())
 
 
 @every_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from conftest import MINILM
-from runs_helper import start
+from runs_helper import options, start
 from test_export import stock_logits
 
 from fedara_flwr.adapters.backbone import locate
@@ -19,9 +19,7 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
         "data.max-length": 32,
         "data.validation": 0.05,
         "strategy.fraction-train": 0.5,
-        "strategy.warmup-rounds": 1,
-        "strategy.final-rounds": 0,
-        "adapter.final-rank": 4.0,
+        "strategy.options": options(warmup_rounds=1, final_rounds=0, final_rank=4.0),
         "run.threads": 1,
     }
     strategy = start(flat, clients=6)

@@ -24,6 +24,7 @@ from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import Piece
+from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
@@ -110,7 +111,7 @@ def test_every_token_of_a_token_classifier(tiny_models, name):
 def test_a_method_without_adapters_cuts_at_the_top(bert):
     """The last block's output is kept; only pooler and classifier run: 2·rows·(H·H + H·labels)."""
     batch = collate(rows())
-    bert.load({"head": np.ones(bert.spec.head_size, np.float32)}, RankMask.full([0] * 18), (1.0,) * 18, frozenset({"head"}))
+    bert.load({"head": np.ones(bert.spec.size("head"), np.float32)}, RankMask.full([0] * 18), (1.0,) * 18, frozenset({"head"}))
     assert bert.lowest == LAYERS
     below = bert.below(batch)
     assert below.shape == (*batch["input_ids"].shape, 16)
@@ -291,11 +292,11 @@ def test_another_delta_forgets_everything(bert):
 
 
 def test_a_backbone_that_clients_change_is_not_cut(bert):
-    change = np.full(bert.spec.backbone_size, 0.01, np.float32)
+    change = np.full(bert.spec.size("backbone"), 0.01, np.float32)
     for parts in (frozenset({"backbone", "head"}), frozenset()):  # training, and the server's evaluation
         load(bert, LAYERS, parts, backbone=change)
         assert bert.below(collate(rows())) is None
-    assert backward_blocks(bert, True) == LAYERS
+    assert backward_blocks(bert, frozenset({"backbone", "head"})) == LAYERS
     load(bert, LAYERS)
     assert bert.below(collate(rows())) is not None
 
@@ -310,7 +311,7 @@ def refused(path, task="token-classification"):
     found = Backbone(str(path), TASKS[task], LABELS, pad_token_id=0)
     adapted = AdaptedModel(found, "exact", 64)
     full = RankMask.full([0] * len(adapted.spec.modules))
-    adapted.load({"head": np.zeros(adapted.spec.head_size, np.float32)}, full, (1.0,) * len(full.ranks))
+    adapted.load({"head": np.zeros(adapted.spec.size("head"), np.float32)}, full, (1.0,) * len(full.ranks))
     assert adapted.below(collate(rows())) is None
     return adapted
 
@@ -394,7 +395,7 @@ def test_training_counts_the_blocks_that_run_at_every_step(tiny_models, blocks):
     adapted = AdaptedModel(backbone(tiny_models["bert"]), "exact", 64)
     mask = last_blocks(adapted.spec, RankMask.full([RANK] * 18), blocks)
     data = ClientData(Encoded(rows(count=12, least=LENGTH, most=LENGTH), [0, 1, 2] * 4), Encoded([], []))
-    orders = plan(mask, batch_size=ROWS, dropout=False, report=frozenset(), trainable=frozenset({"B", "A", "head"}))
+    orders = plan(mask, batch_size=ROWS, dropout=False, vote=None, sent=LORA)
     arrays = random_arrays(adapted.spec, mask)
     block = (forward_flops(0) - 2 * ROWS * (16 * 16 + 16 * len(LABELS))) // LAYERS
     for _ in range(2):

@@ -18,11 +18,12 @@ from fedara_flwr.config import ConfigError, PrivacySettings, Settings
 from fedara_flwr.engine import run
 from fedara_flwr.merging import private
 from fedara_flwr.merging.private import PrivateMean, epsilon, ledger
-from fedara_flwr.model.ranks import RankMask, pack_bits, select_top
+from fedara_flwr.model.ranks import RankMask, pack_order, rank_order
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.seeds import secure_normal
+from fedara_flwr.strategies import find
 from fedara_flwr.wire.plan import Update
 
 SPEC = ModelSpec("f" * 64, (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)), (ParameterSpec("weight", (1, 2)),))
@@ -197,21 +198,6 @@ def test_epsilon_lies_below_renyi_by_hand_and_agrees_with_the_privacy_loss_accou
     assert found < 5.37773 and found == pytest.approx(loss.get_epsilon(delta), rel=1e-3)
 
 
-def test_sampling_in_secret_by_hand():
-    """Order 2 of arXiv 1808.00087, theorem 27: ln(1 + q²·min(4(e^ε - 1), 2e^ε)), where ε is the mechanism's own at order 2."""
-    accounting = counted()
-    # 100 of 1,000, noise 8·clip; replacing a client moves the sum by 2·clip, so z = 4, ε(2) = 2/(2·16) = 1/16
-    # 0.01·4·(e^(1/16) - 1) = 0.04·0.064494 = 0.00257977; ln(1.00257977) = 0.00257645 a round; conversion at α = 2 adds
-    # ln(1/2) + ln(1e5) - ln 2 = 10.12663
-    order = accounting.rdp.RdpAccountant(orders=[2], neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
-    event = accounting.GaussianDpEvent(4.0)
-    order.compose(accounting.SampledWithoutReplacementDpEvent(1000, 100, event), 100)
-    assert order.get_epsilon(1e-5) == pytest.approx(100 * 0.00257645 + 10.12663, abs=1e-4)
-    assert epsilon(8.0, 100, 1e-5, sampled=(100, 1000)) <= order.get_epsilon(1e-5)
-    # all of them sampled is no sampling: twice the sensitivity, so half the noise
-    assert epsilon(8.0, 100, 1e-5, sampled=(10, 10)) == pytest.approx(epsilon(4.0, 100, 1e-5), rel=0.1)
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.floats(0.01, 1e3), st.integers(1, 10_000), st.floats(1e-12, 0.1))
 def test_epsilon_rises_with_rounds_and_falls_with_noise_and_delta(noise, rounds, delta):
@@ -256,8 +242,6 @@ ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting"
         ({"privacy.clip": 0.0}, "privacy.clip = 0.0: privacy.noise-multiplier = 1.0 needs"),
         ({"strategy.weighting": "examples"}, "strategy.weighting = 'examples': with privacy.clip allowed is 'uniform'"),
         ({"strategy.robust": "median"}, "strategy.robust = 'median': with privacy.clip allowed is 'mean'"),
-        ({"strategy.upload-mask": "local"}, "strategy.upload-mask = 'local'"),
-        ({"strategy.arbitration": "threshold"}, "strategy.arbitration = 'threshold'"),
         ({"data.client-validation": 0.1}, "data.client-validation = 0.1: with privacy.clip allowed is 0.0"),
         ({"run.checkpoint-every": 5}, "run.checkpoint-every = 5: with privacy.clip allowed is 1 or 0"),
     ],
@@ -267,6 +251,18 @@ def test_what_cannot_be_combined_is_refused(changes, words):
     with pytest.raises(ConfigError) as error:
         Settings.from_flat(ON | changes)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["upload-mask = 'local'", "arbitration = 'threshold'"])
+def test_options_of_fedara_that_cannot_be_combined_are_refused(option):
+    """By the method, before there is a model."""
+    check = find("fedara").check
+    check(Settings.from_flat(ON))
+    check(Settings.from_flat({"strategy.options": option}))
+    with pytest.raises(ConfigError) as error:
+        check(Settings.from_flat(ON | {"strategy.options": option}))
+    words = "privacy.clip = 0.5: with strategy.options allowed are upload-mask = 'global' and arbitration = 'budget'"
+    assert str(error.value) == words
 
 
 def test_all_that_is_wrong_is_told_at_once():
@@ -295,18 +291,18 @@ def test_a_private_run_of_fedara(tiny_bert):
         seen.append(set(reply.content.config_records["reply"]))
         return reply
 
-    strategy = start(config(tiny_bert, **RUN), TamperedGrid, tamper=look)
-    lines = {kind: [line for line in strategy.lines if line["type"] == kind] for kind in ("round", "client")}
+    loop = start(config(tiny_bert, **RUN), TamperedGrid, tamper=look)
+    lines = {kind: [line for line in loop.lines if line["type"] == kind] for kind in ("round", "client")}
     assert all(keys == {"protocol", "round"} for keys in seen) and len(seen) == 12  # no votes
-    assert [line["alive"] for line in lines["round"]] == [strategy.budget(t) for t in range(1, 5)]
+    assert [line["alive"] for line in lines["round"]] == [loop.method.budget(loop.state, t) for t in range(1, 5)]
     assert lines["round"][-1]["alive"] < lines["round"][0]["alive"]
     assert all(set(line) == CLIENT_LINE for line in lines["client"]) and len(lines["client"]) == 12
     for line in lines["round"]:
         assert line["planned"] == 3 and line["noise"] == pytest.approx(2 / 3)
         assert not {"client-loss", "factor-error", "modelled-seconds"} & set(line)
-    assert not strategy.state.norms
+    assert not loop.state.norms
     # every number of every part has noise of 2/3 a round: E was 0 and is not
-    assert np.std(strategy.state.arrays["head"]) > 0.5 and np.all(strategy.state.arrays["E"])
+    assert np.std(loop.state.arrays["head"]) > 0.5 and np.all(loop.state.arrays["E"])
 
 
 def test_the_noise_does_not_follow_from_the_seed(tiny_bert):
@@ -328,17 +324,19 @@ def test_missing_replies_do_not_change_the_divisor_and_drops_tell_no_figures(tin
 
     heads = []
     for lost in (None, 1):
-        strategy = start(flat, TamperedGrid, clients=3, tamper=partial(lose, lost))
-        heads.append(strategy.state.arrays["head"].astype(np.float64))
+        loop = start(flat, TamperedGrid, clients=3, tamper=partial(lose, lost))
+        heads.append(loop.state.arrays["head"].astype(np.float64))
     drop = {"client": "1", "reason": "num-examples", "detail": "not told: the run is private"}
-    assert strategy.lines[1]["dropped"] == [drop] and strategy.lines[1]["good"] == 2
+    assert loop.lines[1]["dropped"] == [drop] and loop.lines[1]["good"] == 2
     # divided by 3 both times, so three times the models differ by the lost client's part of the sum, no longer than the clip
     assert 0 < 3 * np.linalg.norm(heads[0] - heads[1]) <= 1.0 + 1e-5
 
 
-@pytest.mark.parametrize("method", ["hetlora", "flexlora", "flora", "fedex-lora", "legend"])
-def test_methods_that_merge_otherwise_or_ask_devices_are_refused(tiny_bert, method):
-    with pytest.raises(ConfigError, match=rf"privacy.clip = 1.0: method '{method}' (merges in its own way|goes by what)"):
+@pytest.mark.parametrize("method", ["hetlora", "flexlora", "flora", "fedex-lora", "legend", "fedsa-lora"])
+def test_methods_that_merge_otherwise_ask_devices_or_keep_parts_on_them_are_refused(tiny_bert, method):
+    ways = {"legend": "goes by what devices report", "fedsa-lora": "keeps trained parts on the clients"}
+    way = ways.get(method, "merges in its own way")
+    with pytest.raises(ConfigError, match=rf"privacy.clip = 1.0: method '{method}' {way}"):
         prepare(config(tiny_bert, **RUN, method=method))
 
 
@@ -348,8 +346,18 @@ def test_methods_that_merge_otherwise_or_ask_devices_are_refused(tiny_bert, meth
 def test_other_methods_can_be_private(tiny_bert, method):
     counted()
     quiet = {**RUN, "privacy__noise_multiplier": 0.01, "privacy__clip": 0.01}
-    strategy = start(config(tiny_bert, **quiet, method=method, num_server_rounds=3))
-    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [3, 3, 3]
+    loop = start(config(tiny_bert, **quiet, method=method, num_server_rounds=3))
+    assert [line["good"] for line in loop.lines if line["type"] == "round"] == [3, 3, 3]
+
+
+def test_a_factor_that_is_frozen_gets_no_noise(tiny_bert):
+    """RoLoRA's first round trains B and the head: A keeps its bits, though the noise is large."""
+    counted()
+    loop, grid = prepare(config(tiny_bert, **RUN, method="rolora", num_server_rounds=2))
+    first = {part: values.copy() for part, values in loop.state.arrays.items()}
+    loop.start(grid, loop.initial_arrays(), 1)
+    assert np.array_equal(loop.state.arrays["A"], first["A"])
+    assert all(np.std(loop.state.arrays[part] - first[part]) > 0.5 for part in ("B", "head"))
 
 
 def test_what_a_private_run_leaves(tiny_bert, tmp_path, capsys):
@@ -413,20 +421,20 @@ def test_nodes_with_choices_of_their_own_in_a_run(tiny_bert):
 
     def look(server_round, index, reply):
         if index == 0 and server_round == 2:
-            mask = strategy.work.plans[0].mask
+            mask = loop.work.plans[0].mask
             record = reply.content.array_records["arrays"]
             arrays = {part: record[part].numpy() for part in ("B", "E", "A")}
-            largest = select_top(strategy.spec.slot_sizes(arrays, mask), strategy.budget(2))
-            kept.append(reply.content.config_records["reply"]["votes"] == pack_bits(largest))
+            ranked = rank_order(loop.spec.slot_sizes(arrays, mask))
+            kept.append(reply.content.config_records["reply"]["report.slot-vote"] == pack_order(ranked))
         return reply
 
     flat = config(tiny_bert, num_server_rounds=3, strategy__fraction_train=1.0, strategy__norm_bound=0.0)
-    strategy, grid = prepare(flat, TamperedGrid, clients=3, tamper=look)
+    loop, grid = prepare(flat, TamperedGrid, clients=3, tamper=look)
     grid.contexts[1000].node_config.update({"metrics": "", "update-clip": 0.5, "update-noise": 2.0})
     grid.contexts[1001].node_config["metrics"] = "los"
-    strategy.start(grid, strategy.initial_arrays(), 3)
-    names = {line["client"]: set(line) - CLIENT_LINE for line in strategy.lines if line["type"] == "client"}
+    loop.start(grid, loop.initial_arrays(), 3)
+    names = {line["client"]: set(line) - CLIENT_LINE for line in loop.lines if line["type"] == "client"}
     assert names["0"] == {"num-examples", "seconds-elapsed"} and "loss" in names["2"] and "1" not in names
-    assert "there is no metric 'los'" in strategy.state.unfit["1"]
+    assert "there is no metric 'los'" in loop.state.unfit["1"]
     assert kept == [True]  # the vote follows from what was sent
-    assert np.std(strategy.state.arrays["head"]) > 0.1
+    assert np.std(loop.state.arrays["head"]) > 0.1

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, backbone, random_arrays, random_batch
+from conftest import backbone, random_arrays, random_batch
 from export_helper import stock_logits
 from peft.tuners.adalora.layer import SVDLinear
 from runs_helper import CLIENTS, config, prepare
@@ -25,7 +25,6 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
-from fedara_flwr.server.roster import Expected
 from fedara_flwr.strategies.federa import FeDeRA
 from fedara_flwr.tasks import TASKS
 
@@ -236,8 +235,10 @@ class Port:
     def __init__(self, adapted):
         self.adapted, self.spec, self.weight = adapted, adapted.spec, adapted.resident_weight
 
-    def expected(self, terms):
-        return Expected(self.spec.fingerprint, "", "", LABELS, terms)
+
+def started(method):
+    """The model before round 1."""
+    return method.weights(method.start())
 
 
 @architectures
@@ -245,7 +246,7 @@ class Port:
 def test_federas_start_is_a_quantised_nodes_function(tiny_models, name, server):
     """Start and delta cancel whatever weights the server took them from; bfloat16 rounds both, of size 4 here."""
     settings = Settings.from_flat({"method": "federa", "adapter.rank": 3, "adapter.alpha": 12.0, "model.dtype": server})
-    weights = FeDeRA(settings, Port(loaded(tiny_models[name], server))).weights()
+    weights = started(FeDeRA(settings, Port(loaded(tiny_models[name], server))))
     weights.arrays["head"] = weights.arrays["head"] * 50  # logits of about 1
     adapted = loaded(tiny_models[name], "int4")
     nothing = RankMask.full([0] * len(weights.mask.ranks))
@@ -310,8 +311,8 @@ def test_a_run_of_two_rounds_and_what_it_leaves(run, tiny_bert, dtype):
     path = run(method="fedara", model__dtype=dtype, run__name=dtype)
     facts = read_facts(path)
     assert facts["outcome"] == "completed" and facts["rounds"] == 2 and not facts["left-out"]
-    strategy, model = open_run(path)
-    weights = strategy.method.weights(strategy.state)
+    run = open_run(path)
+    model, weights = run.model, run.method.weights(run.state)
     merged = export(path, "merged", say=lambda line: None)
     with torch.no_grad():
         own = model.adapted
@@ -353,7 +354,7 @@ def test_what_would_change_the_weights_is_refused_at_the_model(tiny_models):
     """Also where a method does not say that it will; nothing is changed before."""
     adapted = loaded(tiny_models["bert"], "int4")
     before, spec = bits(adapted), adapted.spec
-    arrays = random_arrays(spec, adapted.mask) | {"backbone": np.zeros(spec.backbone_size, dtype=np.float32)}
+    arrays = random_arrays(spec, adapted.mask) | {"backbone": np.zeros(spec.size("backbone"), dtype=np.float32)}
     tries = (
         lambda: adapted.set_delta(Piece((), {"dense": np.ones(dense_size(spec), dtype=np.float32)})),
         lambda: adapted.load(arrays, adapted.mask, (2.0,) * len(spec.modules)),

@@ -16,16 +16,19 @@ from fedara_flwr import client_app, log
 from fedara_flwr.client import session
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.merging.norms import ENOUGH, KEPT, Norms, sizes
+from fedara_flwr.merging.norms import ENOUGH, LENGTHS_KEPT, Norms
 from fedara_flwr.merging.robust import RULES
-from fedara_flwr.model.ranks import RankMask, pack_bits
-from fedara_flwr.model.spec import SLOT_PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.difference import difference, root_mean_squares
+from fedara_flwr.model.parts import SLOT_PARTS
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server.checkpoint import decode, encode
 from fedara_flwr.server.roster import Roster, last_line
-from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget, arbitration_order
+from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitration_order
+from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire import PROTOCOL
-from fedara_flwr.wire.plan import Update, Vote
+from fedara_flwr.wire.plan import Update
 
 laws = settings(deadline=None, max_examples=30)
 ROBUST = ("median", "trimmed-mean", "norm-clip", "multi-krum")
@@ -325,7 +328,7 @@ def test_what_a_rule_holds_is_said(rule):
 def test_sizes_by_hand():
     """√((3² + 4²)/2) and √(4·0.25/4); an empty part has no length."""
     sent = {"head": f32(1, 1), "B": f32(1, 1, 1, 1), "E": f32()}
-    found = sizes({"head": f32(4, 5), "B": f32(1.5, 0.5, 1.5, 0.5), "E": f32()}, sent)
+    found = root_mean_squares(difference({"head": f32(4, 5), "B": f32(1.5, 0.5, 1.5, 0.5), "E": f32()}, sent))
     assert found == {"head": pytest.approx(12.5**0.5), "B": 0.5}
 
 
@@ -376,7 +379,7 @@ def test_history_is_bounded():
     history: dict = {}
     norms = Norms(20.0, history)
     norms.learn([{"B": float(i)} for i in range(1, 200)])
-    assert history["B"] == [float(i) for i in range(200 - KEPT, 200)]
+    assert history["B"] == [float(i) for i in range(200 - LENGTHS_KEPT, 200)]
     assert ENOUGH == 3
 
 
@@ -442,12 +445,12 @@ def by(bad, what):
     return lambda number, node, message, reply: what(message, reply) if node in bad else reply
 
 
-def rounds(strategy):
-    return [line for line in strategy.lines if line["type"] == "round"]
+def rounds(loop):
+    return [line for line in loop.lines if line["type"] == "round"]
 
 
-def dropped(strategy):
-    return [(line["round"], drop["client"], drop["reason"]) for line in rounds(strategy) for drop in line["dropped"]]
+def dropped(loop):
+    return [(line["round"], drop["client"], drop["reason"]) for line in rounds(loop) for drop in line["dropped"]]
 
 
 def same_model(one, other):
@@ -457,37 +460,37 @@ def same_model(one, other):
 @pytest.fixture(scope="module")
 def without_node_two(tiny_bert):
     """A run in which every reply of node 2 is refused on arrival."""
-    strategy = start(config(tiny_bert, **TWO), SeeingGrid, change=by({2}, scaled(np.nan)))
-    assert dropped(strategy) == [(number, "2", "not-finite") for number in (1, 2)]
-    return strategy
+    loop = start(config(tiny_bert, **TWO), SeeingGrid, change=by({2}, scaled(np.nan)))
+    assert dropped(loop) == [(number, "2", "not-finite") for number in (1, 2)]
+    return loop
 
 
 @pytest.mark.parametrize("factor", [1000.0, -60.0])
 def test_a_scaled_update_is_dropped_in_every_round(tiny_bert, factor, without_node_two):
-    strategy = start(config(tiny_bert, **TWO), SeeingGrid, change=by({2}, scaled(factor)))
-    assert dropped(strategy) == [(number, "2", "norm") for number in (1, 2)]
-    details = [drop["detail"] for line in rounds(strategy) for drop in line["dropped"]]
+    loop = start(config(tiny_bert, **TWO), SeeingGrid, change=by({2}, scaled(factor)))
+    assert dropped(loop) == [(number, "2", "norm") for number in (1, 2)]
+    details = [drop["detail"] for line in rounds(loop) for drop in line["dropped"]]
     assert all("(root mean square), allowed is 20 times the median" in detail for detail in details)
-    assert same_model(strategy, without_node_two) and strategy.state.norms == without_node_two.state.norms
+    assert same_model(loop, without_node_two) and loop.state.norms == without_node_two.state.norms
 
 
 def test_a_small_part_cannot_hide(tiny_bert):
     """Only E is scaled: a few dozen numbers among thousands. In round 1, from E = 0, all clients' E moves alike."""
-    strategy = start(config(tiny_bert, **TWO), SeeingGrid, change=by({4}, scaled(1000.0, "E")))
-    assert dropped(strategy) == [(1, "4", "norm"), (2, "4", "norm")]
-    assert all(drop["detail"].startswith("E moved") for line in rounds(strategy) for drop in line["dropped"])
+    loop = start(config(tiny_bert, **TWO), SeeingGrid, change=by({4}, scaled(1000.0, "E")))
+    assert dropped(loop) == [(1, "4", "norm"), (2, "4", "norm")]
+    assert all(drop["detail"].startswith("E moved") for line in rounds(loop) for drop in line["dropped"])
 
 
 def test_without_the_bound_it_counts(tiny_bert):
-    strategy = start(config(tiny_bert, **TWO, strategy__norm_bound=0.0), SeeingGrid, change=by({2}, scaled(1000.0)))
-    assert dropped(strategy) == [] and np.abs(strategy.state.arrays["head"]).max() > 0.5
+    loop = start(config(tiny_bert, **TWO, strategy__norm_bound=0.0), SeeingGrid, change=by({2}, scaled(1000.0)))
+    assert dropped(loop) == [] and np.abs(loop.state.arrays["head"]).max() > 0.5
 
 
 def test_a_free_rider_counts_and_lowers_no_bound(tiny_bert):
     """It sends back what it received: its length is 0, and the history is that of the others alone."""
-    strategy = start(config(tiny_bert, **TWO), SeeingGrid, change=by({1}, scaled(0.0)))
-    assert dropped(strategy) == [] and [line["good"] for line in rounds(strategy)] == [6, 6]
-    assert all(len(lengths) == 10 and min(lengths) > 0 for lengths in strategy.state.norms.values())
+    loop = start(config(tiny_bert, **TWO), SeeingGrid, change=by({1}, scaled(0.0)))
+    assert dropped(loop) == [] and [line["good"] for line in rounds(loop)] == [6, 6]
+    assert all(len(lengths) == 10 and min(lengths) > 0 for lengths in loop.state.norms.values())
 
 
 def test_replies_in_any_order_give_the_same_bits(tiny_bert):
@@ -495,14 +498,14 @@ def test_replies_in_any_order_give_the_same_bits(tiny_bert):
     flat = config(tiny_bert, **TWO, method="fedara")
     found = []
     for seed in range(2):
-        strategy, grid = prepare(flat, SeeingGrid, change=by({2}, scaled(1000.0)))
-        arrays = strategy.initial_arrays()
+        loop, grid = prepare(flat, SeeingGrid, change=by({2}, scaled(1000.0)))
+        arrays = loop.initial_arrays()
         for number in (1, 2):
-            replies = list(grid.send_and_receive(strategy.configure_train(number, arrays, ConfigRecord(), grid)))
+            replies = list(grid.send_and_receive(loop.configure_train(number, arrays, ConfigRecord(), grid)))
             random.Random(seed).shuffle(replies)
-            arrays, _ = strategy.aggregate_train(number, replies)
-            assert [(drop.client, drop.reason) for drop in strategy.work.drops] == [("2", "norm")]
-        found.append(strategy)
+            arrays, _ = loop.aggregate_train(number, replies)
+            assert [(drop.client, drop.reason) for drop in loop.work.drops] == [("2", "norm")]
+        found.append(loop)
     assert all(same_model(found[0], other) and found[0].state.norms == other.state.norms for other in found[1:])
 
 
@@ -514,23 +517,23 @@ def test_a_checkpoint_carries_the_history(without_node_two):
 
 @pytest.mark.parametrize("rule", ROBUST)
 def test_every_rule_runs_and_says_what_it_did(tiny_bert, rule):
-    strategy = start(config(tiny_bert, **TWO, strategy__robust=rule), SeeingGrid, change=by({2}, scaled(6.0)))
-    assert dropped(strategy) == [] and [line["good"] for line in rounds(strategy)] == [6, 6]
-    for line in rounds(strategy):
+    loop = start(config(tiny_bert, **TWO, strategy__robust=rule), SeeingGrid, change=by({2}, scaled(6.0)))
+    assert dropped(loop) == [] and [line["good"] for line in rounds(loop)] == [6, 6]
+    for line in rounds(loop):
         if rule == "multi-krum":
             assert line["left-out-by-krum"] == ["2"]
         if rule == "norm-clip":
             assert 1 <= line["clipped"] <= 3
-    assert all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
+    assert all(np.isfinite(vector).all() for vector in loop.state.arrays.values())
 
 
 @pytest.mark.parametrize(
     ("rule", "unequal"), [("multi-krum", {"fedara__upload_mask": "local"}), ("median", {"method": "legend"})]
 )
 def test_rules_with_updates_of_unequal_slots(tiny_bert, rule, unequal):
-    strategy = start(config(tiny_bert, **TWO, strategy__robust=rule, **unequal))
-    assert dropped(strategy) == [] and all(np.isfinite(vector).all() for vector in strategy.state.arrays.values())
-    assert len({line["bytes-up"]["B"] for line in strategy.lines if line["type"] == "client" and line["round"] == 2}) > 1
+    loop = start(config(tiny_bert, **TWO, strategy__robust=rule, **unequal))
+    assert dropped(loop) == [] and all(np.isfinite(vector).all() for vector in loop.state.arrays.values())
+    assert len({line["bytes-up"]["B"] for line in loop.lines if line["type"] == "client" and line["round"] == 2}) > 1
 
 
 @pytest.mark.parametrize("method", ["flora", "hetlora", "flexlora", "fedex-lora"])
@@ -543,9 +546,9 @@ def test_a_method_that_merges_in_its_own_way_refuses_a_rule(tiny_bert, method):
 def test_honest_clients_of_very_unequal_data_all_count(tiny_bert):
     """Dirichlet 0.1 by epochs: one client takes a few steps where another takes dozens."""
     flat = config(tiny_bert, **TWO | {"train__steps": 0, "train__batch_size": 16}, data__dirichlet_alpha=0.1)
-    strategy = start(flat, clients=10)
-    steps = [line["steps"] for line in strategy.lines if line["type"] == "client"]
-    assert dropped(strategy) == [] and max(steps) >= 4 * min(steps)
+    loop = start(flat, clients=10)
+    steps = [line["steps"] for line in loop.lines if line["type"] == "client"]
+    assert dropped(loop) == [] and max(steps) >= 4 * min(steps)
 
 
 def test_what_two_clients_of_one_attacker_can_do(tiny_bert):
@@ -574,17 +577,24 @@ class Boasting(InProcessGrid):
 @pytest.mark.parametrize(("cap", "weighting"), [(2.5, "examples"), (0.0, "examples"), (10.0, "uniform")])
 def test_who_declares_much_weighs_a_multiple_of_the_median(tiny_bert, cap, weighting):
     flat = config(tiny_bert, **TWO, strategy__weight_cap=cap, strategy__weighting=weighting)
-    strategy, grid = prepare(flat, Boasting)
-    seen = {}
-    take = strategy.take
-    strategy.take = lambda key, update, weight: (seen.setdefault(key, weight), take(key, update, weight))[1]
-    strategy.start(grid, strategy.initial_arrays(), 1)
-    declared = strategy.roster.examples
+    loop, grid = prepare(flat, Boasting)
+    seen, make = {}, loop._merger
+
+    def spied(plans):
+        merger = make(plans)
+        add = merger.add
+        merger.add = lambda key, update, weight: (seen.setdefault(key, weight), add(key, update, weight))[1]
+        return merger
+
+    loop._merger = spied
+    loop.start(grid, loop.initial_arrays(), 1)
+    declared = loop.roster.examples
     median = sorted(declared.values())[2]  # the lower one of six
     assert declared["0"] == 2**31
     expected = {key: min(count, int(cap * median)) if cap else count for key, count in declared.items()}
     assert seen == (expected if weighting == "examples" else dict.fromkeys(declared, 1))
-    assert [line["num-examples"] for line in strategy.lines if line.get("client") == "0"] == [2**31]
+    assert {reply.client.key: reply.weight for reply in loop.work.replies} == seen  # what a method sees of it
+    assert [line["num-examples"] for line in loop.lines if line.get("client") == "0"] == [2**31]
 
 
 # -- votes ----------------------------------------------------------------------------------------------------------
@@ -593,9 +603,9 @@ MASK = RankMask.full([4, 4])
 
 def vote(order, budget, weight=1):
     """A vote by the order of slots, best first."""
-    ranks = np.empty(len(order), dtype=np.uint16)
+    ranks = np.empty(len(order), dtype=np.int64)
     ranks[np.array(order)] = np.arange(len(order))
-    return WeightedVote(weight, Vote(ranks < budget, ranks))
+    return Vote(weight, ranks, budget)
 
 
 def alive(mask):
@@ -631,7 +641,7 @@ def test_a_vote_moves_a_slot_past_another_only_within_its_own_weight(honest, dat
     budget, weight = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 9))
     votes = [vote(order, budget, w) for order, w in honest]
     liar = vote(data.draw(st.permutations(range(8))), budget, weight)
-    shares = sum(item.weight * item.vote.keep.astype(int) for item in votes)
+    shares = sum(item.weight * item.keep.astype(int) for item in votes)
     place = np.argsort(arbitration_order([*votes, liar], 8))
     for a in range(8):
         for b in range(8):
@@ -643,14 +653,13 @@ def poisoned_votes(order_of):
     """A well-formed vote in an order of the attacker's choice."""
 
     def change(message, reply):
-        record, plan = reply.content.config_records["reply"], message.content.config_records["plan"]
-        if "slot-ranks" not in record:
+        record = reply.content.config_records["reply"]
+        if "report.slot-vote" not in record:
             return reply
-        honest = np.frombuffer(record["slot-ranks"], dtype="<u2")
+        honest = np.frombuffer(record["report.slot-vote"], dtype="<u2")
         ranks = np.empty(len(honest), dtype="<u2")
         ranks[order_of(len(honest))] = np.arange(len(honest))
-        votes = pack_bits(ranks < plan["budget"])
-        reply.content["reply"] = ConfigRecord({**record, "slot-ranks": ranks.tobytes(), "votes": votes})
+        reply.content["reply"] = ConfigRecord({**record, "report.slot-vote": ranks.tobytes()})
         return reply
 
     return change
@@ -694,63 +703,66 @@ def test_whom_krum_leaves_out_has_no_vote(tiny_bert):
     def change(number, node, message, reply):
         return liar(message, far(message, reply)) if node == 3 else agreed(message, reply)
 
-    strategy = start(flat, SeeingGrid, change=change)
-    asked = [line for line in rounds(strategy) if line["left-out-by-krum"]]
+    loop, grid = prepare(flat, SeeingGrid, change=change)
+    voters, next_mask = [], loop.method.next_mask
+
+    def spied(state, replies):
+        voters.append(sorted(reply.client.key for reply in replies if "slot-vote" in reply.reports))
+        return next_mask(state, replies)
+
+    loop.method.next_mask = spied
+    loop.start(grid, loop.initial_arrays(), 2)
+    asked = [line for line in rounds(loop) if line["left-out-by-krum"]]
     assert asked and all(line["left-out-by-krum"] == ["3"] for line in asked)
-    assert "3" not in strategy._votes and len(strategy._votes) == 5
+    assert voters == [["0", "1", "2", "4", "5"]] * 2
 
 
 # -- capacity -------------------------------------------------------------------------------------------------------
 def legend(model, **changes):
-    return prepare(config(model, method="legend", **TWO, **changes))[0]
+    """(method, state) of a run's start."""
+    loop = prepare(config(model, method="legend", **TWO, **changes))[0]
+    return loop.method, loop.state
 
 
-def known(strategy, key, forward, backward):
-    strategy.state.clients[key] = {"uploads": [0.0] * 5, "block": 1e6, "free": 1e9, "forward": forward, "backward": backward}
+def know(state, key, forward, backward):
+    state.clients[key] = {"uploads": [0.0] * 5, "block": 1e6, "free": 1e9, "forward": forward, "backward": backward}
 
 
 def test_a_device_that_starts_to_lie_is_believed_slowly(tiny_bert):
     """A report below half of the average counts as that half, and half at that: at most a quarter less in a round."""
-    strategy = legend(tiny_bert)
-    known(strategy, "0", 1.0, 2.0)
+    method, state = legend(tiny_bert)
+    know(state, "0", 1.0, 2.0)
+    lies = Reply(Client("0"), 1, state.mask, {"seconds-forward": 1e-9, "seconds-backward": 1e-9})
     for number in range(1, 17):
+        method.next(state, state.arrays, [lies], None)
         for way, first in (("forward", 1.0), ("backward", 2.0)):
-            strategy._believe("0", way, 1e-9)
-            assert strategy.state.clients["0"][way] == pytest.approx(first * 0.75**number)
-    assert strategy.state.clients["0"]["forward"] > 1 / 100  # what FASTEST allows at once takes 17 rounds of lies
+            assert state.clients["0"][way] == pytest.approx(first * 0.75**number)
+    assert state.clients["0"]["forward"] > 1 / 100  # what FASTEST allows at once takes 17 rounds of lies
 
 
-class Fake:
-    """As much of a node as legend looks at."""
-
-    def __init__(self, key):
-        self.key, self.simulated = key, False
-
-
-def depth_of_others(strategy, claimed):
+def depth_of_others(method, state, claimed):
     """Depths of five equal devices beside one that claims to take so many seconds."""
-    nodes = [Fake(str(i)) for i in range(6)]
-    for node in nodes:
-        known(strategy, node.key, 1.0, 1.0)
-    known(strategy, "5", claimed, claimed)
-    strategy.prepare(2, nodes)
-    return [strategy.depth[str(i)] for i in range(5)]
+    for key in "012345":
+        know(state, key, 1.0, 1.0)
+    know(state, "5", claimed, claimed)
+    method.prepare(state, [Client(key) for key in "012345"])
+    return [state.clients[key]["depth"] for key in "01234"]
 
 
 @pytest.mark.parametrize(("target", "expected"), [("median", [3] * 5), ("fastest", [1] * 5)])
 def test_what_a_device_that_lied_from_the_start_can_do(tiny_bert, target, expected):
     """By the median device's time it changes nobody's depth. By the fastest's (default) it sets everybody's to 1, the least
     there is: never to none, and no claim gives another device more work than its memory and the honest target allow."""
-    strategy = legend(tiny_bert, strategy__options=f"target = '{target}'")
-    assert depth_of_others(strategy, 1.0) == [3] * 5
-    assert depth_of_others(strategy, 1e-9) == depth_of_others(strategy, 1e-300) == expected
-    assert depth_of_others(strategy, 1e9) == [3] * 5
+    method, state = legend(tiny_bert, strategy__options=f"target = '{target}'")
+    assert depth_of_others(method, state, 1.0) == [3] * 5
+    assert depth_of_others(method, state, 1e-9) == depth_of_others(method, state, 1e-300) == expected
+    assert depth_of_others(method, state, 1e9) == [3] * 5
 
 
 @pytest.mark.parametrize("claimed", [1e-9, 0.2])
 def test_by_the_fastest_a_liar_needs_to_look_only_a_few_times_as_fast(tiny_bert, claimed):
     """With three blocks 1 + k·1 seconds: a device five times as fast asks 1.1·0.8 s of all, less than one block takes."""
-    assert depth_of_others(legend(tiny_bert), claimed) == [1] * 5
+    assert depth_of_others(*legend(tiny_bert), claimed) == [1] * 5
 
 
 # -- words from clients ---------------------------------------------------------------------------------------------
@@ -782,10 +794,10 @@ class Shouting(InProcessGrid):
 
 
 def test_words_of_clients_forge_no_lines(tiny_bert, caplog):
-    strategy, grid = prepare(config(tiny_bert, **TWO, strategy__node_timeout=20.0), Shouting)
+    loop, grid = prepare(config(tiny_bert, **TWO, strategy__node_timeout=20.0), Shouting)
     grid.contexts[1001].node_config["client-key"] = FORGED
     with caplog.at_level(logging.INFO, logger="fedara_flwr"):
-        strategy.start(grid, strategy.initial_arrays(), 2)
+        loop.start(grid, loop.initial_arrays(), 2)
     formatter = log._Lines()
     shown = [formatter.format(record) for record in caplog.records]
     assert any("x?round 7: all is well??" in line for line in shown)
@@ -793,13 +805,13 @@ def test_words_of_clients_forge_no_lines(tiny_bert, caplog):
         for piece in line.split("\n"):  # a round's headings stand above its line
             check_line(piece)
         assert not any(piece.startswith("round 7") for piece in line.splitlines())
-    keys = [key for key in strategy.roster.nodes if key.startswith("x")]
+    keys = [key for key in loop.roster.nodes if key.startswith("x")]
     assert len(keys) == 1 and keys[0].isprintable() and len(keys[0]) <= 64
-    assert rounds(strategy)[0]["good"] >= 2
-    for line in rounds(strategy):
+    assert rounds(loop)[0]["good"] >= 2
+    for line in rounds(loop):
         for drop in line["dropped"]:
             check_line(drop["detail"])
-    for key, reason in strategy.roster.unfit.items():
+    for key, reason in loop.roster.unfit.items():
         check_line(key)
         check_line(reason)
 
@@ -809,7 +821,7 @@ def test_a_key_of_nothing_visible_is_still_a_key():
     assert log.printable("Ärger in 東京, 5 °C") == "Ärger in 東京, 5 °C"
     roster = Roster.__new__(Roster)
     roster.nodes, roster.examples, roster.unfit, roster._asked, roster._started = {}, {}, {}, set(), True
-    roster.expected = type("Expected", (), {"terms": frozenset()})
+    roster.expected = type("Expected", (), {"terms": frozenset(), "parts": frozenset()})
     for node, key in enumerate(["\x1b[0m\n", "", FORGED * 9]):
         roster._admit(
             node,

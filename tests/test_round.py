@@ -17,6 +17,7 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.node import store
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks
+from fedara_flwr.strategies.base import Client
 
 ONE_ROUND = {"num_server_rounds": 1, "method": "fedara-static", "strategy__fraction_train": 1.0}
 
@@ -72,14 +73,19 @@ def test_clients_with_more_to_do_are_asked_first(tiny_bert):
 
 def test_work_is_rows_times_blocks_gone_through(tiny_bert):
     strategy, _ = prepare(config(tiny_bert))
-    spec = strategy.spec
-    plan = replace(strategy.plan(1, "0"), steps=5, batch_size=4)
+    spec, plan = strategy.spec, strategy.method.plan(strategy.state, Client("0"))
+
+    def training(plan, **values):
+        return replace(plan, train=plan.train.model_copy(update=values))
+
+    plan = training(plan, steps=5, batch_size=4)
     assert spec.blocks == 3
     assert plan.work(spec, 100) == 5 * 4 * 9 and plan.work(spec, 3) == 5 * 3 * 9
     shallow = replace(plan, mask=last_blocks(spec, plan.mask, 1))
     assert shallow.work(spec, 100) == 5 * 4 * (3 + 2)
-    assert replace(shallow, trainable=frozenset({"backbone"})).work(spec, 100) == 5 * 4 * 9
-    assert replace(shallow, steps=0, epochs=2).work(spec, 7) == 14 * 5
+    assert replace(shallow, sent=frozenset({"backbone"})).work(spec, 100) == 5 * 4 * 9
+    assert replace(shallow, sent=frozenset({"head"}), kept=frozenset({"backbone"})).work(spec, 100) == 5 * 4 * 9
+    assert training(shallow, steps=0, epochs=2).work(spec, 7) == 14 * 5
 
 
 def test_a_reply_nobody_asked_for_does_not_count(tiny_bert):
@@ -153,6 +159,65 @@ def test_a_term_that_a_node_lacks_ends_the_run_before_round_one(tiny_bert, monke
     with pytest.raises(ConfigError, match="does not know the term 'prox'"):
         strategy.start(grid, strategy.initial_arrays(), 1)
     assert not [line for line in strategy.lines if line["type"] == "round"]
+
+
+class Lacking(InProcessGrid):
+    """Node 1005 says of itself that it knows other things; it is there when `there()` says so."""
+
+    def __init__(self, *args, says, there=lambda: True, **options):
+        super().__init__(*args, **options)
+        self.says, self.there = says, there
+
+    def get_node_ids(self):
+        return [node for node in super().get_node_ids() if node != 1005 or self.there()]
+
+    def _call(self, message):
+        reply = super()._call(message)
+        if message.metadata.message_type == "query.whoami" and message.metadata.dst_node_id == 1005:
+            who = reply.content.config_records["whoami"]
+            for key, value in self.says.items():
+                if value is None:
+                    del who[key]
+                else:
+                    who[key] = value
+        return reply
+
+
+@pytest.mark.parametrize(
+    "says, lacks",
+    [
+        ({"parts": "B,A,head,backbone"}, "part 'E'"),
+        ({"parts": "B,E,A"}, "part 'head'"),
+        ({"parts": None}, "part 'A'"),
+        ({"parts": 7}, "part 'A'"),
+        ({"parts": ["B", "E", "A", "head"]}, "part 'A'"),
+        ({"terms": "prox"}, "term 'slot-vote'"),
+        ({"parts": "B", "terms": "prox"}, "term 'slot-vote'"),
+    ],
+    ids=str,
+)
+def test_a_node_without_a_declared_part_is_named_as_one_without_a_term(tiny_bert, says, lacks):
+    strategy, grid = prepare(config(tiny_bert), Lacking, says=says)
+    with pytest.raises(ConfigError, match=f"^client '5' does not know the {lacks} that this run needs$"):
+        strategy.start(grid, strategy.initial_arrays(), 1)
+    assert not [line for line in strategy.lines if line["type"] == "round"]
+
+
+def test_parts_that_a_run_does_not_train_may_be_unknown_to_a_node(tiny_bert):
+    strategy = start(config(tiny_bert, **ONE_ROUND | {"method": "fedlora"}), Lacking, says={"parts": "A,B,head,own"})
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [6]
+
+
+@pytest.mark.parametrize("says, lacks", [({"parts": "B,A,head"}, "part 'E'"), ({"terms": "prox"}, "term 'slot-vote'")], ids=str)
+def test_a_late_node_without_a_part_is_left_out_and_named(tiny_bert, says, lacks, caplog):
+    def trained():
+        return any(line["type"] == "round" for line in strategy.lines)
+
+    flat = config(tiny_bert, **ONE_ROUND | {"num_server_rounds": 2, "method": "fedara"}, strategy__node_timeout=5.0)
+    strategy, grid = prepare(flat | {"strategy.options": ""}, Lacking, says=says, there=trained)
+    strategy.start(grid, strategy.initial_arrays(), 2)
+    assert [line["good"] for line in strategy.lines if line["type"] == "round"] == [5, 5]
+    assert f"node 1005 dropped: client '5' does not know the {lacks} that this run needs" in caplog.text
 
 
 def test_a_node_with_another_model_is_left_out_with_the_reason(tiny_bert, tmp_path):
@@ -322,10 +387,10 @@ def test_a_node_that_lost_its_state_is_asked_again(tiny_bert):
 def test_a_client_out_of_memory_costs_its_reply(tiny_bert, monkeypatch):
     real = train.train
 
-    def hungry(adapted, task, tokenizer, data, plan, arrays, key, *rest):
+    def hungry(learner, data, plan, arrays, key, *rest):
         if key == "3":
             raise MemoryError("DefaultCPUAllocator: can't allocate memory")
-        return real(adapted, task, tokenizer, data, plan, arrays, key, *rest)
+        return real(learner, data, plan, arrays, key, *rest)
 
     monkeypatch.setattr(train, "train", hungry)
     strategy = start(config(tiny_bert, **ONE_ROUND))
@@ -355,9 +420,7 @@ def test_a_client_whose_disk_is_full_costs_its_reply(tiny_bert, monkeypatch, tmp
 
 def test_the_first_reason_is_told_when_no_node_can_train(tiny_bert):
     strategy, grid = prepare(config(tiny_bert, **ONE_ROUND))
-    strategy.roster.expected = strategy.roster.expected.__class__(
-        "other", *[getattr(strategy.roster.expected, name) for name in ("tokenizer", "data", "labels", "terms")]
-    )
+    strategy.roster.expected = replace(strategy.roster.expected, fingerprint="other")
     with pytest.raises(RunFailed, match=r"no node can train; client \d: its fingerprint differs"):
         strategy.start(grid, strategy.initial_arrays(), 1)
 

@@ -8,7 +8,8 @@ from flwr.serverapp.strategy import Strategy
 from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start
 
 from fedara_flwr.config import ConfigError
-from fedara_flwr.model.spec import SLOT_PARTS
+from fedara_flwr.model.parts import SLOT_PARTS
+from fedara_flwr.strategies.base import Client
 
 
 def same(first, second) -> bool:
@@ -45,15 +46,15 @@ def test_flowers_own_start_drives_the_same_run(tiny_bert, method):
 def test_bytes_equal_the_formula(tiny_bert, method):
     """Each way and client: 4 bytes per number, d_out + d_in (+ 1 where E travels) numbers per alive slot, and the head."""
     strategy = start(config(tiny_bert, method=method))
-    spec, rounds = strategy.spec, [line for line in strategy.lines if line["type"] == "round"]
+    spec, parts, rounds = strategy.spec, strategy.method.parts, [line for line in strategy.lines if line["type"] == "round"]
     per_slot = {"B": spec.widths("B"), "E": spec.widths("E"), "A": spec.widths("A")}
-    alive = strategy.start_mask().alive
+    alive = strategy.method.start_mask().alive
     for line in rounds:
         for part in SLOT_PARTS:
-            sent = part in strategy.trainable
+            sent = part in parts
             expected = 4 * int(np.dot(alive, per_slot[part])) * line["good"] if sent else 0
             assert line["bytes"][f"down.{part}"] == line["bytes"][f"up.{part}"] == expected
-        assert line["bytes"]["down.head"] == line["bytes"]["up.head"] == 4 * spec.head_size * line["good"]
+        assert line["bytes"]["down.head"] == line["bytes"]["up.head"] == 4 * spec.size("head") * line["good"]
         alive = np.array(line["alive-per-module"])
 
 
@@ -61,7 +62,7 @@ def test_fedara_prunes_by_its_budget_and_for_good(tiny_bert):
     strategy = start(config(tiny_bert, num_server_rounds=6))
     rounds = [line for line in strategy.lines if line["type"] == "round"]
     modules = len(strategy.spec.modules)
-    assert [line["alive"] for line in rounds] == [strategy.budget(t) for t in range(1, 7)]
+    assert [line["alive"] for line in rounds] == [strategy.method.budget(strategy.state, t) for t in range(1, 7)]
     assert rounds[0]["alive"] == 4 * modules and rounds[-1]["alive"] == modules
     counts = np.array([line["alive-per-module"] for line in rounds])
     assert (np.diff(counts, axis=0) <= 0).all()
@@ -69,25 +70,32 @@ def test_fedara_prunes_by_its_budget_and_for_good(tiny_bert):
 
 
 def test_votes_travel_only_when_the_budget_falls(tiny_bert):
-    """Warm-up and final rounds ask for none: their upstream mask bytes are 0."""
-    strategy = start(config(tiny_bert, num_server_rounds=6, fedara__warmup_rounds=2, fedara__final_rounds=2))
-    up = [line["bytes"]["up.mask"] for line in strategy.lines if line["type"] == "round"]
-    assert up[0] == up[1] == up[4] == up[5] == 0
-    alive = 4 * len(strategy.spec.modules)
-    assert up[2] == 3 * (-(-alive // 8) + 2 * alive)
+    """Warm-up and final rounds ask for none: their upstream mask bytes are 0. A vote has two bytes for each alive slot.
+
+    Who sends back what it voted for alone adds a bit for each, which says what that is.
+    """
+    for upload_mask, bits in (("global", 0), ("local", 1)):
+        changes = {"fedara__warmup_rounds": 2, "fedara__final_rounds": 2, "fedara__upload_mask": upload_mask}
+        strategy = start(config(tiny_bert, num_server_rounds=6, **changes))
+        up = [line["bytes"]["up.mask"] for line in strategy.lines if line["type"] == "round"]
+        assert up[0] == up[1] == up[4] == up[5] == 0
+        alive = 4 * len(strategy.spec.modules)
+        assert up[2] == 3 * (bits * -(-alive // 8) + 2 * alive)
 
 
-@pytest.mark.parametrize("importance", ["sensitivity", "gradient-product", "magnitude"])
-@pytest.mark.parametrize("time", ["before", "after"])
-def test_every_importance_reading_gives_its_own_valid_mask(tiny_bert, importance, time):
-    strategy = start(config(tiny_bert, fedara__importance=importance, fedara__importance_time=time, train__steps=3))
-    assert strategy.state.mask.count == strategy.final_budget
+def test_every_importance_reading_gives_its_own_valid_mask(tiny_bert):
+    masks = []
+    for importance in ("gradient-product", "magnitude"):
+        strategy = start(config(tiny_bert, fedara__importance=importance, train__steps=3))
+        assert strategy.state.mask.count == strategy.method.final_budget
+        masks.append(strategy.state.mask)
+    assert masks[0] != masks[1]
 
 
 def test_threshold_arbitration_keeps_at_least_the_final_budget(tiny_bert):
     lenient = start(config(tiny_bert, fedara__arbitration="threshold", fedara__threshold=0.01))
     strict = start(config(tiny_bert, fedara__arbitration="threshold", fedara__threshold=1.0))
-    assert strict.final_budget <= strict.state.mask.count < lenient.state.mask.count
+    assert strict.method.final_budget <= strict.state.mask.count < lenient.state.mask.count
 
 
 def test_local_upload_sends_less_and_keeps_unsent_slots(tiny_bert):
@@ -102,7 +110,7 @@ def test_a_single_step_still_scores(tiny_bert):
     """With E = 0 only E has a gradient in step 1; it must decide, not the order of modules."""
     strategy = start(config(tiny_bert, train__steps=1))
     alive = strategy.state.mask.alive
-    assert strategy.state.mask.count == strategy.final_budget
+    assert strategy.state.mask.count == strategy.method.final_budget
     assert (alive[-len(alive) // 3 :] > 0).any()
 
 
@@ -138,7 +146,7 @@ def test_more_slots_than_a_vote_can_rank_are_refused(tiny_bert, monkeypatch):
 
 def test_proximal_term_and_orthogonality_change_the_result(tiny_bert):
     plain, prox, orthogonal = (
-        start(config(tiny_bert, method="fedara-static", num_server_rounds=2, fedara__final_rounds=0, **term))
+        start(config(tiny_bert, method="fedara-static", num_server_rounds=2, **term))
         for term in ({}, {"train__prox_mu": 10.0}, {"train__orthogonality": 0.5})
     )
     assert not same(plain.state.arrays, prox.state.arrays)
@@ -168,5 +176,6 @@ def test_sampling_is_of_client_keys_not_node_ids(tiny_bert):
 
 def test_every_method_has_its_own_rate_and_the_setting_wins(tiny_bert):
     for method, rate in (("fedara", 1e-2), ("fedlora", 2e-3)):
-        assert prepare(config(tiny_bert, method=method))[0].plan(1, "0").learning_rate == rate
-        assert prepare(config(tiny_bert, method=method, train__learning_rate=0.5))[0].plan(1, "0").learning_rate == 0.5
+        for changes, expected in (({}, rate), ({"train__learning_rate": 0.5}, 0.5)):
+            loop, _ = prepare(config(tiny_bert, method=method, **changes))
+            assert loop.method.plan(loop.state, Client("0")).train.learning_rate == expected

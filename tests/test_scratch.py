@@ -20,7 +20,6 @@ from conftest import CONFIGS, LABELS, backbone, random_arrays
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_deltas import Piece
 from test_prefix import collate, equal, load, rows, states
 from test_session import PadOnly, plan
 
@@ -30,8 +29,9 @@ from fedara_flwr.adapters.scratch import SLOT, Scratch
 from fedara_flwr.client import session
 from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.config import Settings
+from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.strategies.legend import last_blocks
+from fedara_flwr.strategies.allocation import last_blocks
 from fedara_flwr.tasks import TASKS, Encoded
 
 PER_MB = (1 << 20) // SLOT

@@ -11,11 +11,14 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import ConfigError, LocalTraining, Settings
+from fedara_flwr.model.parts import SVD
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.wire.plan import TrainPlan
+
+VOTE = {"budget": 5.0}
 
 
 class PadOnly:
@@ -24,24 +27,23 @@ class PadOnly:
     model_input_names = ("input_ids",)
 
 
-def plan(mask, **changes):
+def plan(mask, vote=VOTE, **changes):
+    """Training settings among `changes` go where they belong; `vote` are the parameters of the votes' term, None = no votes."""
+    training = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "head_learning_rate": 1e-2, "dropout": True}
+    training |= {name: changes.pop(name) for name in list(changes) if name in LocalTraining.model_fields}
     values = {
         "server_round": 1,
         "seed": 3,
         "mask": mask,
         "scales": (2.0,) * len(mask.ranks),
-        "trainable": frozenset({"B", "E", "A", "head"}),
-        "steps": 3,
-        "epochs": 1,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "e_lr_factor": 1.0,
-        "head_learning_rate": 1e-2,
-        "report": frozenset({"votes", "scores"}),
-        "budget": 5,
-        "dropout": True,
+        "train": LocalTraining(**training),
+        "sent": SVD,
+        "report": frozenset() if vote is None else frozenset({"slot-vote"}),
     }
-    return TrainPlan(**(values | changes))
+    values |= changes
+    if vote is not None:
+        values["terms"] = {**values.get("terms", {}), "slot-vote": vote}
+    return TrainPlan(**values)
 
 
 def client(seed, rows=12):
@@ -57,7 +59,7 @@ def run(adapted, key, mask, arrays, **changes):
 def same(first, second):
     return (
         all(np.array_equal(first.arrays[p], second.arrays[p]) for p in first.arrays)
-        and np.array_equal(first.vote.ranks, second.vote.ranks)
+        and first.reports == second.reports != {}
         and first.metrics["loss"] == second.metrics["loss"]
     )
 
@@ -103,7 +105,7 @@ def test_no_gradient_and_no_optimiser_state_for_frozen_parts(tiny_models):
     adapted = AdaptedModel(backbone(tiny_models["bert"]))
     full = RankMask.full([4] * len(adapted.spec.modules))
     arrays = random_arrays(adapted.spec, full)
-    update = run(adapted, "1", full, arrays, trainable=frozenset({"B", "head"}))
+    update = run(adapted, "1", full, arrays, sent=frozenset({"B", "head"}))
     assert set(update.arrays) == {"B", "head"}
     kept = adapted.collect(frozenset({"A", "E"}))
     assert np.array_equal(kept["A"], arrays["A"]) and np.array_equal(kept["E"], arrays["E"])

@@ -1,4 +1,4 @@
-"""The node's store of delta pieces, and what the ClientApp keeps there."""
+"""The node's stores: pieces of the delta, and what one client keeps from round to round (Kept)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_wire import MASK, random_arrays
 
 from fedara_flwr.model.deltas import Piece
+from fedara_flwr.model.kept import Kept
+from fedara_flwr.node.kept import KeptStore
 from fedara_flwr.node.store import MissingPieces, NodeStore
 
 
@@ -182,3 +185,138 @@ def test_two_processes_at_once(tmp_path, limit, least):
         assert worker.returncode == 0, err[-2000:]
         assert int(out) >= least
     assert all(name.endswith(".safetensors") for name in names(tmp_path))
+
+
+# -- what one client keeps of one run -------------------------------------------------------------------------------
+def kept_of(seed, entries=0):
+    return Kept(random_arrays(MASK, seed=seed), MASK, draw_seed=2**62, entries=entries)
+
+
+def same_kept(found, expected):
+    if found is None:
+        return expected is None
+    facts = (found.mask, found.draw_seed, found.entries) == (expected.mask, expected.draw_seed, expected.entries)
+    return facts and all(np.array_equal(found.arrays[part], values) for part, values in expected.arrays.items())
+
+
+def test_a_round_that_is_done_again_starts_from_the_same(tmp_path):
+    store, kept = KeptStore(tmp_path, "run", "3"), {number: kept_of(number) for number in (2, 5, 9)}
+    assert store.take(1) is None
+    for number, one in kept.items():
+        store.put(one, number)
+    assert same_kept(store.take(10), kept[9]) and len(list(store.folder.iterdir())) == 2
+    assert same_kept(store.take(9), kept[5])
+    store.put(kept_of(77), 9)
+    assert same_kept(store.take(10), kept_of(77)) and same_kept(store.take(9), kept[5])
+    assert store.take(5) is None and list(store.folder.iterdir()) == []
+
+
+def test_no_run_and_no_client_sees_anothers(tmp_path):
+    names = [("run", "3"), ("run", "4"), ("other", "3"), ("run\x1f3", ""), ("../..", "/etc/x\0y")]
+    for seed, (run, key) in enumerate(names):
+        KeptStore(tmp_path / "a", run, key).put(kept_of(seed, seed), 1)
+    assert [KeptStore(tmp_path / "a", run, key).take(2).entries for run, key in names] == list(range(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 5
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o700}
+
+
+def test_what_is_lost_or_damaged_is_zero(tmp_path):
+    """Every byte flipped, a file cut off, an empty one. The older file is in an upload already and never taken instead."""
+    store = KeptStore(tmp_path, "run", "3")
+    store.put(kept_of(1), 1)
+    store.put(kept_of(2), 2)
+    file = store.folder / "2.safetensors"
+    data = file.read_bytes()
+    flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data))]
+    for bad in (*flipped, data[:-4], b""):
+        file.write_bytes(bad)
+        assert store.take(3) is None
+    store.put(kept_of(3), 3)
+    assert same_kept(store.take(4), kept_of(3))
+
+
+def test_a_full_disk_costs_what_was_to_be_kept_alone(tmp_path, monkeypatch, caplog):
+    """The older file must not stay as if it were the last one."""
+    store = KeptStore(tmp_path, "run", "3")
+    store.put(kept_of(1), 1)
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        store.put(kept_of(2), 2)
+    assert "No space left" in caplog.text and store.take(3) is None
+
+
+def test_those_who_wrote_longest_ago_make_room(tmp_path):
+    """A file has 1,200 bytes and two are reckoned with: three clients of 1,200 and a new one are 6,000 of at most 5,000."""
+    stores = [KeptStore(tmp_path, "run", str(key), limit=5000) for key in range(4)]
+    for age, store in enumerate(stores[:3]):
+        store.put(Kept({"head": np.zeros(260, np.float32)}, MASK), 1)
+        assert 1100 < (store.folder / "1.safetensors").stat().st_size < 1500
+        os.utime(store.folder, (1000 - age, 1000 - age))
+    stores[3].put(Kept({"head": np.zeros(260, np.float32)}, MASK), 1)
+    assert [store.take(2) is None for store in stores] == [False, False, True, False]
+
+
+def size_of(root):
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def test_room_is_made_at_every_put(tmp_path):
+    """Four clients' first files of 1,200 bytes and another to come for one of them fit into 6,000; their second files do not.
+    What is kept later, or is larger than before, makes room as the first did, and the folder never outgrows its limit."""
+    limit, most = 6000, 0
+    stores = [KeptStore(tmp_path, "run", str(key), limit) for key in range(4)]
+    for number in range(1, 6):
+        for store in stores:
+            store.put(Kept({"head": np.full(260, number, np.float32)}, MASK), number)
+            header = (store.folder / f"{number}.safetensors").stat().st_size - 4 * 260
+            most = max(most, size_of(tmp_path))
+            assert size_of(tmp_path) <= limit + 2 * header  # only the numbers of the file to come are reckoned with
+            assert store.take(number + 1).arrays["head"].tolist() == [number] * 260
+        if number == 1:
+            assert all(store.take(2) is not None for store in stores)
+    assert most > 4 * 1200 and len(list(tmp_path.iterdir())) < 4
+
+
+def test_what_one_client_keeps_is_kept_however_large(tmp_path):
+    """Above the limit nothing else stays; its own files are two."""
+    small, large = KeptStore(tmp_path, "run", "1", limit=3000), KeptStore(tmp_path, "run", "2", limit=3000)
+    small.put(Kept({"head": np.zeros(4, np.float32)}, MASK), 1)
+    for number in (1, 2, 3):
+        large.put(Kept({"head": np.full(2000, number, np.float32)}, MASK), number)
+    assert names(tmp_path) == {large.folder.name} and names(large.folder) == {"2.safetensors", "3.safetensors"}
+    assert large.take(4).arrays["head"][0] == 3
+
+
+@pytest.mark.parametrize("fails", ["write", "replace", "folder"])
+@pytest.mark.parametrize("earlier", [0, 1, 2])
+def test_a_disk_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch, caplog, fails, earlier):
+    store, other = KeptStore(tmp_path / "parts", "run", "3"), KeptStore(tmp_path / "parts", "run", "4")
+    other.put(kept_of(9), 1)
+    for number in range(1, earlier + 1):
+        store.put(kept_of(number), number)
+    write = Path.write_bytes
+
+    def half(self, data):
+        write(self, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if fails == "write":
+            patch.setattr(Path, "write_bytes", half)
+        elif fails == "replace":
+            patch.setattr("fedara_flwr.node.kept.os.replace", full)
+        else:
+            patch.setattr(Path, "mkdir", full)
+        store.put(kept_of(5), 5)
+    assert "parts of a client cannot be kept: they are lost ([Errno 28] No space left on device)" in caplog.text
+    assert not list(tmp_path.rglob("*.part")) and store.take(6) is None
+    assert same_kept(other.take(2), kept_of(9))
+    store.put(kept_of(6), 6)
+    assert same_kept(store.take(7), kept_of(6)) and names(store.folder) == {"6.safetensors"}

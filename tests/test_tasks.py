@@ -247,8 +247,6 @@ def test_metrics_loss_is_the_training_loss(seed, count):
 class Reader:
     """Stands in for a model: the logits of a row are one-hot in its second token."""
 
-    batch = AdaptedModel.batch
-
     def __init__(self) -> None:
         self.model, self.device = torch.nn.Linear(1, 1), torch.device("cpu")
         self.backbone = SimpleNamespace(labels=NAMES)

@@ -8,6 +8,7 @@ import pickle
 import tracemalloc
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,22 +16,29 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.model.ranks import RankMask, rank_order
-from fedara_flwr.model.spec import PARTS, ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.config import LocalTraining
+from fedara_flwr.model.parts import BUILT_IN
+from fedara_flwr.model.ranks import RankMask, pack_order, rank_order
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.strategies.allocation import Vote
+from fedara_flwr.strategies.fedara import FedARA
 from fedara_flwr.wire import PROTOCOL
-from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_vector
-from fedara_flwr.wire.meter import COUNTED, ByteMeter, payload
-from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_vector, to_record
+from fedara_flwr.wire.meter import ByteMeter, payload
+from fedara_flwr.wire.meter import counted as names_counted
+from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 from fedara_flwr.wire.records import (
     MAX_METRICS,
+    REPORT_BYTES,
+    REPORT_BYTES_PER_SLOT,
     plan_from_content,
     plan_to_content,
-    sent_parts,
     update_from_content,
     update_to_content,
 )
 
 laws = settings(deadline=None, max_examples=150)
+PARTS = tuple(BUILT_IN)
 SPEC = ModelSpec(
     "f" * 64,
     (ModuleSpec("m0", 3, 2, 0), ModuleSpec("m1", 1, 4, 0), ModuleSpec("m2", 2, 2, 1)),
@@ -43,16 +51,14 @@ PLAN = TrainPlan(
     seed=42,
     mask=MASK,
     scales=(2.0, 2.0, 2.0),
-    trainable=frozenset(PARTS),
-    steps=8,
-    epochs=1,
-    batch_size=16,
-    learning_rate=2e-3,
-    e_lr_factor=1.0,
-    head_learning_rate=1e-2,
+    train=LocalTraining(steps=8, epochs=1, batch_size=16, learning_rate=2e-3, e_lr_factor=1.0, head_learning_rate=1e-2),
+    sent=frozenset(PARTS),
     carries=frozenset(PARTS),
 )
-VOTING = replace(PLAN, report=frozenset({"votes", "scores"}), budget=2)
+VOTE, REPORTED = "slot-vote", "report.slot-vote"
+BUDGET = 2
+VOTING = replace(PLAN, terms={VOTE: {"budget": float(BUDGET), "importance": "gradient-product"}}, report=frozenset({VOTE}))
+LOCAL = replace(VOTING, report=frozenset({VOTE, KEPT_SLOTS}))
 NUMBERS = {"B": 36, "E": 16, "A": 40, "head": 24, "backbone": 36}  # bytes under MASK
 MOST = 100  # examples that the node declared
 
@@ -62,17 +68,19 @@ def random_arrays(mask, parts=PARTS, seed=0):
     return {part: rng.normal(size=SPEC.length(part, mask)).astype(np.float32) for part in parts}
 
 
-def vote_for(plan, scores):
-    ranks = rank_order(np.array(scores, dtype=np.float64))
-    return Vote(ranks < plan.budget, ranks.astype(np.uint16))
-
-
 def update_for(plan):
-    """A good answer to `plan`."""
-    vote = vote_for(plan, [0.1, 4.0, 3.0, 0.2]) if "votes" in plan.report else None
-    mask = plan.mask.keep(vote.keep) if vote is not None and plan.upload_mask == "local" else plan.mask
-    parts = [part for part in PARTS if part in sent_parts(plan)]  # the values must not depend on a set's order
-    return Update(random_arrays(mask, parts), mask, 37, {"loss": 0.5, "seconds": 2.0}, vote)
+    """A good answer to `plan`: four slots of scores 0.1, 4, 3, 0.2 where it asks for votes, or which slots to keep."""
+    mask, reports = plan.mask, {}
+    if plan.report:
+        ranks = rank_order(np.array([0.1, 4.0, 3.0, 0.2]))
+        reports = {VOTE: pack_order(ranks)} if VOTE in plan.report else {}
+        mask = mask.keep(ranks < BUDGET) if KEPT_SLOTS in plan.report else mask
+    parts = [part for part in PARTS if part in plan.returns(mask)]  # the values must not depend on a set's order
+    return Update(random_arrays(mask, parts), mask, 37, {"loss": 0.5, "seconds": 2.0}, reports)
+
+
+READ = partial(FedARA.read_report, None)
+"""What the server reads in a vote; it needs nothing of the method."""
 
 
 def reply_to(plan):
@@ -85,12 +93,18 @@ def same_arrays(left, right):
     )
 
 
+def refusal(caught):
+    """The text of what was raised: its reason and the figures, in one line."""
+    assert str(caught.value).startswith(caught.value.reason + ": ")
+    assert len(str(caught.value)) < 600 and len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
 def reason(content, plan=PLAN):
     """Why `content` is refused as an answer to `plan`."""
     with pytest.raises(Rejected) as caught:
-        update_from_content(content, SPEC, plan, MOST)
-    assert str(caught.value).startswith(caught.value.reason + ": ")
-    assert len(str(caught.value)) < 600 and len(str(caught.value).splitlines()) == 1
+        update_from_content(content, SPEC, plan, MOST, read=READ)
+    refusal(caught)
     return caught.value.reason
 
 
@@ -122,41 +136,49 @@ def header(descr="<f4", shape=(4,), fortran=False):
 
 # -- the plan ------------------------------------------------------------
 UNIFORM = PLAN
-RAGGED = replace(
-    PLAN, mask=RankMask((1, 3, 2), np.array([1, 0, 1, 1, 1, 0], dtype=bool)), scales=(24.0, 8.0, 12.0), steps=0, epochs=3
-)
+RAGGED = replace(PLAN, mask=RankMask((1, 3, 2), np.array([1, 0, 1, 1, 1, 0], dtype=bool)), scales=(24.0, 8.0, 12.0))
+RAGGED = replace(RAGGED, train=RAGGED.train.model_copy(update={"steps": 0, "epochs": 3}))
 WITH_TERMS = replace(
     PLAN,
-    terms={"prox": {"mu": 0.25, "power": 2.0}, "sparse-mask": {}},
-    report=frozenset({"votes", "scores"}),
-    budget=3,
-    dropout=True,
+    train=LocalTraining(
+        steps=3,
+        epochs=2,
+        batch_size=5,
+        batch_tokens=512,
+        learning_rate=0.125,
+        e_lr_factor=2.0,
+        head_learning_rate=0.5,
+        warmup_steps=2,
+        clip_norm=1.5,
+        dropout=True,
+    ),
+    terms={
+        "prox": {"mu": 0.25, "power": 2.0},
+        "sparse-mask": {},
+        VOTE: {"budget": 3.0, "importance": "magnitude"},
+    },
+    report=frozenset({VOTE, KEPT_SLOTS}),
     evaluate=True,
-    clip_norm=1.5,
-    warmup_steps=2,
-    batch_tokens=512,
-    importance="magnitude",
-    importance_time="after",
-    upload_mask="local",
     delta=("0" * 64, "ab" * 32),
     carries=frozenset({"B", "head"}),
     drawn=frozenset({"A"}),
     draw_seed=2**62,
     entries=4,
-    trainable=frozenset({"B", "head"}),
+    sent=frozenset({"B", "head"}),
 )
 ALL_DEAD = replace(PLAN, mask=PLAN.mask.keep(np.zeros(4, dtype=bool)))
-NO_SLOTS = replace(PLAN, mask=RankMask.full([0, 0, 0]), trainable=frozenset({"head"}))
-NOTHING_TRAINED = replace(PLAN, trainable=frozenset(), evaluate=True)
+NO_SLOTS = replace(PLAN, mask=RankMask.full([0, 0, 0]), sent=frozenset({"head"}))
+NOTHING_TRAINED = replace(PLAN, sent=frozenset(), evaluate=True)
 PLANS = {
     "uniform": UNIFORM,
     "ragged": RAGGED,
     "terms": WITH_TERMS,
-    "votes-only": replace(PLAN, report=frozenset({"votes"}), budget=1),
+    "kept-slots-only": replace(PLAN, report=frozenset({KEPT_SLOTS})),
     "all-dead": ALL_DEAD,
     "no-slots": NO_SLOTS,
     "nothing-trained": NOTHING_TRAINED,
     "feedback": replace(PLAN, up="int4", feedback=frozenset({"B", "head"}), run="5" * 32),
+    "kept": replace(PLAN, sent=frozenset({"A", "head"}), kept=frozenset({"B", "head"}), run="5" * 32),
 }
 
 
@@ -173,18 +195,19 @@ def plans(draw):
     bits = draw(st.lists(st.booleans(), min_size=sum(ranks), max_size=sum(ranks)))
     scale = st.floats(1e-3, 1e3)
     names = st.from_regex(r"[a-z]{1,8}(-[a-z]{1,4})?", fullmatch=True)
+    texts = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=MAX_NAME)
+    values = st.floats(allow_nan=False, allow_infinity=False) | texts
+    training = {"learning_rate": draw(st.floats(1e-9, 10)), "dropout": draw(st.booleans()), "steps": draw(st.integers(0, 50))}
     return replace(
         PLAN,
         server_round=draw(st.integers(1, 10**6)),
         seed=draw(st.integers(0, 2**62 - 1)),
         mask=RankMask(ranks, np.array(bits, dtype=bool)),
         scales=draw(scale.map(lambda s: (s,) * 3) | st.tuples(scale, scale, scale)),
-        trainable=draw(st.frozensets(st.sampled_from(PARTS))),
-        report=draw(st.frozensets(st.sampled_from(["votes", "scores"]))),
-        budget=draw(st.integers(0, 50)),
-        learning_rate=draw(st.floats(1e-9, 10)),
-        dropout=draw(st.booleans()),
-        terms=draw(st.dictionaries(names, st.dictionaries(names, st.floats(allow_nan=False), max_size=3), max_size=3)),
+        train=PLAN.train.model_copy(update=training),
+        sent=draw(st.frozensets(st.sampled_from(PARTS))),
+        report=draw(st.frozensets(st.sampled_from([VOTE, KEPT_SLOTS]))),
+        terms=draw(st.dictionaries(names, st.dictionaries(names, values, max_size=3), max_size=3)),
     )
 
 
@@ -207,10 +230,15 @@ def changed_plan(plan=RAGGED, drop=(), **values):
     return content
 
 
-def plan_reason(content, modules=3):
+def plan_refusal(content, modules=3):
+    """The line that says why a node refuses a plan."""
     with pytest.raises(Rejected) as caught:
         plan_from_content(content, modules)
-    return caught.value.reason
+    return refusal(caught)
+
+
+def plan_reason(content, modules=3):
+    return plan_refusal(content, modules).partition(":")[0]
 
 
 def test_plan_without_its_record():
@@ -228,7 +256,7 @@ def test_plan_without_protocol():
     assert plan_reason(changed_plan(drop=["protocol"])) == "protocol"
 
 
-@pytest.mark.parametrize("key", ["round", "seed", "steps", "learning-rate", "upload-mask", "ranks", "scales", "mask"])
+@pytest.mark.parametrize("key", ["round", "seed", "evaluate", "entries", "draw-seed", "down", "ranks", "scales", "mask"])
 def test_plan_that_lacks_a_key(key):
     assert plan_reason(changed_plan(drop=[key])) == "plan"
 
@@ -246,13 +274,20 @@ def test_plan_that_lacks_a_key(key):
         {"ranks": ["a", "b", "c"]},
         {"scales": 1.0},
         {"scales": ["a", "b", "c"]},
-        {"term.prox.mu": "much"},
+        {"round": -1},
+        {"round": 7.0},
+        {"seed": True},
+        {"evaluate": 1},
+        {"entries": 2**64},
         {"run": "5"},
         {"feedback": "B"},
         {"feedback": "B", "run": ""},
         {"feedback": "B", "run": 5},
         {"feedback": "B", "run": "5" * 65},
         {"feedback": "B,X", "run": "5"},
+        {"kept": "B"},
+        {"kept": "B", "run": ""},
+        {"kept": "B", "run": "5" * 65},
     ],
     ids=str,
 )
@@ -278,10 +313,129 @@ def test_plan_with_another_number_of_scales(scales):
 
 
 def test_parts_that_travel():
-    assert sent_parts(PLAN) == {"B", "E", "A", "head", "backbone"}
-    assert sent_parts(replace(PLAN, trainable=frozenset({"B", "head"}))) == {"B", "head"}
-    assert sent_parts(ALL_DEAD) == {"head", "backbone"}
-    assert sent_parts(NOTHING_TRAINED) == set()
+    assert PLAN.returns(MASK) == {"B", "E", "A", "head", "backbone"}
+    assert replace(PLAN, sent=frozenset({"B", "head"})).returns(MASK) == {"B", "head"}
+    assert ALL_DEAD.returns(ALL_DEAD.mask) == PLAN.returns(ALL_DEAD.mask) == {"head", "backbone"}
+    assert NOTHING_TRAINED.returns(MASK) == set()
+    kept = PLANS["kept"]
+    assert kept.returns(MASK) == {"A", "head"} and kept.trained == {"A", "B", "head"}
+
+
+# -- the plan's parts, training settings and terms ------------------------------------------------------------
+def test_an_undeclared_part_does_not_leave():
+    with pytest.raises(ValueError, match="^part 'spine' is not declared, declared are B, E, A, head, backbone$"):
+        to_record({"B": GOOD, "spine": GOOD})
+    assert list(to_record({"head": GOOD, "A": GOOD, "B": GOOD})) == ["B", "A", "head"]
+    with pytest.raises(ValueError, match="part 'spine' is not declared"):
+        plan_to_content(PLAN, {"B": GOOD, "spine": GOOD})
+
+
+@pytest.mark.parametrize("key", ["sent", "kept", "carries", "drawn", "feedback"])
+@pytest.mark.parametrize(
+    "names, unknown",
+    [
+        ("spine", "'spine'"),
+        ("B,spine", "'spine'"),
+        ("B,,A", "''"),
+        ("", "''"),
+        ("b", "'b'"),
+        ("B ", "'B '"),
+        ("B\nround 7: all is well", "'B\\\\nround 7: all is well'"),
+        ("x" * 10_000, "'" + "x" * MAX_NAME + "'"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_plan_with_an_undeclared_part(key, names, unknown):
+    said = plan_refusal(changed_plan(**{key: names, "run": "5"}))
+    assert said.startswith("plan: ") and f"part {unknown} is not declared, declared are B, E, A, head, backbone" in said
+
+
+TRAINING = {f"train.{name.replace('_', '-')}" for name in LocalTraining.model_fields}
+
+
+def test_the_training_settings_are_the_plans_own_keys():
+    config = plan_to_content(WITH_TERMS, random_arrays(WITH_TERMS.mask)).config_records["plan"]
+    assert {key for key in config if key.startswith("train.")} == TRAINING
+    assert (config["train.steps"], config["train.clip-norm"], config["train.dropout"]) == (3, 1.5, True)
+
+
+@pytest.mark.parametrize("key", sorted(TRAINING))
+def test_plan_that_lacks_a_training_setting(key):
+    said = plan_refusal(changed_plan(drop=[key]))
+    assert said.startswith("plan: ") and f"{key} is missing" in said
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("steps", -1),
+        ("steps", 1.5),
+        ("steps", "6"),
+        ("steps", True),
+        ("steps", [6]),
+        ("epochs", 0),
+        ("batch-size", 0),
+        ("batch-size", b"16"),
+        ("batch-tokens", -1),
+        ("learning-rate", -1e-3),
+        ("learning-rate", math.nan),
+        ("learning-rate", math.inf),
+        ("learning-rate", "fast"),
+        ("learning-rate", "x\nround 7: all is well"),
+        ("learning-rate", "x" * 10_000),
+        ("e-lr-factor", 0.0),
+        ("e-lr-factor", -math.inf),
+        ("head-learning-rate", -1.0),
+        ("warmup-steps", -2),
+        ("clip-norm", -0.5),
+        ("clip-norm", True),
+        ("dropout", 1),
+        ("dropout", 0.0),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_plan_with_a_training_setting_out_of_bounds(key, value):
+    said = plan_refusal(changed_plan(**{f"train.{key}": value}))
+    assert said.startswith("plan: ") and f"train.{key} is " in said
+
+
+@pytest.mark.parametrize("name", ["momentum", "cache", "threads", "", "steps.more", "x" * 10_000, "x\nround 7: all is well"])
+def test_plan_with_an_unknown_training_setting(name):
+    """`cache` and `threads` are of the same group in the run's configuration; each process reads its own."""
+    said = plan_refusal(changed_plan(**{f"train.{name}": 1}))
+    assert (
+        said.startswith("plan: ") and f"train.{name.splitlines()[0] if name else ''}"[:50] in said and "not permitted" in said
+    )
+
+
+def test_a_training_setting_may_be_a_whole_number():
+    read = plan_from_content(changed_plan(**{"train.learning-rate": 1, "train.clip-norm": 2}), 3).train
+    assert (read.learning_rate, read.clip_norm) == (1.0, 2.0)
+    assert type(read.learning_rate) is type(read.clip_norm) is float
+
+
+@pytest.mark.parametrize("value", ["magnitude", "x", "-", "a b", "7", "é", "x" * MAX_NAME, 0, -3, 2**40, 0.5, -1e300])
+def test_a_terms_parameter_comes_back(value):
+    plan = replace(PLAN, terms={"prox": {"mu": value}})
+    read = plan_from_content(plan_to_content(plan, random_arrays(MASK)), 3).terms
+    assert read == {"prox": {"mu": value}}
+    assert type(read["prox"]["mu"]) is (str if isinstance(value, str) else float)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "x" * (MAX_NAME + 1), "x" * 10_000, "a\nround 7: all is well", "\x1b[2J", "\u202e", "tab\t", "\x00"),
+        *(math.nan, math.inf, -math.inf),
+        *(b"bytes", b"", [1.0], ["a"], []),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_a_terms_parameter_that_is_neither_a_number_nor_a_short_text(value):
+    said = plan_refusal(changed_plan(**{"term.prox.mu": value}))
+    assert said.startswith("plan: ") and "parameter is " in said and "finite numbers and short texts" in said
+    with pytest.raises(ValueError, match="a term's parameter is .*, allowed are finite numbers and short texts"):
+        plan_to_content(replace(PLAN, terms={"prox": {"mu": value}}), random_arrays(MASK))
 
 
 # -- the update: round trips ------------------------------------------------------------
@@ -289,9 +443,10 @@ ANSWERED = {
     "plain": PLAN,
     "ragged": RAGGED,
     "global": VOTING,
-    "local": replace(VOTING, upload_mask="local"),
-    "bits-only": replace(VOTING, report=frozenset({"votes"})),
-    "some-parts": replace(PLAN, trainable=frozenset({"B", "head"})),
+    "local": LOCAL,
+    "kept-slots-only": replace(PLAN, report=frozenset({KEPT_SLOTS})),
+    "some-parts": replace(PLAN, sent=frozenset({"B", "head"})),
+    "kept": PLANS["kept"],
     "all-dead": ALL_DEAD,
     "no-slots": NO_SLOTS,
     "nothing-trained": NOTHING_TRAINED,
@@ -301,24 +456,31 @@ ANSWERED = {
 @pytest.mark.parametrize("plan", ANSWERED.values(), ids=ANSWERED)
 def test_update_round_trip(plan):
     sent = update_for(plan)
-    if plan.report == {"votes"}:
-        sent = replace(sent, vote=Vote(sent.vote.keep))
-    read = update_from_content(update_to_content(sent, plan), SPEC, plan, MOST)
+    content = update_to_content(sent, plan)
+    read = update_from_content(content, SPEC, plan, MOST, read=READ)
     assert same_arrays(read.arrays, {part: sent.arrays[part] for part in PARTS if part in sent.arrays})
     assert read.mask == sent.mask
     assert (read.num_examples, read.metrics) == (37, {"loss": 0.5, "seconds": 2.0})
-    if sent.vote is None:
-        assert read.vote is None
-    else:
-        assert np.array_equal(read.vote.keep, sent.vote.keep)
-        assert (read.vote.ranks is None) == (sent.vote.ranks is None)
-        assert sent.vote.ranks is None or np.array_equal(read.vote.ranks, sent.vote.ranks)
+    assert set(read.reports) == set(sent.reports) == plan.report - {KEPT_SLOTS}
+    if VOTE in plan.report:
+        assert read.reports[VOTE].tolist() == [3, 0, 1, 2]
+        assert update_from_content(content, SPEC, plan, MOST).reports == sent.reports  # as they travel
+
+
+def test_what_stays_with_the_node_does_not_travel():
+    plan = PLANS["kept"]
+    sent = replace(update_for(plan), stays=random_arrays(plan.mask, ("B", "head"), seed=5))
+    content = update_to_content(sent, plan)
+    assert set(content.array_records["arrays"]) == {"A", "head"}
+    assert content == reply_to(plan)
+    assert update_from_content(content, SPEC, plan, MOST).stays == {}
+    content.array_records["arrays"]["B"] = Array(sent.stays["B"])
+    assert reason(content, plan) == "parts"
 
 
 def test_local_upload_holds_the_votes_alone():
     """Scores 0.1, 4, 3, 0.2 and budget 2: slots (0,1) and (1,1) stay, B has 3 + 1 numbers instead of 3 + 3 + 1 + 2."""
-    plan = ANSWERED["local"]
-    read = update_from_content(reply_to(plan), SPEC, plan, MOST)
+    read = update_from_content(reply_to(LOCAL), SPEC, LOCAL, MOST)
     assert read.mask.bits.tolist() == [False, True, False, True, False, False]
     assert {part: len(vector) for part, vector in read.arrays.items()} == {"B": 4, "E": 2, "A": 6, "head": 6, "backbone": 9}
     full = update_from_content(reply_to(VOTING), SPEC, VOTING, MOST)
@@ -327,8 +489,10 @@ def test_local_upload_holds_the_votes_alone():
 
 def test_vote_that_was_not_asked_for_is_ignored():
     content = reply_to(PLAN)
-    content.config_records["reply"]["votes"] = b"garbage"
-    assert update_from_content(content, SPEC, PLAN, MOST).vote is None
+    content.config_records["reply"][REPORTED] = b"garbage"
+    content.config_records["reply"][KEPT_SLOTS] = b"\x60"
+    read = update_from_content(content, SPEC, PLAN, MOST, read=READ)
+    assert read.reports == {} and read.mask == MASK
 
 
 @pytest.mark.parametrize("examples", [1, MOST])
@@ -390,7 +554,7 @@ def test_extra_part(name):
 
 
 def test_part_that_was_not_to_be_trained():
-    assert reason(reply_to(PLAN), replace(PLAN, trainable=frozenset({"B", "head"}))) == "parts"
+    assert reason(reply_to(PLAN), replace(PLAN, sent=frozenset({"B", "head"}))) == "parts"
 
 
 def test_slot_parts_although_no_slot_lives():
@@ -411,12 +575,14 @@ def test_other_slots_of_the_same_number_are_sent():
     assert reason(reply_to(other)) == "shape"
 
 
-def test_slots_are_sent_that_the_own_vote_rejects():
-    assert reason(reply_to(VOTING), ANSWERED["local"]) == "shape"
+def test_slots_are_sent_that_are_not_said_to_be_kept():
+    content = reply_to(VOTING)
+    content.config_records["reply"][KEPT_SLOTS] = reply_to(LOCAL).config_records["reply"][KEPT_SLOTS]
+    assert reason(content, LOCAL) == "shape"
 
 
 def test_slots_are_left_out_although_all_were_asked_for():
-    assert reason(reply_to(ANSWERED["local"]), VOTING) == "shape"
+    assert reason(reply_to(LOCAL), VOTING) == "shape"
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -496,63 +662,115 @@ def test_answer_in_another_protocol(protocol):
     assert reason(content) == "protocol"
 
 
-# -- votes: four alive slots, two to keep; the good answer is 0110 and ranks 3 0 1 2 ---------------------------------------
-def vote_reason(votes=b"\x60", ranks=(3, 0, 1, 2), plan=VOTING):
-    content = reply_to(VOTING)
+# -- votes: four alive slots, two of them kept; the good answer is ranks 3 0 1 2 and 0110 ---------------------------------
+def spoilt_reply(key, value):
+    """The good answer to LOCAL with one of its reports replaced; None takes it away, a tuple are ranks."""
+    content = reply_to(LOCAL)
     config = content.config_records["reply"]
-    assert (config["votes"], config["slot-ranks"]) == (b"\x60", np.array([3, 0, 1, 2], dtype="<u2").tobytes())
-    for key, value in (("votes", votes), ("slot-ranks", ranks)):
-        if value is None:
-            del config[key]
-        else:
-            config[key] = np.array(value, dtype="<u2").tobytes() if isinstance(value, tuple) else value
-    return reason(content, plan)
+    assert (config[KEPT_SLOTS], config[REPORTED]) == (b"\x60", np.array([3, 0, 1, 2], dtype="<u2").tobytes())
+    if value is None:
+        del config[key]
+    else:
+        config[key] = np.array(value, dtype="<u2").tobytes() if isinstance(value, tuple) else value
+    return content
 
 
-@pytest.mark.parametrize("plan", [VOTING, ANSWERED["local"], ANSWERED["bits-only"]], ids=["global", "local", "bits-only"])
+@pytest.mark.parametrize("plan", [LOCAL, ANSWERED["kept-slots-only"]], ids=["with-vote", "alone"])
 @pytest.mark.parametrize(
-    "votes",
-    [None, "0110", 6, [b"\x60"], b"", b"\x60\x00", b"\x61", b"\x68", b"\x40", b"\x70", b"\x00", b"\xf0"],
-    ids=["missing", "str", "int", "list", "empty", "long", "padding", "padding-2", "one", "three", "none", "all"],
+    "bits, why",
+    [
+        (None, "report"),
+        ("0110", "report"),
+        (6, "report"),
+        ([b"\x60"], "report"),
+        (b"", "report"),
+        (b"\x60\x00", "report"),
+        (b"\x61", "report"),
+        (b"\x68", "report"),
+        (b"\x00", "report"),
+        (b"\x40", "shape"),
+        (b"\x70", "shape"),
+        (b"\xf0", "shape"),
+    ],
+    ids=["missing", "str", "int", "list", "empty", "long", "padding", "padding-2", "none", "one", "three", "all"],
 )
-def test_bad_vote(votes, plan):
-    assert vote_reason(votes=votes, plan=plan) == "votes"
+def test_bad_kept_slots(bits, why, plan):
+    """No bits of four slots, or none of them set; or others than the arrays hold."""
+    assert reason(spoilt_reply(KEPT_SLOTS, bits), plan) == why
 
 
+@pytest.mark.parametrize("plan", [VOTING, LOCAL], ids=["global", "local"])
 @pytest.mark.parametrize(
     "ranks",
     [
         None,
         "3012",
         3012,
+        True,
+        [b"\x03\x00\x00\x00\x01\x00\x02\x00"],
         b"",
         (3, 0, 1),
         (3, 0, 1, 2, 4),
         b"\x03\x00\x00\x00\x01\x00\x02",
+        b"\x03\x00\x00\x00\x01\x00\x02\x00\x00",
         (3, 0, 1, 1),
         (4, 0, 1, 2),
+        (4, 3, 2, 1),
         (3, 0, 1, 65535),
         (0, 0, 0, 0),
-        (0, 1, 2, 3),
-        (1, 3, 0, 2),
+        bytes(10**6),
     ],
-    ids=str,
+    ids=lambda ranks: str(ranks)[:40],
 )
-def test_bad_slot_ranks(ranks):
-    """No bytes, another size, no permutation, or a permutation whose two best are not the two that are voted for."""
-    assert vote_reason(ranks=ranks) == "votes"
+def test_bad_slot_ranks(ranks, plan):
+    """No bytes, another size, no permutation."""
+    content = spoilt_reply(REPORTED, ranks)
+    if plan is VOTING:
+        content["arrays"] = reply_to(VOTING)["arrays"]
+    assert reason(content, plan) == "report"
 
 
 def test_swapped_byte_order_is_no_permutation():
-    assert vote_reason(ranks=np.array([3, 0, 1, 2], dtype=">u2").tobytes()) == "votes"
+    assert reason(spoilt_reply(REPORTED, np.array([3, 0, 1, 2], dtype=">u2").tobytes()), LOCAL) == "report"
+
+
+@pytest.mark.parametrize("ranks", [(3, 0, 1, 2), (0, 1, 2, 3), (1, 3, 0, 2)])
+def test_any_permutation_is_a_vote(ranks):
+    """Whatever slots the client keeps: what it votes for are the first of its ranks, and nothing beside them."""
+    read = update_from_content(spoilt_reply(REPORTED, ranks), SPEC, LOCAL, MOST, read=READ)
+    assert read.reports[VOTE].tolist() == list(ranks) and read.mask.bits.tolist() == [0, 1, 0, 1, 0, 0]
+    assert Vote(1, read.reports[VOTE], BUDGET).keep.tolist() == [rank < BUDGET for rank in ranks]
 
 
 def test_budget_above_the_alive_slots_means_all_of_them():
-    plan = replace(VOTING, budget=9)
-    content = reply_to(VOTING)
-    content.config_records["reply"]["votes"] = b"\xf0"
-    assert update_from_content(content, SPEC, plan, MOST).vote.keep.tolist() == [True] * 4
-    assert reason(reply_to(VOTING), plan) == "votes"
+    read = update_from_content(reply_to(VOTING), SPEC, VOTING, MOST, read=READ)
+    assert Vote(1, read.reports[VOTE], 9).keep.tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_report_has_a_bound_that_grows_with_the_slots(more):
+    """What a term may say is its method's to judge, but not without end: nothing reads what is longer."""
+    content, asked = reply_to(VOTING), []
+    report = bytes(REPORT_BYTES + REPORT_BYTES_PER_SLOT * 4 + more)
+    content.config_records["reply"][REPORTED] = report
+    if more:
+        with pytest.raises(Rejected) as caught:
+            update_from_content(content, SPEC, VOTING, MOST, read=lambda *args: asked.append(args))
+        assert refusal(caught).startswith("report: of term 'slot-vote'") and not asked
+    else:
+        assert update_from_content(content, SPEC, VOTING, MOST).reports == {VOTE: report}
+
+
+def test_every_report_is_read_with_its_plan_and_its_name():
+    plan = replace(PLAN, report=frozenset({"b", "a", KEPT_SLOTS}))
+    update = replace(update_for(plan), reports={"b": b"of b", "a": b"of a"})
+    content, seen = update_to_content(update, plan), []
+    read = update_from_content(content, SPEC, plan, MOST, read=lambda *args: seen.append(args) or len(seen))
+    assert seen == [(plan, "a", b"of a"), (plan, "b", b"of b")] and read.reports == {"a": 1, "b": 2}
+    for name in ("a", "b"):
+        less = update_to_content(update, plan)
+        del less.config_records["reply"]["report." + name]
+        assert reason(less, plan) == "report"
 
 
 # -- vectors ------------------------------------------------------------
@@ -768,7 +986,7 @@ def test_mutated_reply_is_refused_or_read(part, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            read = update_from_content(content, SPEC, VOTING, MOST)
+            read = update_from_content(content, SPEC, VOTING, MOST, read=READ)
         except Rejected as error:
             assert error.reason in {"format", "shape", "not-finite", "range"}
             return
@@ -803,10 +1021,15 @@ def test_payload_of_a_plan_by_hand():
 
 
 def test_payload_of_an_update_by_hand():
-    """As above, and a vote of 4 bits with 4 ranks of 2 bytes."""
+    """As above, and 4 ranks of 2 bytes; of two slots half as much, and which they are in 4 bits."""
     content = reply_to(VOTING)
     parts = payload(content)
-    assert {part: parts[part] for part in (*PARTS, "mask")} == {**NUMBERS, "mask": 1 + 8}
+    assert {part: parts[part] for part in (*PARTS, "mask")} == {**NUMBERS, "mask": 8}
+    assert sum(parts.values()) == counted(content)
+    content = reply_to(LOCAL)
+    parts = payload(content)
+    few = {"B": 4 * (3 + 1), "E": 4 * 2, "A": 4 * (2 + 4), "mask": 8 + 1}
+    assert {part: parts[part] for part in (*PARTS, "mask")} == NUMBERS | few
     assert sum(parts.values()) == counted(content)
 
 
@@ -871,9 +1094,9 @@ def test_meter_adds_up_rounds_and_directions():
         assert meter.count("down", down) == payload(down)
     meter.count("up", up)
     first = meter.take_round()
-    assert set(first) == {f"{d}.{part}" for d in ("down", "up") for part in COUNTED} | {"down", "up"}
+    assert set(first) == {f"{d}.{part}" for d in ("down", "up") for part in names_counted()} | {"down", "up"}
     assert (first["down"], first["up"]) == (3 * counted(down), counted(up))
-    assert (first["down.B"], first["up.B"], first["down.mask"], first["up.mask"]) == (108, 36, 3, 9)
+    assert (first["down.B"], first["up.B"], first["down.mask"], first["up.mask"]) == (108, 36, 3, 8)
     meter.count("up", up)
     second = meter.take_round()
     assert (second["down"], second["up"]) == (0, counted(up))

@@ -21,8 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import trials  # noqa: E402
 
+from fedara_flwr.model.parts import is_slot_part  # noqa: E402
 from fedara_flwr.model.ranks import RankMask  # noqa: E402
-from fedara_flwr.model.spec import SLOT_PARTS  # noqa: E402
 from fedara_flwr.wire import upload  # noqa: E402
 from fedara_flwr.wire.codec import CODECS, CodingError  # noqa: E402
 
@@ -48,9 +48,8 @@ class Ledger:
         for part, values in update.arrays.items():
             decoded = CODECS[plan.up].decode(coded[part], spec.row_lengths(part, update.mask, plan.entries))
             for sums, change in ((self.exact, values - start[part]), (self.decoded, decoded)):
-                if part in SLOT_PARTS:
-                    nothing = np.zeros(spec.length(part, full))
-                    change = full.scatter(change, spec.widths(part), update.mask, nothing)
+                if is_slot_part(part):
+                    change = spec.scatter(part, change, full, update.mask, np.zeros(spec.length(part, full)))
                 sums[key, part] = sums.get((key, part), 0.0) + change.astype(np.float64)
         return coded, said
 

@@ -104,6 +104,6 @@ device sh /node/start.sh >"$work/node-arm.log" 2>&1 &
 pids="$pids $!"
 
 say "run"
-sh "$sites/server/run.sh" "$repo" --run-config "run.name='arm64' num-server-rounds=${ROUNDS:-2} strategy.fraction-train=1.0 strategy.node-timeout=900.0 strategy.round-timeout=1800.0 train.steps=2 train.batch-size=4 data.max-length=32 data.test=0.02 data.validation=0.02 adapter.rank=4 adapter.final-rank=2.0 strategy.warmup-rounds=0 strategy.final-rounds=0"
+sh "$sites/server/run.sh" "$repo" --run-config "run.name='arm64' num-server-rounds=${ROUNDS:-2} strategy.fraction-train=1.0 strategy.node-timeout=900.0 strategy.round-timeout=1800.0 train.steps=2 train.batch-size=4 data.max-length=32 data.test=0.02 data.validation=0.02 adapter.rank=4 strategy.options='{final-rank = 2.0, warmup-rounds = 0, final-rounds = 0}'"
 say "done"
 grep -h '"type": "client"' "$sites/server/home/runs/arm64/metrics.jsonl"

@@ -39,7 +39,7 @@ WAYS = {  # (node-config worker, seconds between a SuperExec's looks)
 SETTING = {
     "method": "fedara",
     "adapter.rank": 12,
-    "adapter.final-rank": 3.0,
+    "strategy.options": "final-rank = 3.0",
     "train.steps": 5,
     "train.batch-size": 16,
     "data.max-length": 64,

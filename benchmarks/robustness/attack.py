@@ -17,11 +17,10 @@ from flwr.app import ConfigRecord, Message
 from fedara_flwr import client_app, seeds
 from fedara_flwr.client.train import ClientData
 from fedara_flwr.engine import InProcessGrid
-from fedara_flwr.model.ranks import pack_bits
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.tasks import Encoded
 from fedara_flwr.wire.arrays import to_record
-from fedara_flwr.wire.records import LARGEST
+from fedara_flwr.wire.records import LARGEST_VALUE
 
 Z = 1.5  # standard deviations of little-is-enough, as in its paper's experiments; its formula gives 0 to 0.4 for ten clients
 NOISE = 10.0  # times an honest change, the length of the Gaussian one: below the default norm bound
@@ -47,7 +46,7 @@ class Scene:
 def scaled(factor: float) -> Callable[[Scene], Arrays]:
     """The own change, this many times as long."""
     return lambda scene: {
-        part: np.clip(scene.sent[part] + factor * (values.astype(np.float64) - scene.sent[part]), -LARGEST / 2, LARGEST / 2)
+        part: np.clip(scene.sent[part] + factor * (values.astype(np.float64) - scene.sent[part]), -LARGEST_VALUE / 2, LARGEST_VALUE / 2)
         for part, values in scene.own.items()
     }
 
@@ -101,6 +100,7 @@ VALUES: dict[str, Callable[[Scene], Arrays]] = {
     "min-max": min_max,
 }
 LABELS, VOTES = "label flip", "votes"
+VOTE = "report.slot-vote"  # what a client says of its slots, in its reply
 ATTACKS = (*VALUES, LABELS, VOTES)
 
 
@@ -144,7 +144,7 @@ class AttackGrid(InProcessGrid):
             if not attacks or reply.has_error() or not whole:
                 continue
             if self.attack == VOTES:
-                _poison_votes(message, reply, whole)
+                _poison_votes(reply, whole)
             elif self.attack in VALUES:
                 number = int(message.content.config_records["plan"]["round"])  # type: ignore[arg-type]
                 rng = seeds.generator(self.seed, "attack", number, self._number(message))
@@ -171,14 +171,13 @@ def _flipped(real: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
-def _poison_votes(message: Message, reply: Message, honest: Sequence[Message]) -> None:
+def _poison_votes(reply: Message, honest: Sequence[Message]) -> None:
     """Vote for what the honest clients value least, in exactly the reverse of their mean order."""
     record = reply.content.config_records["reply"]
-    if "slot-ranks" not in record:
+    if VOTE not in record:
         return
-    ranks = [np.frombuffer(other.content.config_records["reply"]["slot-ranks"], dtype="<u2") for other in honest]  # type: ignore[arg-type]
+    ranks = [np.frombuffer(other.content.config_records["reply"][VOTE], dtype="<u2") for other in honest]  # type: ignore[arg-type]
     worst = np.argsort(-np.sum(ranks, axis=0, dtype=np.int64), kind="stable")
     own = np.empty(len(worst), dtype="<u2")
     own[worst] = np.arange(len(worst))
-    budget = int(message.content.config_records["plan"]["budget"])  # type: ignore[arg-type]
-    reply.content["reply"] = ConfigRecord({**record, "slot-ranks": own.tobytes(), "votes": pack_bits(own < budget)})
+    reply.content["reply"] = ConfigRecord({**record, VOTE: own.tobytes()})

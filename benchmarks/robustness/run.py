@@ -22,7 +22,7 @@ from fedara_flwr import seeds, strategies
 from fedara_flwr.adapters.backbone import silence_libraries
 from fedara_flwr.config import Settings
 from fedara_flwr.server.evaluate import ServerModel
-from fedara_flwr.server.loop import RunFailed
+from fedara_flwr.server.loop import Callback, RoundLoop, RunFailed
 
 CLIENTS, SEED = 10, 42
 RECKONED = 0.2  # share of attackers that trimmed-mean and multi-krum reckon with, where there are not more
@@ -56,6 +56,17 @@ RULES = {
 }
 
 
+class Lines(Callback):
+    """Keeps the lines of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+
+    def record(self, line: dict) -> None:
+        """Keep it."""
+        self.lines.append(line)
+
+
 def cells() -> Iterator[dict]:
     """Rule, attack and share of every run, the most telling first."""
     for share in SHARES:
@@ -76,27 +87,28 @@ def run(cell: dict, model: ServerModel | None) -> tuple[dict, ServerModel]:
     settings = Settings.from_flat(BASE | rule)
     model = model or ServerModel(settings)
     bad = attackers(cell["share"])
-    lines: list[dict] = []
-    strategy = strategies.find(settings.method)(settings, model, lines.append)
+    kept = Lines()
+    method = strategies.find(settings.method)(settings, model)
+    loop = RoundLoop(settings, method, method.start(), model.expected(method.all_terms(), method.parts), [kept])
     grid = AttackGrid(settings.to_flat(), CLIENTS, attack=cell["attack"], attackers=bad, seed=SEED)
     began, outcome = time.monotonic(), "completed"
     try:
-        strategy.start(grid, strategy.initial_arrays(), settings.num_server_rounds, evaluate_fn=lambda *_: None)
+        loop.start(grid, loop.initial_arrays(), settings.num_server_rounds, evaluate_fn=lambda *_: None)
     except RunFailed:
         outcome = "failed"
-    rounds = [line for line in lines if line["type"] == "round"]
+    rounds = [line for line in kept.lines if line["type"] == "round"]
     drops = Counter(("bad" if int(d["client"]) in bad else "good", d["reason"]) for line in rounds for d in line["dropped"])
     left = [int(client) for line in rounds for client in line.get("left-out-by-krum", ())]
     with np.errstate(all="ignore"):
-        test = model.evaluate(strategy.method.weights(strategy.state), "test")
+        test = model.evaluate(method.weights(loop.state), "test")
     return {
         **cell,
         "accuracy": test["accuracy"],
         "macro-f1": test["macro-f1"],
         "outcome": outcome,
         "rounds": len(rounds),
-        "alive": strategy.state.mask.count,
-        "dead-modules": strategy.state.mask.dead_modules,
+        "alive": loop.state.mask.count,
+        "dead-modules": loop.state.mask.dead_modules,
         "dropped": {f"{who} {reason}": count for (who, reason), count in sorted(drops.items())},
         "left-out": {"bad": sum(c in bad for c in left), "good": sum(c not in bad for c in left)},
         "seconds": round(time.monotonic() - began, 2),

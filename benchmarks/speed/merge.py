@@ -21,11 +21,12 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import RecordDict
 
+from fedara_flwr.config import LocalTraining
 from fedara_flwr.merging.mean import SlotMean
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies.allocation import WeightedVote, arbitrate_budget
-from fedara_flwr.wire.plan import TrainPlan, Update, Vote
+from fedara_flwr.strategies.allocation import Vote, arbitrate_budget
+from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import update_from_content, update_to_content
 
 WIDTH, INNER, BLOCKS, RANK, LABELS = 768, 3072, 12, 12, 12
@@ -43,9 +44,8 @@ REPEATS = 5
 
 def plan() -> TrainPlan:
     """As FedARA's in a round that prunes."""
-    rates = {"learning_rate": 1e-2, "e_lr_factor": 1.0, "head_learning_rate": 1e-2}
-    shape = {"mask": MASK, "scales": (2.0,) * len(SPEC.modules), "trainable": PARTS, "carries": PARTS}
-    return TrainPlan(server_round=1, seed=0, steps=6, epochs=1, batch_size=16, **shape, **rates)
+    scales = (2.0,) * len(SPEC.modules)
+    return TrainPlan(server_round=1, seed=0, mask=MASK, scales=scales, train=LocalTraining(), sent=PARTS, carries=PARTS)
 
 
 def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def main() -> None:
     """Measure and print a table."""
     rng = np.random.default_rng(0)
     start = arrays(rng)
-    updates = [Update(arrays(rng), MASK, 100, {"loss": 1.0}, None) for _ in range(DIFFERENT)]
+    updates = [Update(arrays(rng), MASK, 100, {"loss": 1.0}) for _ in range(DIFFERENT)]
     orders = plan()
     contents: list[RecordDict] = [update_to_content(update, orders) for update in updates]
     size = sum(values.nbytes for values in start.values()) / 1e6
@@ -83,7 +83,7 @@ def main() -> None:
         votes = []
         for i in range(clients):
             ranks = np.random.default_rng(i).permutation(MASK.count).astype(np.uint16)
-            votes.append(WeightedVote(100 + i, Vote(ranks < MASK.count // 2, ranks)))
+            votes.append(Vote(100 + i, ranks, MASK.count // 2))
 
         def read(clients: int = clients) -> None:
             for i in range(clients):

@@ -38,6 +38,7 @@ from fedara_flwr.client import train as client
 from fedara_flwr.client.session import Session
 from fedara_flwr.config import Settings
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.tasks import TASKS
 from fedara_flwr.wire.arrays import read_arrays
 from fedara_flwr.wire.plan import TrainPlan
@@ -56,7 +57,7 @@ class BareLoop:
     def __init__(self, settings: Settings, labels: tuple[str, ...]) -> None:
         self.settings = settings
         self.session = Session(settings, labels, "cpu")
-        self.adapted, self.tokenizer = self.session.adapted, self.session.tokenizer
+        self.adapted, self.tokenizer = self.session.adapted, self.session.learner.tokenizer
 
     def prepare(self, message: Message, key: str) -> tuple[TrainPlan, client.ClientData]:
         """What is there before the loop begins: values, data."""
@@ -68,11 +69,11 @@ class BareLoop:
     def run(self, plan: TrainPlan, data: client.ClientData, key: str) -> None:
         """The loop."""
         adapted = self.adapted
-        parameters = [p for part in sorted(plan.trainable) for p in adapted.parameters(part)]
-        optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
+        parameters = [p for part in sorted(plan.trained) for p in adapted.parameters(part)]
+        optimizer = torch.optim.AdamW(parameters, lr=plan.train.learning_rate, weight_decay=0.0, fused=True)
         rng = np.random.default_rng(seeds.derive(plan.seed, "train", plan.server_round, key))
-        adapted.model.train(plan.dropout)
-        for rows in client.batches([len(ids) for ids in data.train.ids], plan, rng):
+        adapted.model.train(plan.train.dropout)
+        for rows in client.batches([len(ids) for ids in data.train.ids], plan.train, rng):
             batch = Learner(adapted, TASK, self.tokenizer).batch(data.train, rows)
             loss = TASK.loss(adapted.logits(batch, adapted.below(batch)), batch)
             optimizer.zero_grad(set_to_none=True)
@@ -152,27 +153,32 @@ def in_process(dtype: str, rounds: int, data: str) -> list[dict[str, float]]:
     grid = Interleaved(settings, model.labels, plain_config(rounds, data))
     found: list[dict[str, float]] = []
 
-    def write(record: dict) -> None:
-        nonlocal began
-        if record["type"] != "round":
-            return
-        beside = grid.end_round()
-        line = {
-            "round": record["round"],
-            "clients": record["good"],
-            "alive": record["alive"],
-            "lowest": grid.bare.adapted.lowest,
-            "ours": time.process_time() - began - beside["elsewhere"],
-            **{name: beside[name] for name in ("in-client", "bare", "plain")},
-        }
-        found.append(line)
-        print(json.dumps({"dtype": dtype, **line}), flush=True)
-        began = time.process_time()
+    class Write(Callback):
+        """A line for each round."""
 
-    strategy = strategies.find(settings.method)(settings, model, write)
-    arrays = strategy.initial_arrays()
+        def record(self, record: dict) -> None:
+            """What it took."""
+            nonlocal began
+            if record["type"] != "round":
+                return
+            beside = grid.end_round()
+            line = {
+                "round": record["round"],
+                "clients": record["good"],
+                "alive": record["alive"],
+                "lowest": grid.bare.adapted.lowest,
+                "ours": time.process_time() - began - beside["elsewhere"],
+                **{name: beside[name] for name in ("in-client", "bare", "plain")},
+            }
+            found.append(line)
+            print(json.dumps({"dtype": dtype, **line}), flush=True)
+            began = time.process_time()
+
+    method = strategies.find(settings.method)(settings, model)
+    loop = RoundLoop(settings, method, method.start(), model.expected(method.all_terms(), method.parts), [Write()])
+    arrays = loop.initial_arrays()
     began = time.process_time()
-    strategy.start(grid, arrays, rounds, evaluate_fn=lambda server_round, arrays: None)
+    loop.start(grid, arrays, rounds, evaluate_fn=lambda server_round, arrays: None)
     return found
 
 

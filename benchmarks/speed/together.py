@@ -34,7 +34,7 @@ from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.together import train_together
 from fedara_flwr.client.train import ClientData, Job, train
-from fedara_flwr.config import Settings
+from fedara_flwr.config import LocalTraining, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import TASKS, Encoded
@@ -84,15 +84,10 @@ def main() -> None:
         seed=0,
         mask=mask,
         scales=(2.0,) * len(mask.ranks),
-        trainable=PARTS,
-        steps=args.steps,
-        epochs=1,
-        batch_size=SIZE,
-        learning_rate=1e-3,
-        e_lr_factor=1.0,
-        head_learning_rate=1e-2,
-        report=frozenset({"votes"}),
-        budget=mask.count // 2,
+        train=LocalTraining(steps=args.steps, batch_size=SIZE, learning_rate=1e-3, head_learning_rate=1e-2),
+        sent=PARTS,
+        terms={"slot-vote": {"budget": mask.count // 2}},
+        report=frozenset({"slot-vote"}),
     )
     rng = np.random.default_rng(0)
     arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}

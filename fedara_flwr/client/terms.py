@@ -42,7 +42,7 @@ class Term:
         return None
 
     def after_backward(self) -> None:
-        """Before the optimiser's step, for example to change gradients, in place."""
+        """Before the optimiser's step, for example to change gradients, in place; first of the terms that report."""
 
     def after_step(self) -> None:
         """After the optimiser's step, for example to project values."""

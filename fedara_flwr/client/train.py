@@ -128,7 +128,8 @@ class Trainee:
         for parameter, allowed in self.gradient_masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(allowed)
-        for term in self.terms.values():
+        # those that report first: what others make of the gradients must not change what is told
+        for _, term in sorted(self.terms.items(), key=lambda item: item[0] not in self.plan.report):
             term.after_backward()
         if self.plan.train.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.plan.train.clip_norm)

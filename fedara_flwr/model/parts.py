@@ -11,6 +11,7 @@ Code asks a part what it is; a name that nobody declared is refused, never left 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedara_flwr.config import LocalTraining
     from fedara_flwr.model.spec import ModuleSpec
 
+logger = logging.getLogger(__name__)
 GROUP = "fedara_flwr.parts"
 RESERVED = frozenset({"delta", "mask", "other"})  # what the byte meter calls something else
 
@@ -65,18 +67,28 @@ SVD = frozenset({"B", "E", "A", "head"})
 def declared() -> dict[str, Part]:
     """All parts by name: the built-in ones in a fixed order, then those of installed packages by name.
 
-    Raises:
-        ValueError: a package declares a slot part, or a name that is taken or unlike the part's own.
+    A declaration that cannot be used is left out with a warning; whoever needs it is told that it is not declared.
     """
     found = dict(BUILT_IN)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        part = point.load()
-        if not isinstance(part, Part) or part.holds is None or part.slots:
-            raise ValueError(f"{GROUP}: {point.value} is no Part of the backbone's parameters (`holds`)")
-        if part.name != point.name or part.name in found or part.name in RESERVED:
-            raise ValueError(f"{GROUP}: {point.value} has the name {part.name!r}, which is taken or unlike its entry point's")
-        found[part.name] = part
+        try:
+            reason = _unfit(part := point.load(), point.name, found)
+        except (Exception, SystemExit) as error:  # a stranger's code: whatever it does must not end this run
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if reason:
+            logger.warning("part %r of %s cannot be used: %s", point.name, point.value, reason)
+        else:
+            found[point.name] = part
     return found
+
+
+def _unfit(part: object, name: str, taken: Iterable[str]) -> str:
+    """Why what an entry point names is no part that can be added; '' where it is one."""
+    if not isinstance(part, Part) or part.holds is None or part.slots:
+        return "it is no Part of the backbone's parameters (with `holds`, without `width`)"
+    if part.name != name:
+        return f"it has the name {part.name!r}, its entry point {name!r}"
+    return f"the name {name!r} is taken" if name in taken or name in RESERVED else ""
 
 
 def part(name: str) -> Part:

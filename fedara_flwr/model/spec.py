@@ -134,9 +134,7 @@ class ModelSpec:
 
     def scatter(self, name: str, values: NDArray[Any], mask: RankMask, sub: RankMask, into: NDArray[Any]) -> NDArray[Any]:
         """A part's vector packed under `sub`, put into a copy of `into`, which is packed under `mask`."""
-        whole = into.copy()
-        whole[self.places(name, mask, sub)] = values
-        return whole
+        return mask.scatter(values, self.widths(name), sub, into) if is_slot_part(name) else values.copy()
 
     def slot_sizes(self, arrays: Arrays, mask: RankMask) -> NDArray[np.float64]:
         """|E_i|·‖B_i‖·‖A_i‖ of every slot alive in `mask`, of the parts that `arrays` has; shape (mask.count,)."""

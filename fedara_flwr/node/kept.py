@@ -58,7 +58,7 @@ class KeptStore:
         try:
             self._make_room(ROUNDS_KEPT * sum(values.nbytes for values in kept.arrays.values()))
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells of the client's own data
-            part = self.folder / f"{server_round}.part"
+            part = self.folder / "next.part"  # one name: a process that is killed here leaves one file at most
             part.write_bytes(_packed(kept))
             os.replace(part, self.folder / f"{server_round}.safetensors")
             files = self._files()

@@ -19,7 +19,7 @@ from fedara_flwr import seeds
 from fedara_flwr.config import QUANTISED, ConfigError, Group, Scalar, Settings, check_options
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
-from fedara_flwr.model.parts import SVD, of_backbone
+from fedara_flwr.model.parts import SVD, in_order, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.wire.plan import TrainPlan
@@ -156,9 +156,13 @@ class Method:
         """The checked options of `strategy.options`; called before there is a model, too.
 
         Raises:
-            ConfigError: an option or a setting that this method cannot do.
+            ConfigError: an option or a setting that this method cannot do, or a part that nobody declared.
         """
         strategy, privacy, dtype = settings.strategy, settings.privacy, settings.model.dtype
+        try:
+            in_order(cls.trained)
+        except ValueError as error:
+            raise ConfigError(f"method = {cls.name!r}: {error}") from None
         if strategy.robust != "mean" and cls.own_merger:
             raise ConfigError(
                 f"strategy.robust = {strategy.robust!r}: method {cls.name!r} merges in its own way, allowed is 'mean'"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedara_flwr.log import printable
 from fedara_flwr.model import parts
 from fedara_flwr.model.deltas import dense_size
 from fedara_flwr.model.ranks import Ints, RankMask
@@ -24,7 +25,7 @@ class Rejected(Exception):
     """A message that fails a check: `reason` is a short fixed word for counting, the text has the figures."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail[:MAX_DETAIL]}")
+        super().__init__(f"{reason}: {printable(detail[:MAX_DETAIL])}")
         self.reason = reason
 
 

@@ -22,14 +22,16 @@ from fedara_flwr.wire.plan import TrainPlan, Update
 def residue_of(kept: Kept | None, plan: TrainPlan, spec: ModelSpec) -> Kept:
     """The residue of `plan.feedback` under the plan's mask: zero for what is new, or means something else by now.
 
-    Where the plan draws other values than the kept residue's did, what was learnt beside them differs, and so only the head's
-    counts.
+    What was kept of parts that this round does not send waits for their turn. Where the plan draws other values than the kept
+    residue's did, what was learnt beside them differs, and so only the head's counts.
     """
-    zeros = {name: np.zeros(spec.length(name, plan.mask, plan.entries), np.float32) for name in plan.feedback & plan.sent}
-    arrays = zeros
+    names = plan.feedback & plan.sent
+    same_draw = kept is not None and (kept.draw_seed, kept.entries) == (plan.draw_seed, plan.entries)
+    if kept is not None and same_draw:
+        names |= kept.arrays.keys() - plan.sent
+    arrays = {name: np.zeros(spec.length(name, plan.mask, plan.entries), np.float32) for name in names}
     if kept is not None:
-        same_draw = (kept.draw_seed, kept.entries) == (plan.draw_seed, plan.entries)
-        arrays = kept.only(zeros if same_draw else {"head"}).over(zeros, plan.mask, spec)
+        arrays = kept.only(names if same_draw else {"head"}).over(arrays, plan.mask, spec)
     return Kept(arrays, plan.mask, plan.draw_seed, plan.entries)
 
 
