@@ -330,9 +330,7 @@ def test_a_run_with_clients_together(tiny_bert, groups):
 def test_groups_are_of_one_plan(tiny_bert, groups):
     """HetLoRA gives clients 1, 2 or 4 slots a module."""
     options = {"method": "hetlora", "strategy__options": "ranks = [1, 2, 4]", "strategy__fraction_train": 1.0}
-    strategy = start(
-        config(tiny_bert, num_server_rounds=1, run__together=9, **options)
-    )
+    strategy = start(config(tiny_bert, num_server_rounds=1, run__together=9, **options))
     assert strategy.state.server_round == 1 and len([line for line in strategy.lines if line["type"] == "client"]) == 6
     assert groups and all(len({job.plan.mask for job in group}) == 1 for group in groups)
     masks = [group[0].plan.mask for group in groups]

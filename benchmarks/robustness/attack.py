@@ -46,7 +46,9 @@ class Scene:
 def scaled(factor: float) -> Callable[[Scene], Arrays]:
     """The own change, this many times as long."""
     return lambda scene: {
-        part: np.clip(scene.sent[part] + factor * (values.astype(np.float64) - scene.sent[part]), -LARGEST_VALUE / 2, LARGEST_VALUE / 2)
+        part: np.clip(
+            scene.sent[part] + factor * (values.astype(np.float64) - scene.sent[part]), -LARGEST_VALUE / 2, LARGEST_VALUE / 2
+        )
         for part, values in scene.own.items()
     }
 

@@ -1,12 +1,14 @@
 """Client-rounds per second of a whole FedARA run: ours, the bare PyTorch loop, and a plain Flower app like FlowerTune's.
 
     python benchmarks/speed/throughput.py [--engine inprocess|flower] [--dtypes float32,bfloat16] [--rounds 20] [--out FILE]
+        [--device cuda] [--models minilm,bert-base,qwen-1b]
 
-Same model (MiniLM), data, clients, batch size and number of steps. `inprocess`: every training message of our run is at once
-done again by the bare loop (the same masks, batches and optimiser, nothing else) and by the plain app for the same client, so
-all three are interleaved within seconds; seconds are of the process's own CPU time on one thread, so other work on the machine
-counts less. Ours has its server in it: sampling, messages, checks, votes, merging, masks, records. `flower`: whole runs under
-Ray, wall time, ours and the plain app's in turn; needs a quiet machine.
+Same model (MiniLM, or by size with random weights), data, clients, batch size and number of steps. `inprocess`: every training
+message of our run is at once done again by the bare loop (the same masks, batches and optimiser, nothing else) and by the plain
+app for the same client, so all three are interleaved within seconds; seconds are of the process's own CPU time on one thread,
+so other work on the machine counts less; on a GPU of the wall clock. Ours has its server in it: sampling, messages, checks,
+votes, merging, masks, records. `flower`: whole runs under Ray, wall time, ours and the plain app's
+in turn; needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict
+from together import MINILM, SIZES, folder
 
 from fedara_flwr import engine, seeds, strategies
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli.launch import read_config, run_flower
 from fedara_flwr.client import train as client
+from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.session import Session
 from fedara_flwr.config import Settings
 from fedara_flwr.server.evaluate import ServerModel
@@ -56,7 +61,7 @@ class BareLoop:
 
     def __init__(self, settings: Settings, labels: tuple[str, ...]) -> None:
         self.settings = settings
-        self.session = Session(settings, labels, "cpu")
+        self.session = Session(settings, labels, settings.run.device)
         self.adapted, self.tokenizer = self.session.adapted, self.session.learner.tokenizer
 
     def prepare(self, message: Message, key: str) -> tuple[TrainPlan, client.ClientData]:
@@ -88,6 +93,7 @@ class Interleaved(engine.InProcessGrid):
         super().__init__(settings.to_flat(), CLIENTS)
         from flowertune.client_app import app, load_model
 
+        self.now = timer(settings.run.device)
         self.bare = BareLoop(settings, labels)
         self.plain = engine.InProcessGrid(flowertune_config, CLIENTS, app)
         self.arrays = ArrayRecord(get_peft_model_state_dict(load_model(flowertune_config, len(labels))))
@@ -96,32 +102,32 @@ class Interleaved(engine.InProcessGrid):
         self.elsewhere, self.bare_seconds, self.plain_seconds, self.in_client = 0.0, 0.0, 0.0, 0.0
 
     def _call(self, message: Message) -> Message:
-        began = time.process_time()
+        began = self.now()
         reply = super()._call(message)
         if message.metadata.message_type != MessageType.TRAIN:
             return reply
-        ours = time.process_time()
+        ours = self.now()
         self.in_client += ours - began
         node_id = message.metadata.dst_node_id
         key = str(self.contexts[node_id].node_config["partition-id"])
         prepared = self.bare.prepare(message, key)
-        before = time.process_time()
+        before = self.now()
         self.bare.run(*prepared, key)
-        bare = time.process_time()
+        bare = self.now()
         self.bare_seconds += bare - before
         content = RecordDict({"arrays": self.arrays, "config": ConfigRecord()})
         sent = self.plain.create_message(content, MessageType.TRAIN, node_id, "1")
         self.replies += self.plain.send_and_receive([sent])
         assert not self.replies[-1].has_error(), self.replies[-1].error
-        self.plain_seconds += time.process_time() - bare
-        self.elsewhere += time.process_time() - ours
+        self.plain_seconds += self.now() - bare
+        self.elsewhere += self.now() - ours
         return reply
 
     def end_round(self) -> dict[str, float]:
         """Seconds since the last call of what ran beside ours; the plain app's server merges."""
-        began = time.process_time()
+        began = self.now()
         self.arrays = self.fedavg.aggregate_train(1, self.replies)[0] or self.arrays
-        took = time.process_time() - began
+        took = self.now() - began
         found = {
             "bare": self.bare_seconds,
             "plain": self.plain_seconds + took,
@@ -132,25 +138,33 @@ class Interleaved(engine.InProcessGrid):
         return found
 
 
-def flat(dtype: str, rounds: int, data: str) -> dict[str, Any]:
+def timer(device: str) -> Callable[[], float]:
+    """Seconds of the process's CPU time, or of the wall clock once the GPU has done what it was given."""
+    return time.process_time if device == "cpu" else lambda: clock(torch.device(device))
+
+
+def flat(dtype: str, rounds: int, data: str, model: str = MINILM, device: str = "cpu") -> dict[str, Any]:
     """Our run: the app's defaults."""
-    return {"model.dtype": dtype, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
+    where = {"model.name": model, "model.dtype": dtype, "run.device": device}
+    return {**where, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
 
 
-def plain_config(rounds: int, data: str, out: str = "") -> dict[str, Any]:
+def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[str, Any]:
     """The same for the plain app."""
     import tomllib
 
     config = tomllib.loads((FLOWERTUNE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    return {**config, "num-server-rounds": rounds, "data-path": data, "out": out}
+    return {**config, "num-server-rounds": rounds, "data-path": data, "out": out, **changes}
 
 
-def in_process(dtype: str, rounds: int, data: str) -> list[dict[str, float]]:
-    """CPU seconds of each round, by way."""
+def in_process(dtype: str, rounds: int, data: str, model_name: str = MINILM, device: str = "cpu") -> list[dict[str, float]]:
+    """Seconds of each round, by way; on a GPU the plain app computes in `dtype` too."""
     torch.set_num_threads(1)
-    settings = Settings.from_flat(flat(dtype, rounds, data))
+    settings = Settings.from_flat(flat(dtype, rounds, data, model_name, device))
     model = ServerModel(settings)
-    grid = Interleaved(settings, model.labels, plain_config(rounds, data))
+    changes = {"model-name": model_name, "device": device, "dtype": dtype if device == "cuda" else "float32"}
+    grid = Interleaved(settings, model.labels, plain_config(rounds, data, **changes))
+    now = timer(device)
     found: list[dict[str, float]] = []
 
     class Write(Callback):
@@ -167,17 +181,17 @@ def in_process(dtype: str, rounds: int, data: str) -> list[dict[str, float]]:
                 "clients": record["good"],
                 "alive": record["alive"],
                 "lowest": grid.bare.adapted.lowest,
-                "ours": time.process_time() - began - beside["elsewhere"],
+                "ours": now() - began - beside["elsewhere"],
                 **{name: beside[name] for name in ("in-client", "bare", "plain")},
             }
             found.append(line)
-            print(json.dumps({"dtype": dtype, **line}), flush=True)
-            began = time.process_time()
+            print(json.dumps({"model": Path(model_name).name, "dtype": dtype, **line}), flush=True)
+            began = now()
 
     method = strategies.find(settings.method)(settings, model)
     loop = RoundLoop(settings, method, method.start(), model.expected(method.all_terms(), method.parts), [Write()])
     arrays = loop.initial_arrays()
-    began = time.process_time()
+    began = now()
     loop.start(grid, arrays, rounds, evaluate_fn=lambda server_round, arrays: None)
     return found
 
@@ -187,17 +201,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("inprocess", "flower"), default="inprocess")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of our backbone; the plain app's is float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the in-process engine")
+    parser.add_argument("--models", default="minilm", help=f"in-process: minilm, {', '.join(SIZES)}, whose weights are random")
     parser.add_argument("--data", default="", help="folder of a data set; by default the built-in docstrings")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=1, help="of whole runs under Flower")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+    there = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    machine = f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}"
     common = {"rounds": args.rounds, "data": Path(args.data).name or "docstrings", "machine": machine}
     if args.engine == "inprocess":
-        for dtype in args.dtypes.split(","):
-            lines = in_process(dtype, args.rounds, args.data)
-            report(args.out, {"throughput": "inprocess", "dtype": dtype, **common, **summary(lines)})
+        for model in args.models.split(","):
+            with tempfile.TemporaryDirectory() as root:
+                path = folder(model, Path(root) / model)
+                for dtype in args.dtypes.split(","):
+                    lines = in_process(dtype, args.rounds, args.data, path, args.device)
+                    facts = {"model": model, "dtype": dtype, "device": args.device}
+                    report(args.out, {"throughput": "inprocess", **facts, **common, **summary(lines)})
         return
     for _ in range(args.repeats):
         for dtype in args.dtypes.split(","):
@@ -206,10 +227,12 @@ def main() -> None:
 
 
 def summary(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Client-rounds per CPU second over the whole run, and the rounds' median ratios to ours."""
+    """Client-rounds per second over the whole run and without its first round, and the rounds' median ratios to ours."""
     clients = sum(line["clients"] for line in lines)
     ways = ("ours", "in-client", "bare", "plain")
     rates = {f"per-second-{way}": clients / sum(line[way] for line in lines) for way in ways}
+    rest = lines[1:] or lines
+    rates |= {f"per-second-after-first-{way}": sum(r["clients"] for r in rest) / sum(r[way] for r in rest) for way in ways}
     ratios = {f"median-{way}-over-ours": statistics.median(line[way] / line["ours"] for line in lines) for way in ways[1:]}
     return rates | ratios
 

@@ -1,9 +1,9 @@
 """Clients of one round trained together (`run.together`) against one after the other: milliseconds of a client's step.
 
-    python benchmarks/speed/together.py [--device cuda] [--model minilm|distilbert|bert-base] [--clients 5] [--steps 3]
-        [--repeats 3] [--dtype float32] [--out FILE]
+    python benchmarks/speed/together.py [--device cuda] [--models minilm,distilbert,bert-base] [--clients 2,5]
+        [--steps 3] [--repeats 3] [--dtypes float32,bfloat16] [--out FILE]
 
-Docstrings, rank 12 on every module, batches of 16; DistilBERT and BERT-base by their sizes, with random weights. Medians of
+Docstrings, rank 12 on every module, batches of 16; all but MiniLM by their sizes, with random weights. Medians of
 interleaved repetitions, the first left out: on a processor of the process's own CPU time with one thread, on a GPU of the
 wall clock. Everything a client's round takes is in it: loading, batches, steps, collecting. `tokens` are those that go through
 the model, padding counted.
@@ -22,11 +22,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, BertConfig, DistilBertConfig, PretrainedConfig
+from transformers import AutoModel, BertConfig, DistilBertConfig, PretrainedConfig, Qwen2Config
 
 from fedara_flwr.adapters.backbone import PACKAGED, load_tokenizer
 from fedara_flwr.adapters.learner import Learner, open_learner
@@ -44,7 +45,19 @@ RANK, SIZE, ROWS = 12, 16, 64
 TASK = TASKS["classification"]
 PARTS = frozenset({"B", "E", "A", "head"})
 MINILM = next(iter(PACKAGED))
-SIZES: dict[str, type[PretrainedConfig]] = {"distilbert": DistilBertConfig, "bert-base": BertConfig}
+SIZES: dict[str, Callable[..., PretrainedConfig]] = {
+    "distilbert": DistilBertConfig,
+    "bert-base": BertConfig,
+    "tiny": partial(BertConfig, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2),
+    "qwen-1b": partial(
+        Qwen2Config,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    ),
+}
 
 
 def folder(model: str, root: Path) -> str:
@@ -53,30 +66,22 @@ def folder(model: str, root: Path) -> str:
         return MINILM
     tokenizer = load_tokenizer(MINILM)
     torch.manual_seed(0)
-    AutoModel.from_config(SIZES[model](vocab_size=len(tokenizer))).save_pretrained(root)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing a thousand million numbers takes time
+        drawn = AutoModel.from_config(SIZES[model](vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id))
+    drawn.save_pretrained(root)
     tokenizer.save_pretrained(root)
     return str(root)
 
 
-def main() -> None:
-    """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=("minilm", *SIZES), default="minilm")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--clients", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "together.jsonl")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root:
-        settings = Settings.from_flat({"model.name": folder(args.model, Path(root)), "model.dtype": args.dtype})
-        data = federation(settings.data, settings.seed)
-        learner = open_learner(settings, data.labels, args.device)
-        adapted, tokenizer = learner.adapted, learner.tokenizer
+def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse.Namespace) -> None:
+    """Every number of clients on one open model."""
+    settings = Settings.from_flat({"model.name": path, "model.dtype": dtype})
+    data = federation(settings.data, settings.seed)
+    learner = open_learner(settings, data.labels, args.device)
+    adapted, tokenizer = learner.adapted, learner.tokenizer
     if why := problem(adapted):
-        raise SystemExit(f"{args.model} cannot be trained together: {why}")
+        print(json.dumps({"model": model, "dtype": dtype, "problem": why}), flush=True)
+        return
     spec = adapted.spec
     mask = RankMask.full([RANK] * len(spec.modules))
     plan = TrainPlan(
@@ -91,42 +96,66 @@ def main() -> None:
     )
     rng = np.random.default_rng(0)
     arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}
-    chosen = rng.permutation(len(data.pool)).reshape(-1)[: args.clients * ROWS].reshape(args.clients, ROWS)
+    chosen = rng.permutation(len(data.pool))[: max(counts) * ROWS].reshape(-1, ROWS)
     jobs = []
     for number, rows in enumerate(chosen):
         own = TASK.encode(tokenizer, data.pool.take(rows), settings.data.max_length)
         jobs.append(Job(ClientData(own, Encoded([], [])), plan, arrays, str(number)))
 
-    def one_by_one() -> None:
+    def one_by_one(jobs: list[Job]) -> None:
         for job in jobs:
             train(Learner(adapted, TASK, tokenizer), job.data, plan, arrays, job.client_key, simulated=True)
 
-    def together() -> None:
+    def together(jobs: list[Job]) -> None:
         train_together(Learner(adapted, TASK, tokenizer), jobs)
 
-    ways: dict[str, Callable[[], None]] = {"alone": one_by_one, "together": together}
+    ways: dict[str, Callable[[list[Job]], None]] = {"alone": one_by_one, "together": together}
     now = time.process_time if args.device == "cpu" else lambda: clock(adapted.device)
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    tokens: dict[str, float] = {}
     seen: list[int] = []
     adapted.model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
-    for _ in range(args.repeats + 1):
-        for way, call in ways.items():
-            seen.clear()
-            began = now()
-            call()
-            times[way].append(1000 * (now() - began) / (args.clients * args.steps))
-            tokens[way] = sum(seen) / (args.clients * args.steps)
     there = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    line = {
-        **{name: getattr(args, name) for name in ("device", "model", "dtype", "clients", "steps", "repeats")},
-        **{f"ms-{way}": statistics.median(found[1:]) for way, found in times.items()},
-        **{f"tokens-{way}": round(count) for way, count in tokens.items()},
-        "machine": f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}",
-    }
-    with args.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+    for clients in counts:
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        tokens: dict[str, float] = {}
+        for _ in range(args.repeats + 1):
+            for way, call in ways.items():
+                seen.clear()
+                began = now()
+                call(jobs[:clients])
+                times[way].append(1000 * (now() - began) / (clients * args.steps))
+                tokens[way] = sum(seen) / (clients * args.steps)
+        medians = {f"ms-{way}": statistics.median(found[1:]) for way, found in times.items()}
+        line = {
+            **{"device": args.device, "model": model, "dtype": dtype, "clients": clients},
+            **{name: getattr(args, name) for name in ("steps", "repeats")},
+            **medians,
+            "gain": medians["ms-alone"] / medians["ms-together"],
+            **{f"tokens-{way}": round(count) for way, count in tokens.items()},
+            "machine": f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+        }
+        with args.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", default="minilm", help=f"minilm, {', '.join(SIZES)}")
+    parser.add_argument("--dtypes", default="float32", help="of the backbone")
+    parser.add_argument("--clients", default="5", help="numbers of clients")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "together.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    counts = [int(count) for count in args.clients.split(",")]
+    for model in args.models.split(","):
+        with tempfile.TemporaryDirectory() as root:
+            path = folder(model, Path(root))
+            for dtype in args.dtypes.split(","):
+                measure(model, path, dtype, counts, args)
 
 
 if __name__ == "__main__":

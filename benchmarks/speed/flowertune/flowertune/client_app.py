@@ -21,6 +21,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data.federation import Federation, federation, shares
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+TARGETS += [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]  # of decoders
 MAX_LENGTH = DataSettings().max_length
 app = ClientApp()
 
@@ -33,7 +34,9 @@ def load_federation(config: Any) -> tuple[DataSettings, Federation]:
 
 def load_model(config: Any, labels: int) -> Any:
     """Backbone from disk and LoRA on every linear layer of its blocks, as fedara_flwr has them."""
-    backbone = AutoModelForSequenceClassification.from_pretrained(locate(config["model-name"]), num_labels=labels)
+    backbone = AutoModelForSequenceClassification.from_pretrained(
+        locate(config["model-name"]), num_labels=labels, dtype=torch.float32
+    )
     lora = LoraConfig(task_type="SEQ_CLS", r=config["rank"], lora_alpha=config["alpha"], target_modules=TARGETS)
     return get_peft_model(backbone, lora)
 
@@ -49,20 +52,24 @@ def train(message: Message, context: Context) -> Message:
     rows = split.pool.take(shares(data, config["seed"], node["num-partitions"])[node["partition-id"]])
     tokenizer = AutoTokenizer.from_pretrained(locate(config["model-name"]))
     model = load_model(config, len(split.labels))
+    model.config.pad_token_id = tokenizer.pad_token_id
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     encoded = tokenizer(list(rows.texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
     examples = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(encoded, rows.labels, strict=True)]
     loader = DataLoader(examples, config["batch-size"], shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+    device = config["device"]
+    model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config["learning-rate"])
-    model.train()
     losses = []
     batches = chain.from_iterable(repeat(loader))
     for _ in range(config["steps"]):
-        loss = model(**next(batches)).loss
+        batch = {name: values.to(device) for name, values in next(batches).items()}
+        with torch.autocast(device, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+            loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     metrics = MetricRecord(
         {"num-examples": len(rows), "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - began}
     )
