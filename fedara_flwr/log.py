@@ -22,6 +22,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def error_line(error: BaseException, most: int = 300) -> str:
+    """An error as one line, "Kind: what it says", cut to `most` characters of its text."""
+    text = " ".join(str(error).split())[:most]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class _StandardOutput(logging.StreamHandler):
     """Writes to what standard output is now, not to what it was when logging began: notebooks and tests replace it."""
 

@@ -7,11 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedara_flwr import strategies
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.data.federation import shares
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card
@@ -119,6 +116,7 @@ class Keeper:
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,
             "labels": list(self.model.labels),
+            "metric": self.model.task.metric.facts(),
             "config": settings.to_flat(),
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
@@ -141,14 +139,11 @@ class Keeper:
         return {"privacy": ledger(strategy.settings.privacy, rounds, planned)}
 
     def _partition(self) -> dict[str, Any]:
-        """Examples of each client by label; known in a simulation, where the server dealt them out, and nowhere else."""
+        """Examples of each client by group; known in a simulation, where the server dealt them out, and nowhere else."""
         nodes = self.strategy.roster.nodes.values()
         if not nodes or not all(node.simulated and node.key.isdigit() for node in nodes):
             return {}
-        settings, pool = self.strategy.settings, self.model.federation.pool
-        dealt = shares(settings.data, settings.seed, max(node.partitions for node in nodes))
-        count = len(self.model.labels)
-        return {"partition": {str(i): np.bincount(pool.labels[rows], minlength=count).tolist() for i, rows in enumerate(dealt)}}
+        return self.model.partition(max(node.partitions for node in nodes))
 
     def _show(self, test: dict[str, float], exported: Path) -> None:
         down, up = (

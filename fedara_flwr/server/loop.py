@@ -36,6 +36,7 @@ from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.codec import Broadcast
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
@@ -329,7 +330,7 @@ class RoundLoop(Strategy):
             self._rejoin(grid)
         else:
             self.write({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
-        progress = Progress(self.settings.num_server_rounds)
+        progress = Progress(self.settings.num_server_rounds, find_task(self.settings.data.task).metric)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)

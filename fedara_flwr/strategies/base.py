@@ -25,6 +25,7 @@ from fedara_flwr.server.loop import RoundLoop
 from fedara_flwr.server.roster import Expected, Node
 from fedara_flwr.server.round import Record
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.plan import TrainPlan, Update
 
 
@@ -123,7 +124,7 @@ class BaseStrategy(RoundLoop):
         return (noise * adapter.init_scale * scale).astype(np.float32)
 
     def start_head(self) -> NDArray[np.float32]:
-        """The task layer: weights N(0, 0.02²) as in BERT, biases 0, norms 1; from the run's seed."""
+        """The task layer: weights N(0, 0.02²) as in BERT, biases 0, norms 1; from the run's seed. Empty where there is none."""
         rng = seeds.generator(self.settings.seed, "start", "head")
         pieces = []
         for parameter in self.spec.head:
@@ -131,7 +132,7 @@ class BaseStrategy(RoundLoop):
                 pieces.append(rng.normal(0.0, 0.02, parameter.size))
             else:
                 pieces.append(np.full(parameter.size, 0.0 if parameter.name.endswith("bias") else 1.0))
-        return np.concatenate(pieces).astype(np.float32)
+        return np.concatenate(pieces or [np.zeros(0)]).astype(np.float32)
 
     def scales(self) -> tuple[float, ...]:
         """S of each module: alpha / r_m for the whole run, pruning or not."""
@@ -171,7 +172,7 @@ class BaseStrategy(RoundLoop):
             epochs=train.epochs,
             batch_size=train.batch_size,
             batch_tokens=train.batch_tokens,
-            learning_rate=train.learning_rate or self.learning_rate,
+            learning_rate=train.learning_rate or find_task(self.settings.data.task).learning_rate or self.learning_rate,
             e_lr_factor=train.e_lr_factor,
             head_learning_rate=train.head_learning_rate,
             warmup_steps=train.warmup_steps,

@@ -25,9 +25,11 @@ from packaging.requirements import Requirement
 
 from fedara_flwr.cli.deploy.keys import CURVE
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
-from fedara_flwr.cli.doctor import PACKAGE, Finding, python, run_checks, unmet
+from fedara_flwr.cli.doctor import PACKAGE, python, unmet
+from fedara_flwr.cli.findings import Finding, run_checks
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.tasks import tasks
 
 NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulation] the extra, which is Ray
 EXPIRES_SOON = timedelta(days=30)
@@ -356,15 +358,21 @@ def data(node: NodeSettings) -> Finding:
         return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
     from fedara_flwr.data.sources import look
 
-    columns = Settings().data
+    names = ("text_column", "pair_column", "label_column")
+    columns = {name: column for name in names if (column := getattr(node, name))}
+    settings = Settings().data.model_copy(update={"path": node.data_path, "id_column": "", **columns})
+    usual = settings.task  # the default one is tried first
+    order = sorted(tasks(), key=lambda name: (name != usual, name))
     try:
-        found = look(node.data_path, node.text_column or columns.text_column, node.label_column or columns.label_column)
+        # of which task the run will be nobody says here, so the columns tell; options are the run's business, too
+        found = look(settings, [tasks()[name](settings.model_copy(update={"task": name})) for name in order])
     except ConfigError as error:
         return Finding("problem", str(error), "see node.toml")
     rows = ", ".join(f"{count} {name} rows" for name, count in found.rows.items())
     said = f"{node.data_path}: {rows}, columns {', '.join(found.columns)}"
-    if not found.labels:
+    if not found.task:
         advice = "name the columns of text and label (text-column, label-column) unless the run does"
         return Finding("warning", f"{said}; no labels read", advice)
     labels = ", ".join(found.labels[:LABELS]) + (", …" if len(found.labels) > LABELS else "")
-    return Finding("ok", "; ".join(filter(None, (said, f"labels {labels}", str(found.skipped)))))
+    words = (said, f"fit for {found.task}", labels and f"labels {labels}", str(found.skipped))
+    return Finding("ok", "; ".join(filter(None, words)))
