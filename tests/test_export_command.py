@@ -85,7 +85,7 @@ def logits(path: Path) -> np.ndarray:
     model.adapted.set_delta(weights.delta)
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
-        return model.adapted.logits(batch()).numpy()
+        return model.adapted.outputs(batch()).logits.numpy()
 
 
 @pytest.mark.parametrize("method", ["fedara", "fedlora", "federa"])
@@ -116,7 +116,7 @@ def test_training_shows_in_the_exports(run, base):
     weights = strategy.weights()
     model.adapted.load(weights.arrays | {"E": np.zeros_like(weights.arrays["E"])}, weights.mask, weights.scales)
     with torch.no_grad():
-        assert np.abs(model.adapted.logits(batch()).numpy() - logits(path)).max() > 1e-4
+        assert np.abs(model.adapted.outputs(batch()).logits.numpy() - logits(path)).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -135,7 +135,7 @@ def test_the_cards_own_lines_load_it(run, base, name, kind):
     strategy, model = open_run(path)
     model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
     with torch.no_grad():
-        expected = model.adapted.logits(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
+        expected = model.adapted.outputs(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
     assert printed.strip() == model.labels[expected[0].argmax()]
 
@@ -153,7 +153,7 @@ def test_the_readmes_lines_load_a_runs_adapter(run, base):
     ids = dict(model.learner.tokenizer(text, return_tensors="pt"))
     model.adapted.load(strategy.state.arrays, strategy.state.mask, strategy.scales())
     with torch.no_grad():
-        expected = model.adapted.logits(ids).numpy()
+        expected = model.adapted.outputs(ids).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
     assert printed.strip() == model.labels[expected.argmax()]
 

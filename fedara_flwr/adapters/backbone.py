@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED, ConfigError
+from fedara_flwr.log import first_line
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.tasks.base import Task
 
@@ -72,16 +73,12 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
+        raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
     if task is not None:
         task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _why(error: Exception) -> str:
-    return f"cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 class Backbone:
@@ -134,7 +131,7 @@ class Backbone:
                     source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )
         except LOAD_ERRORS as error:
-            raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
+            raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)

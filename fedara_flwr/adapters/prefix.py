@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fedara_flwr.adapters.scratch import Scratch
+from fedara_flwr.log import error_line
 from fedara_flwr.tasks.base import Batch
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Prefix:
         try:
             problem = self._try(head)
         except Exception as error:  # whatever a model that is not built like that may raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = error_line(error)
         self.fits, self.half, self._disk = not problem, half, Scratch(disk_megabytes)
         if problem:
             logger.info("%s runs without train.cache: %s", type(model).__name__, problem)

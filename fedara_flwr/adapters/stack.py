@@ -19,6 +19,7 @@ from torch import nn
 from fedara_flwr.adapters.attach import ADAPTER, AdaptedModel
 from fedara_flwr.adapters.layer import stacked_linear
 from fedara_flwr.adapters.prefix import TOLERANCE
+from fedara_flwr.log import error_line
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS
 
@@ -105,7 +106,7 @@ def problem(adapted: AdaptedModel) -> str:
         bound = TOLERANCE[getattr(torch, adapted.backbone.dtype)]
         return "" if _difference(adapted) <= bound else "a layer takes other rows than those of the batch"
     except Exception as error:  # whatever a model that is not built like that may raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return error_line(error)
 
 
 @torch.no_grad()

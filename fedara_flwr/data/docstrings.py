@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
+from fedara_flwr.data.examples import Examples
+
 AREAS = {
     "gui": "tkinter idlelib turtle turtledemo curses",
     "networking": "http urllib socket socketserver ssl ftplib smtplib imaplib poplib nntplib telnetlib xmlrpc wsgiref "
@@ -45,8 +49,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 @cache
-def load() -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
-    """All unique docstrings of five words or more, the number of each one's area, and the areas' names. A second, then cached."""
+def load() -> tuple[Examples, tuple[str, ...]]:
+    """All unique docstrings of five words or more, grouped by area, and the twelve areas' names. A second, then cached."""
     area_of = {module: i for i, modules in enumerate(AREAS.values()) for module in modules.split()}
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, int] = {}
@@ -57,4 +61,4 @@ def load() -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
             continue
         for text in _docstrings(path):
             found.setdefault(text, area)
-    return tuple(found), tuple(found.values()), tuple(AREAS)
+    return Examples(tuple(found), np.array(list(found.values()), dtype=np.int64)), tuple(AREAS)

@@ -17,6 +17,7 @@ from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.labels import Labels, names_in, read_names
 from fedara_flwr.data.partitions import split
 from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, Reader, Skipped, absent
+from fedara_flwr.log import first_line
 
 datasets.disable_progress_bars()
 # pandas would read a label "None" or "NA" as missing
@@ -110,9 +111,10 @@ def _load_docstrings(settings: DataSettings, seed: int, reader: Reader) -> Datas
             f"data.name = {DOCSTRINGS!r}: {reader.docstrings}, allowed with data.task = {reader.name!r} are data.path and "
             "Hugging Face ids"
         )
-    texts, numbers, names = docstrings.load()
+    everything, names = docstrings.load()
+    assert everything.groups is not None
     labels = Labels(names if reader.labelled else ())
-    rows = ({"text": text, "label": number} for text, number in zip(texts, numbers, strict=True))
+    rows = ({"text": text, "label": number} for text, number in zip(everything.texts, everything.groups.tolist(), strict=True))
     return _dataset(_stack([reader.read(row, labels) for row in rows], reader), None, labels.names, seed, settings.test)
 
 
@@ -222,7 +224,7 @@ def _deepest(error: BaseException) -> str:
     """First line of the error at the bottom: the library wraps readers' errors in one that says nothing."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 # -- columns ------------------------------------------------------------------------------------------------------------

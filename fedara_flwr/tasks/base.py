@@ -24,8 +24,6 @@ from fedara_flwr.data.reading import Column, Example
 if TYPE_CHECKING:
     import torch
 
-    from fedara_flwr.adapters.learner import Learner
-
 Batch = dict[str, "torch.Tensor"]
 """Tensors of some rows, padded on the right. The model gets all of them but those whose names begin with "labels"."""
 
@@ -74,6 +72,18 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class LearnerPort(Protocol):
+    """What a task sees of adapters/learner.Learner."""
+
+    @property
+    def adapted(self) -> Any:
+        """The model with its adapters, an adapters/attach.AdaptedModel."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's own, of transformers."""
 
 
 class Evaluation(Protocol):
@@ -215,7 +225,7 @@ class Task:
         """A label, as `collate` takes it, of a made-up row of so many tokens; floating-point operations are counted on it."""
         return 0
 
-    def outputs(self, learner: Learner, batch: Batch, below: torch.Tensor | None = None) -> Any:
+    def outputs(self, learner: LearnerPort, batch: Batch, below: torch.Tensor | None = None) -> Any:
         """What `losses` and `evaluation` see of the model: here its own output object, of all positions.
 
         A task that needs few positions of a large output asks for those alone.

@@ -28,6 +28,7 @@ from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
 from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.log import first_line
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import tasks
 
@@ -241,7 +242,9 @@ def own_service(folder: Path, port: int) -> Finding:
     try:
         status, _, certificate = _ask(folder, "127.0.0.1", port)
     except (OSError, HTTPException) as error:
-        return Finding("problem", f"something else listens on port {port} ({_reason(error)})", "end it, or change settings.env")
+        return Finding(
+            "problem", f"something else listens on port {port} ({first_line(error)})", "end it, or change settings.env"
+        )
     if certificate != _certificate(folder / "server.pem"):
         return Finding("warning", f"port {port} shows another certificate than server.pem", "start the server again")
     if status != 200:
@@ -287,7 +290,7 @@ def server_answers(folder: Path, host: str, port: int) -> Finding:
         return Finding("problem", f"{place} shows a certificate {names} ({error.verify_message})", "see SUPERLINK, and ca.crt")
     except (OSError, HTTPException) as error:
         advice = "is the server started, the port open in its firewall, the name known here?"
-        return Finding("problem", f"{place} does not answer ({_reason(error)})", advice)
+        return Finding("problem", f"{place} does not answer ({first_line(error)})", advice)
     if status != 200:
         return Finding("problem", f"{place} answers with {status}: the gateway is up, the SuperLink is not", "see the server")
     return _dates(certificate, f"{place} answers over TLS; its certificate")
@@ -298,7 +301,7 @@ def clock(folder: Path, host: str, port: int) -> Finding:
     try:
         date = parsedate_to_datetime(_ask(folder, host, port)[1])
     except (OSError, HTTPException, ValueError) as error:
-        return Finding("warning", f"not compared, the server does not answer ({_reason(error)})")
+        return Finding("warning", f"not compared, the server does not answer ({first_line(error)})")
     ahead = (datetime.now(UTC) - date).total_seconds()
     found = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if ahead > AHEAD_SECONDS or ahead < -BEHIND_SECONDS:
@@ -310,10 +313,6 @@ def _listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _reason(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def own_settings(folder: Path) -> NodeSettings:
