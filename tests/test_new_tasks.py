@@ -1,4 +1,4 @@
-"""Regression and multi-label classification: rows, losses and metrics by hand, whole runs, stock PEFT; and tasks without labels."""
+"""Regression and multi-label classification: rows, losses and metrics by hand, whole runs, stock PEFT."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from runs_helper import config, start
 
 from fedara_flwr import engine
 from fedara_flwr.cli.exporting import export
+from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Encoded
 from fedara_flwr.tasks.regression import pearson, ranks
 
@@ -140,9 +141,8 @@ ROWS = [{"text": "t0", "label": ["b", "a"]}, {"text": "t1", "label": []}, {"text
 
 def test_lists_of_names(tmp_path):
     """Groups: the first label in the order of the names, from 1; 0 without one."""
-    data = load(
-        DataSettings(task="multi-label", path=str(write(tmp_path / "d.jsonl", [*ROWS, {"text": "t3", "label": None}]))), 0
-    )
+    path = write(tmp_path / "d.jsonl", [*ROWS, {"text": "t3", "label": None}])
+    data = load(DataSettings(task="multi-label", path=str(path)), 0)
     assert data.labels == NAMES
     found = {
         text: (target, group)
@@ -238,9 +238,6 @@ def test_a_whole_run_and_what_stock_libraries_make_of_it(tiny_bert, tmp_path, ta
     code = card[card.index("```python\n") + 10 : card.rindex("```")].replace("path/to/this/folder", str(exported))
     printed, logits = stock_run(code.replace(f"'{tiny_bert.name}'", repr(str(tiny_bert))))
     assert printed.strip().startswith("[") if task == "multi-label" else math.isfinite(float(printed))
-    model = ServerModel.__new__(ServerModel)
-    from fedara_flwr.runs.keeper import open_run
-
     strategy, model = open_run(directory.path)
     model._load(strategy.exported())
     with torch.no_grad():
@@ -289,8 +286,6 @@ def test_regression_learns(tiny_bert, tmp_path):
 
 
 def test_a_default_partition_that_does_not_suit_is_said_before_anything_starts(tmp_path):
-    from fedara_flwr.cli.launch import read_config
-
     override = f"data.task='regression' data.path='{data_of('regression', tmp_path)}'"
     root = Path(__file__).parent.parent
     assert "data.partition = 'dirichlet': rows of data.task = 'regression'" in problem(lambda: read_config(root, [override]))
