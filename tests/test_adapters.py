@@ -327,3 +327,12 @@ def test_onednn_keeps_few_shapes_unless_told_otherwise(given):
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == (
         given or "64"
     )
+
+
+@architectures
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_heads_last_linear_layer(tiny_models, name, task):
+    """Its rows are the outputs, one for each label; of a regression there is one."""
+    found = Backbone(str(tiny_models[name]), TASKS[task], LABELS, pad_token_id=0)
+    layer = found.model.get_submodule(found.last_linear)
+    assert isinstance(layer, torch.nn.Linear) and layer.out_features == (1 if task == "regression" else len(LABELS))

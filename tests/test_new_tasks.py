@@ -307,3 +307,102 @@ def test_evaluation_needs_no_order():
             evaluation.add(SimpleNamespace(logits=logits[[row]]), MULTI.collate(PAD, [[1]], [labels[row]]))
         results.append(evaluation.result())
     assert results[0] == pytest.approx(results[1])
+
+
+# -- what a node lets out, and what is shown ------------------------------------------------------------
+def test_every_tasks_metrics_may_leave_and_what_nobody_knows_is_said_once(caplog):
+    """Not in silence; an allow-list of the node's own is obeyed without a word."""
+    from fedara_flwr.node.guard import _say_unknown
+    from fedara_flwr.node.settings import NodeSettings
+
+    _say_unknown.cache_clear()
+    metrics = {
+        "eval-spearman": 0.5,
+        "eval-micro-f1": 0.4,
+        "eval-loss": 1.0,
+        "eval-examples": 3,
+        "eval-bl\neu": 1.0,
+        "loss": 2.0,
+    }
+    free, strict = NodeSettings.read({}).guard, NodeSettings.read({"metrics": "loss, eval-spearman"}).guard
+    for _ in range(2):
+        assert set(free.let_out(metrics)) == set(metrics) - {"eval-bl\neu"}
+        assert strict.let_out(metrics) == {"eval-spearman": 0.5, "loss": 2.0, "eval-examples": 3}
+    assert [record.getMessage() for record in caplog.records] == [
+        "metric 'eval-bl?eu' is not sent: neither training nor a task that is installed here knows it"
+    ]
+    assert "there is no metric 'eval-spearmen'; did you mean 'eval-spearman'?" in problem(
+        lambda: NodeSettings.read({"metrics": "eval-spearmen"})
+    )
+
+
+def test_a_device_may_have_options_of_its_own(tiny_bert):
+    from fedara_flwr.client.session import own_settings
+    from fedara_flwr.config import Settings
+    from fedara_flwr.node.settings import NodeSettings
+
+    settings = Settings.from_flat({"model.name": str(tiny_bert), "data.options": "a = 1"})
+    for given, expected in (("{a = 2}", "{a = 2}"), ("", "a = 1")):
+        node = NodeSettings.read({"data-path": "/d.csv", "models": str(tiny_bert), "data-options": given})
+        assert own_settings(settings, node, trusted=False)[0].data.options == expected
+    wrong = DataSettings(options="{limit = 1}")
+    assert problem(lambda: type(TASKS["classification"])(wrong)) == (
+        "data.options.limit = 1: there is no such key (task 'classification')"
+    )
+    assert problem(lambda: type(TASKS["classification"])(DataSettings(options="a ="))).startswith(
+        "data.options = 'a =': not TOML"
+    )
+
+
+def test_the_line_of_a_round_has_the_main_metric_whatever_its_size():
+    from fedara_flwr.server.progress import Progress
+    from fedara_flwr.tasks import Metric
+
+    record = {"round": 1, "alive": 1, "slots": 2, "dead-modules": 0, "alive-per-module": [1], "bytes": {"down": 0, "up": 0}}
+    record |= {"bytes-total": 0, "good": 1, "sampled": ["a"], "seconds": 1.0, "seconds-evaluate": 0.0, "loss": 9.66}
+    for name, value, shown in (("perplexity", 15649.67, "15649.7"), ("accuracy", 0.5, "0.500"), ("perplexity", 3e9, "3e+09")):
+        heading, line = Progress(1, Metric(name)).line({**record, name: value}).split("\n")
+        assert heading.split()[:3] == ["round", name, "loss"] and line.split()[:3] == ["1/1", shown, "9.660"]
+        assert len(heading) == len(line)
+    assert Progress(1, Metric("accuracy")).line(record).split("\n")[1].split()[1] == "-"
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "limits"),
+    [
+        ("accuracy", 0.0, "above 0 and at most 1"),
+        ("accuracy", 70.0, "above 0 and at most 1"),
+        ("accuracy", math.nan, "above 0 and at most 1"),
+        ("spearman", -1.0, "above -1 and at most 1"),
+        ("perplexity", 0.9, "at least 1"),
+        ("perplexity", math.inf, "at least 1"),
+    ],
+)
+def test_targets_that_say_nothing_are_refused(metric, target, limits):
+    from fedara_flwr.report.compare import check_target
+    from fedara_flwr.report.read import Run
+    from fedara_flwr.tasks import Metric
+
+    known = {"accuracy": TASKS["classification"].metric, "spearman": REGRESSION.metric}
+    known["perplexity"] = Metric("perplexity", higher=False, low=1.0, high=math.inf)
+    runs = [Run(Path("a"), {"metric": known[metric].facts()})]
+    assert problem(lambda: check_target(target, runs)) == f"--target {target:g}: allowed with {metric} is a number {limits}"
+    check_target({"perplexity": 20.0}.get(metric, 0.9), runs)
+    check_target(None, runs)
+    other = Run(Path("b"), {"metric": Metric("bleu").facts()})
+    assert problem(lambda: check_target(0.5, [*runs, other])).startswith("--target 0.5: allowed with one main metric, these")
+
+
+def test_facts_of_a_metric_come_back():
+    for metric in (*(task.metric for task in TASKS.values()), type(REGRESSION.metric)("p", False, 1.0, math.inf)):
+        assert type(metric).of_facts(json.loads(json.dumps(metric.facts()))) == metric
+        assert metric.better(0.5, 0.5) and metric.better(0.6, 0.5) == metric.higher and not metric.better(math.nan, 0.5)
+
+
+@pytest.mark.parametrize(("row", "task"), [({"label": "a"}, "classification"), ({"label": ["a"]}, "multi-label")])
+def test_a_devices_file_says_for_which_task_it_is_fit(tmp_path, row, task):
+    from fedara_flwr.cli.deploy.check import data
+    from fedara_flwr.node.settings import NodeSettings
+
+    path = write(tmp_path / "d.jsonl", [{"text": "t", **row}] * 3)
+    assert f"fit for {task}; labels a" in data(NodeSettings.read({"data-path": str(path)})).found

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedara_flwr import config
+from fedara_flwr import config, tasks
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.trackers import Trackers, check, open_trackers, scalars
@@ -295,6 +295,10 @@ def test_wandb_calls(monkeypatch, run):
         ("finish", (), {"exit_code": 0}),
     ]
     assert json.loads((run / "trackers.json").read_text()) == {"wandb": identifier}
+    calls.clear()
+    for task, best in (("classification", "max"), ("regression", "max")):
+        open_trackers("wandb", run, {**CONFIG, "data.task": task}).close()
+        assert ("define_metric", (tasks.find(task).metric.name,), {"summary": best}) in calls
     calls.clear()
     monkeypatch.setenv("WANDB_PROJECT", "ours")
     open_trackers("wandb", run, CONFIG, start_round=2).close()

@@ -1,6 +1,6 @@
 """Adapters on a backbone: PEFT's SVDLinear (layer.py), placed without the AdaLoRA model wrapper, cut to the alive slots.
 
-y = W0·x + s·B·diag(E)·A·x with s fixed for the whole run (methods.md, FedARA 1). LoRA is the same layer with E ≡ 1, frozen.
+y = W0·x + s·B·diag(E)·A·x with s fixed for the whole run. LoRA is the same layer with E ≡ 1, frozen.
 Shrinking slices (B, E, A) and nothing else; a module without a slot gives its place back to the bare linear layer, so that
 autograd stops above the lowest living adapter by itself.
 """

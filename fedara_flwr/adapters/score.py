@@ -1,4 +1,4 @@
-"""Importance of rank slots, measured while a client trains (methods.md, FedARA 2; AdaLoRA, arXiv 2303.10512, eq. 8-12).
+"""Importance of rank slots, measured while a client trains (AdaLoRA, arXiv 2303.10512, eq. 8-12).
 
 This project's reading of FedARA: per entry w and step I(w) = |w·∂L/∂w|; three ways to make slot scores of it.
 """

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedara_flwr import tasks
 from fedara_flwr.config import ConfigError, Scalar, tracker_names
 from fedara_flwr.log import error_line
 
@@ -186,6 +187,9 @@ class _Wandb:
         _keep_id(run, "wandb", identifier)
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         self._run = wandb.init(project=project, name=run.name, id=identifier, resume="allow", dir=str(run), config=dict(config))
+        if "data.task" in config:  # its tables show the best value, by the direction that the task says
+            metric = tasks.find(str(config["data.task"])).metric
+            self._run.define_metric(metric.name, summary="max" if metric.higher else "min")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
