@@ -237,10 +237,10 @@ def test_bfloat16_backbone_keeps_trainable_parts_in_float32(tiny_models, name):
     adapted, task, batch = AdaptedModel(backbone(tiny_models[name], dtype="bfloat16")), TASKS["classification"], random_batch()
     mask = RankMask.full([RANK] * len(adapted.spec.modules))
     adapted.load(random_arrays(adapted.spec, mask), mask, scales(adapted.spec), ALL)
-    logits = adapted.outputs(batch).logits.float()
-    task.loss(logits, batch).backward()
+    losses = task.losses(adapted.outputs(batch), batch)
+    losses.sum().backward()
     trainable = [p for p in adapted.model.parameters() if p.requires_grad]
-    assert logits.dtype == torch.float32
+    assert losses.dtype == torch.float32
     assert {p.dtype for p in trainable} == {p.grad.dtype for p in trainable} == {torch.float32}
     assert adapted.layers[0].base_layer.weight.dtype == torch.bfloat16
 

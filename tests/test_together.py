@@ -228,7 +228,8 @@ def test_gradients_are_each_clients_own(tiny_models):
         orders[0].data.train.ids + orders[1].data.train.ids, [*orders[0].data.train.labels, *orders[1].data.train.labels]
     )
     stack = Stack(adapted, values)
-    losses, seconds = backward_together(adapted, stack, task, Learner(adapted, task, PadOnly()).batch(joined, range(8)), [4, 2])
+    learner = Learner(adapted, task, PadOnly())
+    losses, seconds = backward_together(learner, stack, learner.batch(joined, range(8)), [4, 2])
     assert min(seconds.values()) > 0
     for i, (loss, gradients) in enumerate(expected):
         stack.show(i)
@@ -284,9 +285,9 @@ def groups(monkeypatch):
     """Of each call of `train_together` its jobs."""
     seen: list[list[Job]] = []
 
-    def spy(adapted, task, tokenizer, orders):
+    def spy(learner, orders):
         seen.append(list(orders))
-        return train_together(Learner(adapted, task, tokenizer), orders)
+        return train_together(learner, orders)
 
     monkeypatch.setattr(together, "train_together", spy)
     return seen

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from fedara_flwr.config import DataSettings
 from fedara_flwr.report.loading import loading_code
-from fedara_flwr.tasks import Metric, Task, open_task
+from fedara_flwr.tasks import Task, open_task
 
 OURS = "fedara-flwr"
 FORMATS = {
@@ -141,7 +141,7 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
 
 def _direction(facts: dict[str, Any], name: str) -> str:
     """Says which metric is the main one, and that lower is better where it is."""
-    main = Metric.of_facts(facts["metric"])
+    main = _task(facts).metric
     if name != main.name:
         return ""
     return " (main metric)" if main.higher else " (main metric, lower is better)"
