@@ -336,7 +336,8 @@ def test_a_card_says_what_the_run_was(tmp_path):
         "- Clients: 20, 25% of them in each round",
         "- Rounds: 6\n",
         "2.00 MB to the clients, 3.00 MB from them",
-        f"from_pretrained('{MINILM}', revision='0123abcd', **options)",
+        f"from_pretrained('{MINILM}', revision='0123abcd', id2label=dict(enumerate(labels)), ",
+        "- `accuracy`: 0.5750 (main metric)\n",
         "- 0: `red`\n- 1: `green`\n- 2: `blue`",
     ):
         assert line in found.text, line
@@ -389,7 +390,7 @@ def test_hostile_texts_stay_texts(tmp_path, evil, kind):
     assert "/home/me" not in found.content and "\u202e" not in found.content
     (code,) = [token.content for token in MarkdownIt().parse(found.text) if token.type == "fence"]
     names = {}
-    exec("\n".join(line for line in code.splitlines() if line.startswith("labels")), names)
+    exec("\n".join(line for line in code.splitlines() if line.startswith("labels = [") and "model" not in line), names)
     assert names.get("labels", [evil, "b"]) == [evil, "b"]
 
 

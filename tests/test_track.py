@@ -296,10 +296,6 @@ def test_wandb_calls(monkeypatch, run):
     ]
     assert json.loads((run / "trackers.json").read_text()) == {"wandb": identifier}
     calls.clear()
-    for task, best in (("classification", "max"), ("regression", "max")):
-        open_trackers("wandb", run, {**CONFIG, "data.task": task}).close()
-        assert ("define_metric", (tasks.find(task).metric.name,), {"summary": best}) in calls
-    calls.clear()
     monkeypatch.setenv("WANDB_PROJECT", "ours")
     open_trackers("wandb", run, CONFIG, start_round=2).close()
     assert (calls[0][2]["id"], calls[0][2]["project"]) == (identifier, "ours")
@@ -416,6 +412,15 @@ def interrupted(name: str, run: Path) -> None:
     second = open_trackers(name, run, CONFIG, start_round=2)
     for record in (line(3), END):
         second.take(record)
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, "max"), (False, "min")])
+def test_wandb_is_told_which_direction_is_better(monkeypatch, run, higher, best):
+    calls: list = []
+    module(monkeypatch, "wandb", init=fake_init(calls))
+    monkeypatch.setattr(tasks.find("classification"), "metric", tasks.Metric("accuracy", higher=higher))
+    open_trackers("wandb", run, {**CONFIG, "data.task": "classification"}).close()
+    assert ("define_metric", ("accuracy",), {"summary": best}) in calls
 
 
 def test_wandb_offline(run, monkeypatch):
