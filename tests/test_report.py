@@ -162,7 +162,13 @@ def make_large(folder: Path, clients: int = 100, labels: int = 77, rounds: int =
         log += [line, *(client_line(number, f"hospital-{k}") for k in range(8, 10))]
     partition = {f"hospital-{k}": row.tolist() for k, row in enumerate(counts)}
     names = [f"a rather long label number {i}" for i in range(labels)]
-    changes = {"partition": partition, "labels": names, "modules": modules, "blocks": [b for b in range(24) for _ in range(4)]}
+    changes = {
+        "partition": partition,
+        "labels": names,
+        "groups": names,
+        "modules": modules,
+        "blocks": [b for b in range(24) for _ in range(4)],
+    }
     return make(folder, facts(name="large", outcome="failed", reason="too few replies", exported=None, **changes), log)
 
 
@@ -178,6 +184,7 @@ def make_hostile(folder: Path) -> Path:
         )
     changes = {
         "labels": list(HOSTILE[:3]),
+        "groups": list(HOSTILE[:3]),
         "partition": {text: [1, 2, 3] for text in HOSTILE},
         "config": dict.fromkeys(HOSTILE, HOSTILE[0]) | {"key": HOSTILE[1], "other": HOSTILE[2]},
         "left-out": {text: text for text in HOSTILE},
