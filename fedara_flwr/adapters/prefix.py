@@ -79,7 +79,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept in memory."""
+        """Bytes of block outputs that are kept in memory now."""
         return self._size
 
     def states(self, inputs: Batch, boundary: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Prefix:
         return self._kept[key] if key in self._kept else self._disk.get(key)
 
     def _rounded(self, states: torch.Tensor) -> torch.Tensor:
-        """As it is kept."""
+        """A block's output as it is kept: as float16 where that was chosen and loses no number to infinity."""
         if self.half and states.dtype == torch.float32:
             rounded = states.half()
             return rounded if bool(rounded.isfinite().all()) else states

@@ -67,7 +67,7 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
 
 
 def python() -> Finding:
-    """Python's version."""
+    """Whether Python is new enough."""
     found = f"Python {sys.version.split()[0]}, {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
         return Finding("problem", found, f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed")

@@ -50,7 +50,7 @@ class Metric:
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, Any]) -> Metric:
-        """The inverse of `facts`."""
+        """A metric read back from what `facts` gave."""
         low, high = facts.get("low"), facts.get("high")
         ends = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
         return cls(str(facts["name"]), facts.get("higher") is not False, *ends)

@@ -61,7 +61,7 @@ class Classification(TextTask):
         return pad(tokenizer, ids) | {"labels": torch.tensor(labels, dtype=torch.long)}
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of each row."""
+        """Cross-entropy of each row's label in nats, shape (rows,)."""
         import torch
 
         return torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
@@ -71,7 +71,7 @@ class Classification(TextTask):
         return Counts(len(names))
 
     def snippet(self) -> list[str]:
-        """Labels one text."""
+        """Prints the label of one text."""
         return [
             'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
             "print(labels[int(logits.argmax())])",
@@ -86,7 +86,7 @@ class Counts:
         self.loss = 0.0
 
     def add(self, outputs: Any, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch's hits, predictions and cases to the counts, and its losses to their sum."""
         logits, truth = outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
         chosen, labels = logits.argmax(axis=1), len(self.true)
         self.hits += np.bincount(truth[chosen == truth], minlength=labels)

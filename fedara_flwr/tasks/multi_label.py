@@ -60,7 +60,7 @@ class MultiLabel(TextTask):
         return pad(tokenizer, ids) | {"labels": torch.tensor(rows, dtype=torch.long)}
 
     def made_up(self, length: int) -> list[int]:
-        """No label."""
+        """A row without any label: how many it has costs nothing."""
         return []
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:

@@ -79,7 +79,7 @@ class Correlation:
         self.true: list[float] = []
 
     def add(self, outputs: Any, batch: Batch) -> None:
-        """Keep the batch's numbers."""
+        """Keep a batch's predictions and true numbers."""
         self.predicted += outputs.logits.float().squeeze(1).tolist()
         self.true += batch["labels"].tolist()
 

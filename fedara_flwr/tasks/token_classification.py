@@ -84,7 +84,7 @@ class TokenClassification(Task):
         return (OUTSIDE, *types(names))
 
     def is_head(self, module: str) -> bool:
-        """Encoders: classifier; decoders: score."""
+        """Encoders call it classifier, decoders score."""
         return module in ("classifier", "score")
 
     def made_up(self, length: int) -> list[int]:
@@ -167,7 +167,7 @@ class Entities:
             self.predicted.append([self.tags[i] for i in chosen])
 
     def result(self) -> dict[str, float]:
-        """By nervaluate's strict scores."""
+        """Entities are scored by nervaluate, strictly: place and type must be right."""
         from nervaluate import Evaluator
 
         evaluator = Evaluator(self.truth, self.predicted, tags=list(types(self.names)), loader="list")

@@ -155,7 +155,7 @@ def _dates(certificate: x509.Certificate, what: str) -> Finding:
 
 
 def authority(folder: Path) -> Finding:
-    """The authority's certificate."""
+    """Whether the authority's certificate can be read and is not about to expire."""
     return _dates(_certificate(folder / "ca.crt"), "the authority's certificate")
 
 
@@ -184,7 +184,7 @@ def server_key(folder: Path) -> Finding:
 
 
 def node_keys(folder: Path) -> Finding:
-    """The nodes' public keys."""
+    """Whether the nodes' public keys are there and of the right kind."""
     names = []
     for path in sorted((folder / "nodes").glob("*.pub")):
         key = load_ssh_public_key(path.read_bytes())
@@ -197,7 +197,7 @@ def node_keys(folder: Path) -> Finding:
 
 
 def node_key(folder: Path) -> Finding:
-    """The node's private key."""
+    """Whether the node's private key can be read and is of the right kind."""
     key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
     if not (isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, CURVE)):
         return Finding("problem", "node.key is no key of the kind ecdsa-sha2-nistp384", "ssh-keygen -t ecdsa -b 384")
@@ -328,7 +328,7 @@ def own_settings(folder: Path) -> NodeSettings:
 
 
 def device(node: NodeSettings) -> Finding:
-    """Where the node computes."""
+    """On which device the node computes, and whether it is there."""
     from fedara_flwr.client.session import pick_device
 
     try:
