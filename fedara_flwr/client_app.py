@@ -59,19 +59,22 @@ def _resident(handler: worker.Handler) -> worker.Handler:
     return call
 
 
-def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] = ()) -> tuple[Session, ClientData]:
-    """The resident session and this client's data. Labels are the server's, kept in the node's state from `ready` on."""
+def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] | None = None) -> tuple[Session, ClientData]:
+    """The resident session and this client's data. Labels are the server's, kept in the node's state from `ready` on.
+
+    They are () where the run's task has none, which a record cannot hold as an empty list.
+    """
     import torch
 
     from fedara_flwr.client import session
 
     settings = Settings.from_flat(context.run_config)
-    if labels:
-        context.state["labels"] = ConfigRecord({"labels": list(labels)})
+    if labels is not None:
+        context.state["labels"] = ConfigRecord({"labels": list(labels)} if labels else {})
     elif "labels" in context.state:
-        labels = tuple(context.state.config_records["labels"]["labels"])  # type: ignore[arg-type]
+        labels = tuple(context.state.config_records["labels"].get("labels", ()))  # type: ignore[arg-type]
     else:
-        raise ConfigError("this node was not asked whether it is ready, it has no labels")
+        raise ConfigError("this node was not asked whether it is ready: it does not know the run's labels")
     settings, path = session.own_settings(settings, node, in_simulation(context))
     torch.set_num_threads(settings.train.threads)
     resident = session.resident(settings, labels, session.pick_device(node))
@@ -118,9 +121,7 @@ def ready(message: Message, context: Context) -> Message:
             return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
         if "changes-backbone" in question:
             node.check_frozen(Settings.from_flat(context.run_config).method)
-        from fedara_flwr.data.federation import federation
-
-        resident, data = _open(context, node, tuple(question["labels"]))
+        resident, data = _open(context, node, tuple(question.get("labels", ())))
         if data.skipped:
             logger.warning("node-config data-path = %r: %s", node.data_path, data.skipped)
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
@@ -140,7 +141,7 @@ def ready(message: Message, context: Context) -> Message:
             {
                 "fingerprint": resident.adapted.spec.fingerprint,
                 "tokenizer": resident.learner.tokenizer_digest,
-                "data": federation(resident.settings.data, resident.settings.seed).digest if shared else "own",
+                "data": resident.federation.digest if shared else "own",
             }
         )
     except ConfigError as error:

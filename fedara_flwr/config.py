@@ -171,8 +171,8 @@ class TrainSettings(LocalTraining):
 
 
 class DataSettings(Group):
-    task: Literal["classification", "token-classification"] = Field(
-        "classification", description="what is learnt: a label for a text or a pair, or a tag for every word (entities)"
+    task: str = Field(
+        "classification", min_length=1, description="what is learnt, for example a label for a text; `fedara tasks` lists all"
     )
     name: str = Field("docstrings", min_length=1, description="'docstrings' or a Hugging Face dataset id")
     path: str = Field("", description="local parquet, csv or jsonl file, or a folder with train.* and test.*")
@@ -192,6 +192,7 @@ class DataSettings(Group):
         0.0, ge=0, lt=1, description="share of its own examples on which a client evaluates the model it receives"
     )
     max_length: int = Field(64, ge=8, description="tokens after which a text is cut")
+    options: str = Field("", description="keys of the task alone (`fedara tasks`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
 
 
 class FleetSettings(Group):
@@ -298,35 +299,46 @@ class Settings(Group):
     @property
     def options(self) -> dict[str, Any]:
         """`strategy.options` as a dictionary; ConfigError where it is no TOML."""
-        text = self.strategy.options.strip()
-        try:
-            parsed = tomllib.loads(f"options = {text}" if text.startswith("{") else text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"strategy.options = {text!r}: not TOML ({error})") from None
-        if not text.startswith("{"):
-            return parsed
-        if set(parsed) != {"options"}:
-            raise ConfigError(f"strategy.options = {text!r}: nothing may follow the inline table")
-        return parsed["options"]
+        return read_options("strategy.options", self.strategy.options)
 
     def to_flat(self) -> dict[str, Scalar]:
         """The inverse of `from_flat`, every key present."""
         return {key: value for key, (value, _) in _walk(self).items()}
 
 
-def check_options(model: OptionsModel, options: dict[str, Any], method: str) -> BaseModel:
-    """The keys of `strategy.options`, checked by the method's own model.
+def read_options(key: str, text: str) -> dict[str, Any]:
+    """The text of a key such as `strategy.options` as a dictionary: lines of TOML, or one inline table.
 
     Raises:
-        ConfigError: for a key or value that the method does not allow.
+        ConfigError: it is no TOML.
+    """
+    text = text.strip()
+    try:
+        parsed = tomllib.loads(f"options = {text}" if text.startswith("{") else text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{key} = {text!r}: not TOML ({error})") from None
+    if not text.startswith("{"):
+        return parsed
+    if set(parsed) != {"options"}:
+        raise ConfigError(f"{key} = {text!r}: nothing may follow the inline table")
+    return parsed["options"]
+
+
+def check_options(
+    model: OptionsModel, options: dict[str, Any], owner: str, key: str = "strategy.options", kind: str = "method"
+) -> BaseModel:
+    """The keys of `strategy.options` or `data.options`, checked by the model of the method or task that owns them.
+
+    Raises:
+        ConfigError: for a key or value that the owner does not allow.
     """
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     try:
         return model.model_validate(options)
     except ValidationError as error:
-        known = {f"strategy.options.{name}": field for name, field in fields.items()}
-        line = one_line(error, known, prefix="strategy.options.")
-        raise ConfigError(f"{line} (method {method!r})") from None
+        known = {f"{key}.{name}": field for name, field in fields.items()}
+        line = one_line(error, known, prefix=f"{key}.")
+        raise ConfigError(f"{line} ({kind} {owner!r})") from None
 
 
 def tracker_names(names: str) -> tuple[str, ...]:

@@ -22,6 +22,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def error_line(error: BaseException, most: int = 300) -> str:
+    """An error as one line, "Kind: what it says", cut to `most` characters of its text."""
+    text = " ".join(str(error).split())[:most]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class _StandardOutput(logging.StreamHandler):
     """Writes to what standard output is now, not to what it was when logging began: notebooks and tests replace it."""
 

@@ -6,7 +6,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +25,16 @@ from transformers import (
 )
 
 from fedara_flwr.adapters.backbone import PACKAGED, Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.config import DataSettings
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import Encoded, Task, built_in, open_task
 
 silence_libraries()
 MINILM = next(iter(PACKAGED))
 VOCABULARY = 97
 LABELS = ("red", "green", "blue")
+TASKS: dict[str, Task] = {name: open_task(DataSettings(task=name)) for name in built_in()}
 ENCODER = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
 DECODER = {
     "vocab_size": VOCABULARY,
@@ -97,6 +102,36 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def backbone(path: Path, **options: str) -> Backbone:
     return Backbone(str(path), TASKS["classification"], LABELS, pad_token_id=0, **options)
+
+
+def mean_loss(task: Task, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A batch's loss as a step has it."""
+    return task.losses(outputs, batch).sum() / task.counts(batch).sum()
+
+
+def metrics(task: Task, logits: Any, labels: Sequence[Any], names: Sequence[str]) -> dict[str, float]:
+    """What the task's evaluation makes of these rows' logits and of labels as `collate` takes them, the last half first."""
+    plain = SimpleNamespace(pad_token_id=0, sep_token_id=None, model_input_names=["input_ids"])
+    values = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(np.asarray(row)) for row in logits], batch_first=True)
+    ids = [[1] * (values.shape[1] if values.dim() > 2 else 1)] * len(values)
+    evaluation = task.evaluation(Encoded(ids, labels), tuple(names))
+    cut = (len(ids) + 1) // 2
+    for rows in (slice(cut, None), slice(cut)):
+        if len(ids[rows]):
+            evaluation.add(SimpleNamespace(logits=values[rows]), task.collate(plain, ids[rows], labels[rows]))
+    return evaluation.result()
+
+
+def some_labels(task: Task, ids: Sequence[list[int]], rng: np.random.Generator) -> list[Any]:
+    """Labels for rows of tokens, of any built-in task; a tag on two of three tokens."""
+    count = len(LABELS)
+    one_of = {
+        "classification": lambda row: int(rng.integers(0, count)),
+        "regression": lambda row: float(rng.normal()),
+        "multi-label": lambda row: np.flatnonzero(rng.random(count) < 0.5).tolist(),
+        "token-classification": lambda row: [-100 if i % 3 == 2 else int(rng.integers(0, count)) for i in range(len(row))],
+    }[task.name]
+    return [one_of(row) for row in ids]
 
 
 def random_arrays(spec: ModelSpec, mask: RankMask, seed: int = 0, spread: float = 0.3) -> Arrays:

@@ -263,7 +263,7 @@ def write_rows(path: Path, seed: int, rows: int = 24) -> None:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for row in picked:
-            writer.writerow([everything.texts[row], labels[everything.labels[row]]])
+            writer.writerow([everything.texts[row], labels[everything.groups[row]]])
 
 
 class Run:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, backbone, random_arrays, random_batch
+from conftest import CONFIGS, LABELS, TASKS, backbone, mean_loss, random_arrays, random_batch
 from peft.tuners.adalora.layer import SVDLinear
 
 from fedara_flwr.adapters.attach import AdaptedModel
@@ -18,7 +18,6 @@ from fedara_flwr.config import ConfigError
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS
-from fedara_flwr.tasks import TASKS
 
 RANK = 4
 ALL = frozenset({"B", "E", "A", "head"})
@@ -74,7 +73,7 @@ def test_zero_start_is_the_backbones_function(tiny_models, name):
         own.data = other.data.clone()
     with torch.no_grad():
         expected = bare.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        assert torch.equal(adapted.logits(batch), expected)
+        assert torch.equal(adapted.outputs(batch).logits.float(), expected)
 
 
 @architectures
@@ -86,11 +85,11 @@ def test_shrinking_equals_zeroing_dead_slots(tiny_models, name):
     zeroed = dict(arrays, E=np.where(mask.bits, arrays["E"], 0).astype(np.float32))
     with torch.no_grad():
         adapted.load(zeroed, full, scales(spec))
-        expected = adapted.logits(batch)
+        expected = adapted.outputs(batch).logits.float()
         adapted.load(spec.slice(arrays, full, mask), mask, scales(spec))
-        assert torch.allclose(adapted.logits(batch), expected, atol=1e-5)
+        assert torch.allclose(adapted.outputs(batch).logits.float(), expected, atol=1e-5)
         adapted.load(arrays, full, scales(spec))
-        assert not torch.allclose(adapted.logits(batch), expected, atol=1e-3)
+        assert not torch.allclose(adapted.outputs(batch).logits.float(), expected, atol=1e-3)
 
 
 @architectures
@@ -102,7 +101,7 @@ def test_gradients_of_alive_slots_equal_those_of_the_unshrunk_model(tiny_models,
 
     def gradients(values, alive):
         adapted.load(values, alive, scales(spec), ALL)
-        task.loss(adapted.logits(batch), batch).backward()
+        mean_loss(task, adapted.outputs(batch), batch).backward()
         rows = {part: [] for part in SLOT_PARTS}
         for _, triplet in adapted.alive():
             for part, parameter in triplet.items():
@@ -178,7 +177,7 @@ def test_no_activation_is_kept_below_the_lowest_living_block(tiny_models, name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = task.loss(adapted.logits(batch), batch)
+            loss = mean_loss(task, adapted.outputs(batch), batch)
         total = sum(kept.values())
         del loss
         return total
@@ -192,7 +191,7 @@ def test_no_gradient_flows_when_only_the_head_is_trained(tiny_models):
     adapted, task, batch = AdaptedModel(backbone(tiny_models["bert"])), TASKS["classification"], random_batch()
     mask = RankMask.full([0] * len(adapted.spec.modules))
     adapted.load({"head": np.ones(adapted.spec.size("head"), np.float32)}, mask, scales(adapted.spec), frozenset({"head"}))
-    task.loss(adapted.logits(batch), batch).backward()
+    mean_loss(task, adapted.outputs(batch), batch).backward()
     assert [p for p in adapted.model.parameters() if p.grad is not None] == list(adapted.head)
 
 
@@ -238,10 +237,10 @@ def test_bfloat16_backbone_keeps_trainable_parts_in_float32(tiny_models, name):
     adapted, task, batch = AdaptedModel(backbone(tiny_models[name], dtype="bfloat16")), TASKS["classification"], random_batch()
     mask = RankMask.full([RANK] * len(adapted.spec.modules))
     adapted.load(random_arrays(adapted.spec, mask), mask, scales(adapted.spec), ALL)
-    logits = adapted.logits(batch)
-    task.loss(logits, batch).backward()
+    losses = task.losses(adapted.outputs(batch), batch)
+    losses.sum().backward()
     trainable = [p for p in adapted.model.parameters() if p.requires_grad]
-    assert logits.dtype == torch.float32
+    assert losses.dtype == torch.float32
     assert {p.dtype for p in trainable} == {p.grad.dtype for p in trainable} == {torch.float32}
     assert adapted.layers[0].base_layer.weight.dtype == torch.bfloat16
 
@@ -328,3 +327,12 @@ def test_onednn_keeps_few_shapes_unless_told_otherwise(given):
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == (
         given or "64"
     )
+
+
+@architectures
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_heads_last_linear_layer(tiny_models, name, task):
+    """Its rows are the outputs, one for each label; of a regression there is one."""
+    found = Backbone(str(tiny_models[name]), TASKS[task], LABELS, pad_token_id=0)
+    layer = found.model.get_submodule(found.last_linear)
+    assert isinstance(layer, torch.nn.Linear) and layer.out_features == (1 if task == "regression" else len(LABELS))

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, backbone, random_arrays, random_batch
+from conftest import CONFIGS, TASKS, backbone, random_arrays, random_batch
 from test_session import PadOnly, client, plan
 from transformers import AutoModelForSequenceClassification
 
@@ -18,7 +18,6 @@ from fedara_flwr.client.train import batches, load, train
 from fedara_flwr.model.deltas import Piece, as_dense, dense, dense_size, factors, from_factors
 from fedara_flwr.model.draws import sparse_positions
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS
 
 RANK = 4
 architectures = pytest.mark.parametrize("name", list(CONFIGS))
@@ -62,7 +61,7 @@ def adapters(spec, mask, seed=0):
 
 @torch.no_grad()
 def logits_of(adapted):
-    return adapted.logits(random_batch())
+    return adapted.outputs(random_batch()).logits.float()
 
 
 def resident(adapted):

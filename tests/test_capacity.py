@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, backbone, random_arrays, random_batch
+from conftest import CONFIGS, LABELS, TASKS, backbone, mean_loss, random_arrays, random_batch
 from runs_helper import config, prepare, start
 from test_session import PadOnly, client, plan, run
 
@@ -19,7 +19,6 @@ from fedara_flwr.client.train import ClientData, train
 from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
-from fedara_flwr.tasks import TASKS
 from fedara_flwr.tasks.base import Encoded
 
 TASK = TASKS["classification"]
@@ -71,7 +70,7 @@ def load(adapted, blocks, parts=frozenset({"B", "A", "head"})):
 def counted(adapted):
     batch = random_batch(rows=ROWS, length=LENGTH)
     with FlopCounter() as forward:
-        loss = TASK.loss(adapted.logits(batch), batch)
+        loss = mean_loss(TASK, adapted.outputs(batch), batch)
     with FlopCounter() as backward:
         loss.backward()
     return forward.total, backward.total

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, backbone, random_arrays, random_batch
+from conftest import CONFIGS, TASKS, backbone, mean_loss, random_arrays, random_batch
 from runs_helper import config, start
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import clock, free_memory
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,7 +36,7 @@ def losses(adapted, steps=4):
     optimizer = torch.optim.AdamW([p for part in sorted(ALL) for p in adapted.parameters(part)], lr=1e-2, fused=True)
     batch, found = on(adapted), []
     for _ in range(steps):
-        loss = TASK.loss(adapted.logits(batch, adapted.below(batch)), batch)
+        loss = mean_loss(TASK, adapted.outputs(batch, adapted.below(batch)), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,7 +50,7 @@ def test_logits_and_training(tiny_models, name, dtype, bound):
     """bfloat16 as in test_quantised: some thirty roundings in a row, half of what they could add up to."""
     gpu, cpu = loaded(tiny_models[name], "cuda", dtype), loaded(tiny_models[name], "cpu", dtype)
     with torch.no_grad():
-        found, expected = gpu.logits(on(gpu)), cpu.logits(on(cpu))
+        found, expected = gpu.outputs(on(gpu)).logits.float(), cpu.outputs(on(cpu)).logits.float()
     assert found.device.type == "cuda" and found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=bound * float(expected.abs().max()))
     np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=bound)
@@ -64,12 +63,12 @@ def test_kept_states(tiny_models, name, dtype, bound):
     adapted = loaded(tiny_models[name], "cuda", dtype, "exact", lowest=1)
     batch = on(adapted)
     with torch.no_grad():
-        whole = adapted.logits(batch)
+        whole = adapted.outputs(batch).logits
         for _ in range(2):
             below = adapted.below(batch)
             assert below is not None and below.device.type == "cuda"
             atol = bound * float(whole.abs().max())
-            torch.testing.assert_close(adapted.logits(batch, below), whole, rtol=0, atol=atol)
+            torch.testing.assert_close(adapted.outputs(batch, below).logits, whole, rtol=0, atol=atol)
     assert losses(adapted)[-1] < losses(loaded(tiny_models[name], "cuda", dtype, lowest=1), 1)[0]
 
 
@@ -86,7 +85,7 @@ def test_shrinking_and_back(tiny_models):
         assert {p.device.type for part in ALL for p in adapted.parameters(part)} == {"cuda"}
         kinds = [type(getattr(*place)).__name__ == "LowRankLinear" for place in adapted._places]
         assert kinds == [count > 0 for count in mask.alive.tolist()]
-        TASK.loss(adapted.logits(on(adapted)), on(adapted)).backward()
+        mean_loss(TASK, adapted.outputs(on(adapted)), on(adapted)).backward()
         assert all(p.grad is not None for part in ALL for p in adapted.parameters(part))
 
 

@@ -17,12 +17,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_helper import load, load_own, look
 
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import by_hash, split
-from fedara_flwr.data.sources import Skipped, load, load_own, look
+from fedara_flwr.data.reading import Skipped, UnknownLabel
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 formats = pytest.mark.parametrize("ending", ENDINGS)
@@ -62,7 +63,7 @@ def content(data: Dataset) -> dict[str, str]:
     return {
         text: data.labels[label]
         for part in (data.train, data.test)
-        for text, label in zip(part.texts, part.labels, strict=True)
+        for text, label in zip(part.texts, part.groups, strict=True)
     }
 
 
@@ -95,7 +96,7 @@ def test_docstrings_are_thousands_of_unique_texts():
 
 def test_docstrings_have_no_majority():
     examples, labels = docstrings.load()
-    shares = np.bincount(examples.labels, minlength=len(labels)) / len(examples)
+    shares = np.bincount(examples.groups, minlength=len(labels)) / len(examples)
     assert len(shares) == 12
     assert shares.max() < 0.3
 
@@ -140,7 +141,7 @@ def test_docstrings_of_a_made_up_library(tmp_path, monkeypatch):
         (tmp_path / name).write_text(source)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     examples, labels = docstrings.load.__wrapped__()
-    found = {text: labels[label] for text, label in zip(examples.texts, examples.labels, strict=True)}
+    found = {text: labels[label] for text, label in zip(examples.texts, examples.groups, strict=True)}
     assert found == {
         "Module text of exactly six words.": "text",  # json comes before os
         "A class with five words.": "text",
@@ -178,9 +179,9 @@ def test_folder_with_labels(tmp_path, ending):
     data = read(tmp_path / "d")
     assert data.labels == ("zero", "one", "two", "three")
     assert data.train.texts == tuple(row["text"] for row in NUMBERS)
-    assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert data.train.labels.dtype == np.int64
-    assert data.test.texts == ("the test",) and data.test.labels.tolist() == [2]
+    assert data.train.groups.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.train.groups.dtype == np.int64
+    assert data.test.texts == ("the test",) and data.test.groups.tolist() == [2]
 
 
 def test_folder_may_mix_formats(tmp_path):
@@ -188,7 +189,7 @@ def test_folder_may_mix_formats(tmp_path):
     write(tmp_path / "d" / "test.jsonl", [{"text": "snow", "label": "white"}])
     data = read(tmp_path / "d")
     assert data.labels == ("blue", "green", "red", "white")  # labels of train and test
-    assert data.test.labels.tolist() == [3]
+    assert data.test.groups.tolist() == [3]
 
 
 def test_folder_without_test_is_split(tmp_path):
@@ -467,7 +468,7 @@ SERVER = ("red", "green", "blue")
 def own(path: Path, names: tuple[str, ...] = SERVER, **options: str):
     """(text -> label name, what is said of rows left out) of a device's training rows."""
     found = load_own(DataSettings(path=str(path), **options), names)
-    return {t: names[i] for t, i in zip(found.train.texts, found.train.labels, strict=True)}, str(found.skipped)
+    return {t: names[i] for t, i in zip(found.train.texts, found.train.groups, strict=True)}, str(found.skipped)
 
 
 def own_problem(path: Path, **options: str) -> str:
@@ -482,7 +483,7 @@ def test_labels_are_taken_by_the_servers_names(tmp_path, ending):
     """A device that has two of its server's three labels gives them the server's numbers; all its rows are for training."""
     assert own(write(tmp_path / f"d{ending}", COLOURS)) == ({row["text"]: row["label"] for row in COLOURS}, "")
     data = load_own(DataSettings(path=str(tmp_path / f"d{ending}")), SERVER)
-    assert data.train.labels.tolist() == [2, 1, 0, 2] and data.test is None
+    assert data.train.groups.tolist() == [2, 1, 0, 2] and data.test is None
 
 
 @formats
@@ -503,7 +504,7 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path, ending):
 def test_a_line_names_few_unknown_labels_and_cuts_them():
     skipped = Skipped(rows=99)
     for i in range(7):
-        skipped.refuse(i, f"{i}" + "x" * 100)
+        skipped.leave(i, UnknownLabel(f"{i}" + "x" * 100))
     assert str(skipped).count("xxx'") == 5 and str(skipped).endswith(", …)") and len(str(skipped)) < 400
 
 
@@ -627,7 +628,7 @@ def test_take():
     examples = Examples(("a", "b", "c"), np.array([0, 1, 2]), ("x", "y", "z"), ("me", "you", "us"))
     taken = examples.take([2, 0])
     assert taken.texts == ("c", "a") and taken.pairs == ("z", "x") and taken.owners == ("us", "me")
-    assert taken.labels.tolist() == [2, 0]
+    assert taken.groups.tolist() == [2, 0]
     assert len(examples.take([])) == 0
 
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedara_flwr import cli
-from fedara_flwr.cli import doctor
-from fedara_flwr.cli.doctor import Finding
+from fedara_flwr.cli import doctor, habits
+from fedara_flwr.cli.findings import Finding, print_findings
 from fedara_flwr.config import Settings
 from fedara_flwr.strategies import Plugin
 
@@ -120,12 +120,12 @@ def test_app_folder(app):
 
 
 def test_dependency_installation(monkeypatch):
-    monkeypatch.setenv(doctor.NO_INSTALLATION, "1")
-    assert doctor.dependency_installation().level == "ok"
-    monkeypatch.setenv(doctor.NO_INSTALLATION, "true")  # Flower looks for "1" alone
-    warns(doctor.dependency_installation(), doctor.NO_INSTALLATION)
-    monkeypatch.delenv(doctor.NO_INSTALLATION)
-    warns(doctor.dependency_installation(), doctor.NO_INSTALLATION)
+    monkeypatch.setenv(habits.NO_INSTALLATION, "1")
+    assert habits.dependency_installation().level == "ok"
+    monkeypatch.setenv(habits.NO_INSTALLATION, "true")  # Flower looks for "1" alone
+    warns(habits.dependency_installation(), habits.NO_INSTALLATION)
+    monkeypatch.delenv(habits.NO_INSTALLATION)
+    warns(habits.dependency_installation(), habits.NO_INSTALLATION)
 
 
 class Process:
@@ -152,19 +152,19 @@ class Process:
 
 
 def test_local_superlink(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_listening", lambda port: False)
-    assert doctor.local_superlink() == Finding("ok", "none runs; its ports 39091 and 39093 are free")
+    monkeypatch.setattr(habits, "_listening", lambda port: False)
+    assert habits.local_superlink() == Finding("ok", "none runs; its ports 39091 and 39093 are free")
 
     def found(process: Process | None) -> Finding:
-        monkeypatch.setattr(doctor, "_owner", lambda port: process)
-        return doctor.local_superlink()
+        monkeypatch.setattr(habits, "_owner", lambda port: process)
+        return habits.local_superlink()
 
-    monkeypatch.setattr(doctor, "_listening", lambda port: port == 39091)
-    good = {doctor.NO_INSTALLATION: "1"}
+    monkeypatch.setattr(habits, "_listening", lambda port: port == 39091)
+    good = {habits.NO_INSTALLATION: "1"}
     expected = f"process 4711 on port 39091, started in {tmp_path}"
     assert found(Process(tmp_path, good)) == Finding("ok", expected)
     assert found(Process(tmp_path, None)) == Finding("ok", expected)
-    warns(found(Process(tmp_path, {})), expected, doctor.NO_INSTALLATION)
+    warns(found(Process(tmp_path, {})), expected, habits.NO_INSTALLATION)
     told = "/x/bin/flower-superlink --simulation --disable-runtime-dependency-installation"
     assert found(Process(tmp_path, {}, told)).level == "ok"
     (tmp_path / "fedara_flwr").mkdir()
@@ -172,7 +172,7 @@ def test_local_superlink(monkeypatch, tmp_path):
     assert "kill 4711" in found(Process(tmp_path, good)).advice
     warns(found(Process(tmp_path, good, "/x/http.server")), "process 4711 (other) listens on port 39091")
     warns(found(None), "cannot be looked into", "39091")
-    monkeypatch.setattr(doctor, "_listening", lambda port: port == 39093)
+    monkeypatch.setattr(habits, "_listening", lambda port: port == 39093)
     assert "FLWR_LOCAL_CONTROL_API_PORT" in found(None).advice
 
 
@@ -181,56 +181,56 @@ def test_a_strangers_port_for_real(monkeypatch):
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(port))
-        assert not doctor._listening(port)
+        assert not habits._listening(port)
         server.listen()
-        warns(doctor.local_superlink(), f"port {port}")
-        owner = doctor._owner(port)
+        warns(habits.local_superlink(), f"port {port}")
+        owner = habits._owner(port)
     assert owner is None or owner.pid == os.getpid()
 
 
 def test_working_folder(monkeypatch, tmp_path, app):
     monkeypatch.chdir(tmp_path)
-    assert doctor.working_folder(app).level == "ok"
+    assert habits.working_folder(app).level == "ok"
     (tmp_path / "fedara_flwr").mkdir()
-    warns(doctor.working_folder(app), str(tmp_path))
-    assert doctor.working_folder(tmp_path).level == "ok"  # the app's own code
+    warns(habits.working_folder(app), str(tmp_path))
+    assert habits.working_folder(tmp_path).level == "ok"  # the app's own code
 
 
 def test_telemetry(monkeypatch):
     reachable = True
-    monkeypatch.setattr(doctor, "_reachable", lambda host, port: reachable)
+    monkeypatch.setattr(habits, "_reachable", lambda host, port: reachable)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
-    assert doctor.telemetry() == Finding("ok", "Flower's is off")
+    assert habits.telemetry() == Finding("ok", "Flower's is off")
     monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
-    assert doctor.telemetry().level == "ok"
+    assert habits.telemetry().level == "ok"
     reachable = False
-    warns(doctor.telemetry(), "cannot be reached")
+    warns(habits.telemetry(), "cannot be reached")
 
 
 def test_reachable(monkeypatch):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        assert not doctor._reachable("127.0.0.1", server.getsockname()[1])
+        assert not habits._reachable("127.0.0.1", server.getsockname()[1])
         server.listen()
-        assert doctor._reachable("127.0.0.1", server.getsockname()[1])
-    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 0.05)
+        assert habits._reachable("127.0.0.1", server.getsockname()[1])
+    monkeypatch.setattr(habits, "NETWORK_SECONDS", 0.05)
 
     def slow(address: object, timeout: float) -> socket.socket:
         time.sleep(0.5)
         raise OSError
 
-    monkeypatch.setattr(doctor.socket, "create_connection", slow)
-    assert not doctor._reachable("a name that takes long to look up", 443)
+    monkeypatch.setattr(habits.socket, "create_connection", slow)
+    assert not habits._reachable("a name that takes long to look up", 443)
 
 
 def test_free_port(monkeypatch):
-    assert doctor.free_port().level == "ok"
+    assert habits.free_port().level == "ok"
 
     def refuse(self: socket.socket, address: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(doctor.socket, "socket", type("Refusing", (socket.socket,), {"bind": refuse}))
-    fails(doctor.free_port(), "Operation not permitted")
+    monkeypatch.setattr(habits.socket, "socket", type("Refusing", (socket.socket,), {"bind": refuse}))
+    fails(habits.free_port(), "Operation not permitted")
 
 
 def test_offered_methods(monkeypatch):
@@ -371,7 +371,7 @@ def test_data_of_the_hub(monkeypatch, hub, tmp_path):
     hub.error = OSError("no network")
     fails(doctor.data(mine), "me/mine is not in the cache")
     (tmp_path / "datasets" / "me___mine").mkdir(parents=True)
-    monkeypatch.setattr(loading, "load", lambda *a: SimpleNamespace(train=range(9), test=range(1), labels=("a",)))
+    monkeypatch.setattr(loading, "load", lambda *a: SimpleNamespace(train=range(9), test=range(1), labels=("a",), skipped=()))
     assert doctor.data(mine) == Finding("ok", "me/mine: 9 training and 1 test rows, 1 label")
 
 
@@ -389,7 +389,7 @@ def test_a_check_that_breaks_does_not_hide_the_others(monkeypatch, app):
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(doctor, "python", broken)
-    monkeypatch.setattr(doctor, "telemetry", lambda: Finding("ok", ""))
+    monkeypatch.setattr(habits, "telemetry", lambda: Finding("ok", ""))
     found = dict(doctor.examine(app, ["seed='x'"]))
     assert found["python"] == Finding("problem", "cannot be checked: RuntimeError: no such thing")
     assert found["configuration"].level == "problem"
@@ -401,7 +401,7 @@ def test_output_and_exit_code(monkeypatch):
     findings = [("one", Finding("ok", "all [bold]well[/bold]")), ("two", Finding("warning", "hm", "do this"))]
     console = Console(width=80, highlight=False)
     with console.capture() as capture:
-        assert doctor.print_findings(findings, console) == 0
+        assert print_findings(findings, console) == 0
     lines = [line.rstrip() for line in capture.get().splitlines()]
     assert lines == [
         "ok       one              all [bold]well[/bold]",
@@ -427,13 +427,13 @@ def test_the_command(tmp_path, tiny_bert):
         [sys.executable, "-m", "fedara_flwr.cli", "doctor", str(ROOT), "-c", overrides],
         cwd=tmp_path,
         env=os.environ
-        | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": str(ROOT), doctor.NO_INSTALLATION: "1"},
+        | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": str(ROOT), habits.NO_INSTALLATION: "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line[9:24].strip() for line in done.stdout.splitlines() if line[:7].strip()]
-    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 18
+    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 19
     assert str(tiny_bert) in done.stdout and "2 labels" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("no problems")
     assert not home.exists()

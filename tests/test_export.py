@@ -70,7 +70,7 @@ def test_plain_lora_without_e(tiny_models, tmp_path):
 def logits(adapted, weights, batch):
     adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
-        return adapted.logits(batch).numpy()
+        return adapted.outputs(batch).logits.numpy()
 
 
 def unequal(spec):

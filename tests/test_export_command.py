@@ -92,7 +92,7 @@ def logits(path: Path) -> np.ndarray:
     model.adapted.set_delta(weights.delta)
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
-        return model.adapted.logits(batch()).numpy()
+        return model.adapted.outputs(batch()).logits.numpy()
 
 
 @pytest.mark.parametrize("method", ["fedara", "fedlora", "federa"])
@@ -122,7 +122,7 @@ def test_training_shows_in_the_exports(run, base):
     model, weights = opened(path)
     model.adapted.load(weights.arrays | {"E": np.zeros_like(weights.arrays["E"])}, weights.mask, weights.scales)
     with torch.no_grad():
-        assert np.abs(model.adapted.logits(batch()).numpy() - logits(path)).max() > 1e-4
+        assert np.abs(model.adapted.outputs(batch()).logits.numpy() - logits(path)).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -141,7 +141,7 @@ def test_the_cards_own_lines_load_it(run, base, name, kind):
     model, weights = opened(path)
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
-        expected = model.adapted.logits(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
+        expected = model.adapted.outputs(dict(model.learner.tokenizer(texts, padding=True, return_tensors="pt"))).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
     assert printed.strip() == model.labels[expected[0].argmax()]
 
@@ -159,7 +159,7 @@ def test_the_readmes_lines_load_a_runs_adapter(run, base):
     ids = dict(model.learner.tokenizer(text, return_tensors="pt"))
     model.adapted.load(weights.arrays, weights.mask, weights.scales)
     with torch.no_grad():
-        expected = model.adapted.logits(ids).numpy()
+        expected = model.adapted.outputs(ids).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=5e-6)
     assert printed.strip() == model.labels[expected.argmax()]
 
@@ -342,7 +342,8 @@ def test_a_card_says_what_the_run_was(tmp_path):
         "- Clients: 20, 25% of them in each round",
         "- Rounds: 6\n",
         "2.00 MB to the clients, 3.00 MB from them",
-        f"from_pretrained('{MINILM}', revision='0123abcd', **options)",
+        f"from_pretrained('{MINILM}', revision='0123abcd', id2label=dict(enumerate(labels)), ",
+        "- `accuracy`: 0.5750 (main metric)\n",
         "- 0: `red`\n- 1: `green`\n- 2: `blue`",
     ):
         assert line in found.text, line
@@ -395,7 +396,7 @@ def test_hostile_texts_stay_texts(tmp_path, evil, kind):
     assert "/home/me" not in found.content and "\u202e" not in found.content
     (code,) = [token.content for token in MarkdownIt().parse(found.text) if token.type == "fence"]
     names = {}
-    exec("\n".join(line for line in code.splitlines() if line.startswith("labels")), names)
+    exec("\n".join(line for line in code.splitlines() if line.startswith("labels = [") and "model" not in line), names)
     assert names.get("labels", [evil, "b"]) == [evil, "b"]
 
 

@@ -51,7 +51,7 @@ def federa(path, rank, alpha, dtype="float32"):
 def logits(adapted, weights, delta=True):
     adapted.set_delta(weights.delta if delta else None)
     adapted.load(weights.arrays, weights.mask, weights.scales)
-    return adapted.logits(random_batch())
+    return adapted.outputs(random_batch()).logits.float()
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def bare_logits(path, head, dtype="float32"):
         p.data = torch.from_numpy(head[start : start + p.numel()]).view_as(p)
         start += p.numel()
     bare.load({"head": head}, RankMask.full([0] * len(bare.spec.modules)), (1.0,) * len(bare.spec.modules))
-    return bare.logits(batch)
+    return bare.outputs(batch).logits.float()
 
 
 @pytest.mark.parametrize("rank, alpha", [(3, 12.0), (20, 1.0)])

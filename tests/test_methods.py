@@ -51,7 +51,7 @@ def logits(model, weights):
     model._load(weights)
     ids = torch.arange(5, 19).view(2, 7)
     with torch.no_grad():
-        return model.adapted.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).numpy()
+        return model.adapted.outputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits.numpy()
 
 
 def bytes_in(form, spec, part, mask, entries):

@@ -22,7 +22,7 @@ from fedara_flwr.data.docstrings import AREAS
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.node import power
 from fedara_flwr.node import settings as node_module
-from fedara_flwr.node.guard import METRICS, Guard
+from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server import roster
 from fedara_flwr.server.loop import RunFailed
@@ -42,7 +42,7 @@ def refused(node_config: dict) -> str:
 # -- the keys ------------------------------------------------------------------------------------------------------------
 def test_nothing_needs_to_be_set():
     node = NodeSettings.read({})
-    assert node == NodeSettings() and node.guard == Guard(METRICS, 0.0, 0.0) and node.busy() == ""
+    assert node == NodeSettings() and node.guard == Guard(None, 0.0, 0.0) and node.busy() == ""
     assert node.backbones == {Settings().model.name: Settings().model.name}
 
 

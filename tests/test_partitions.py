@@ -8,13 +8,15 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from data_helper import federation, shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.federation import federation, hold_out, shares
+from fedara_flwr.data.federation import federation as dealing
+from fedara_flwr.data.federation import hold_out
 from fedara_flwr.data.partitions import partition
 
 KINDS = ("iid", "dirichlet", "pathological", "natural")
@@ -40,7 +42,7 @@ def texts(examples: Examples, parts: list[np.ndarray]) -> list[list[str]]:
 
 def label_counts(examples: Examples, parts: list[np.ndarray], labels: int) -> np.ndarray:
     """Shape (clients, labels)."""
-    return np.array([np.bincount(examples.labels[part], minlength=labels) for part in parts])
+    return np.array([np.bincount(examples.groups[part], minlength=labels) for part in parts])
 
 
 @st.composite
@@ -260,17 +262,17 @@ def test_federation_of_docstrings():
 
 def test_federation_keeps_labels_with_texts():
     everything, _ = docstrings.load()
-    label_of = dict(zip(everything.texts, everything.labels.tolist(), strict=True))
+    label_of = dict(zip(everything.texts, everything.groups.tolist(), strict=True))
     dealt = federation(DataSettings(), 5)
     for part in (dealt.pool, dealt.validation, dealt.test):
-        assert [label_of[text] for text in part.texts] == part.labels.tolist()
+        assert [label_of[text] for text in part.texts] == part.groups.tolist()
 
 
 def test_federation_depends_on_the_seed():
     assert federation(DataSettings(), 5).digest != federation(DataSettings(), 6).digest
-    federation.cache_clear()
+    dealing.cache_clear()
     first = federation(DataSettings(), 5)
-    federation.cache_clear()
+    dealing.cache_clear()
     assert federation(DataSettings(), 5).digest == first.digest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, VOCABULARY, backbone, random_arrays
+from conftest import CONFIGS, LABELS, TASKS, VOCABULARY, backbone, mean_loss, random_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_helper import WALL_CLOCK, ShuffledGrid, config, prepare
@@ -27,7 +27,7 @@ from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 TASK = TASKS["classification"]
 PARTS = frozenset({"B", "E", "A", "head"})
@@ -68,7 +68,7 @@ def bert(tiny_models):
 
 # -- with and without ------------------------------------------------------------
 def loss_and_gradients(adapted, batch, below):
-    loss = TASK.loss(adapted.logits(batch, below), batch)
+    loss = mean_loss(TASK, adapted.outputs(batch, below), batch)
     loss.backward()
     found = {f"{part}{i}": p.grad.clone() for part in sorted(PARTS) for i, p in enumerate(adapted.parameters(part))}
     for part in PARTS:
@@ -104,7 +104,7 @@ def test_every_token_of_a_token_classifier(tiny_models, name):
     for lowest in range(1, LAYERS + 1):
         load(adapted, lowest)
         with torch.no_grad():
-            expected, found = (adapted.logits(batch, below)[real] for below in (None, adapted.below(batch)))
+            expected, found = (adapted.outputs(batch, below).logits.float()[real] for below in (None, adapted.below(batch)))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -116,7 +116,7 @@ def test_a_method_without_adapters_cuts_at_the_top(bert):
     below = bert.below(batch)
     assert below.shape == (*batch["input_ids"].shape, 16)
     with FlopCounter() as counter, torch.no_grad():
-        bert.logits(batch, below)
+        bert.outputs(batch, below).logits.float()
     assert counter.total == 2 * 6 * (16 * 16 + 16 * len(LABELS))
 
 
@@ -139,7 +139,7 @@ def test_kept_bytes_for_the_backward_pass_are_no_more_than_without(bert):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = TASK.loss(bert.logits(batch, below), batch)
+            loss = mean_loss(TASK, bert.outputs(batch, below), batch)
         total = sum(kept.values())
         del loss
         return total
@@ -284,7 +284,7 @@ def test_another_delta_forgets_everything(bert):
         load(bert, 2)
         below = bert.below(batch)
         with torch.no_grad():
-            expected, logits = bert.logits(batch), bert.logits(batch, below)
+            expected, logits = bert.outputs(batch).logits.float(), bert.outputs(batch, below).logits.float()
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         found.append(below)
     assert torch.equal(found[0], found[3])

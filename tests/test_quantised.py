@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import backbone, random_arrays, random_batch
+from conftest import TASKS, backbone, mean_loss, random_arrays, random_batch
 from export_helper import stock_logits
 from peft.tuners.adalora.layer import SVDLinear
 from runs_helper import CLIENTS, config, prepare
@@ -26,7 +26,6 @@ from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.strategies.federa import FeDeRA
-from fedara_flwr.tasks import TASKS
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -64,8 +63,8 @@ def train(adapted, steps=2):
     losses = []
     for _ in range(steps):
         with torch.no_grad():
-            adapted.logits(batch)
-        loss = TASK.loss(adapted.logits(batch), batch)
+            adapted.outputs(batch).logits.float()
+        loss = mean_loss(TASK, adapted.outputs(batch), batch)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for part in ALL for p in adapted.parameters(part))
@@ -118,7 +117,7 @@ def test_logits_are_those_of_the_dequantised_weights(tiny_models, name, dtype):
     for layer, own in zip(adapted.layers, plain.layers, strict=True):
         own.base_layer.weight.data = torch.from_numpy(dequantised(layer.base_layer))
     with torch.no_grad():
-        found, expected = adapted.logits(random_batch()), plain.logits(random_batch())
+        found, expected = adapted.outputs(random_batch()).logits.float(), plain.outputs(random_batch()).logits.float()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0.06 * float(expected.abs().max()))
 
@@ -132,7 +131,7 @@ def test_logits_are_near_those_of_float32(tiny_models, name, dtype):
     """
     adapted, plain = loaded(tiny_models[name], dtype, e=0.0), loaded(tiny_models[name], "float32", e=0.0)
     with torch.no_grad():
-        found, expected = adapted.logits(random_batch()), plain.logits(random_batch())
+        found, expected = adapted.outputs(random_batch()).logits.float(), plain.outputs(random_batch()).logits.float()
     assert float((found - expected).norm() / expected.norm()) < {"int8": 0.04, "int4": 0.32}[dtype]
 
 
@@ -188,7 +187,7 @@ def test_a_step_from_kept_states_is_that_of_all_blocks(tiny_models, name, dtype)
     with torch.no_grad():
         below = adapted.below(batch)
         assert below is not None and adapted.boundary == 1
-        found, expected = adapted.logits(batch, below), adapted.logits(batch)
+        found, expected = adapted.outputs(batch, below).logits.float(), adapted.outputs(batch).logits.float()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
@@ -208,15 +207,15 @@ def test_an_delta_of_factors_is_added(tiny_models, name, dtype):
     head = random_arrays(adapted.spec, nothing)["head"]
     adapted.load({"head": head}, nothing, (1.0,) * len(nothing.ranks))
     with torch.no_grad():
-        found = adapted.logits(random_batch())
+        found = adapted.outputs(random_batch()).logits.float()
     adapted.set_delta(None)
     mask = RankMask.full(piece.ranks)
     with torch.no_grad():
         adapted.load({"head": head}, nothing, (1.0,) * len(nothing.ranks))
-        bare = adapted.logits(random_batch())
+        bare = adapted.outputs(random_batch()).logits.float()
         ranked = {part: np.concatenate([rows.reshape(-1) for rows in rows_of(piece, adapted.spec, part)]) for part in "BA"}
         adapted.load({"head": head, **ranked}, mask, (1.0,) * len(mask.ranks))
-        expected = adapted.logits(random_batch())
+        expected = adapted.outputs(random_batch()).logits.float()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, bare, atol=0.02)
 
@@ -252,10 +251,10 @@ def test_federas_start_is_a_quantised_nodes_function(tiny_models, name, server):
     nothing = RankMask.full([0] * len(weights.mask.ranks))
     with torch.no_grad():
         adapted.load({"head": weights.arrays["head"]}, nothing, weights.scales)
-        expected = adapted.logits(random_batch())
+        expected = adapted.outputs(random_batch()).logits.float()
         adapted.set_delta(weights.delta)
         adapted.load(weights.arrays, weights.mask, weights.scales)
-        found = adapted.logits(random_batch())
+        found = adapted.outputs(random_batch()).logits.float()
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
@@ -281,7 +280,7 @@ def test_quantised_products_count_as_plain_ones(tiny_models, dtype):
     for kind in ("bfloat16", dtype):
         adapted = loaded(tiny_models["bert"], kind)
         with FlopCounter() as forward:
-            loss = TASK.loss(adapted.logits(random_batch()), random_batch())
+            loss = mean_loss(TASK, adapted.outputs(random_batch()), random_batch())
         with FlopCounter() as backward:
             loss.backward()
         totals.append((forward.total, backward.total))
@@ -317,7 +316,7 @@ def test_a_run_of_two_rounds_and_what_it_leaves(run, tiny_bert, dtype):
     with torch.no_grad():
         own = model.adapted
         own.load(weights.arrays, weights.mask, weights.scales)
-        trained = own.logits(batch()).numpy()
+        trained = own.outputs(batch()).logits.numpy()
     found = stock_logits("merged", tiny_bert, merged, batch())
     np.testing.assert_allclose(found, stock_logits("peft", tiny_bert, path / "adapter", batch(), len(model.labels)), atol=5e-6)
     assert np.linalg.norm(found - trained) / np.linalg.norm(trained) < {"int8": 0.04, "int4": 0.32}[dtype]

@@ -17,17 +17,16 @@ from fedara_flwr.cli import app
 from fedara_flwr.config import ConfigError
 from fedara_flwr.report import plots, read_run, write_comparison, write_report
 from fedara_flwr.report.compare import differences, group, tables
-from fedara_flwr.report.read import (
+from fedara_flwr.report.read import clean, natural
+from fedara_flwr.report.series import (
     alive_per_module,
     bytes_by_part,
-    clean,
     cumulative_megabytes,
     cumulative_modelled,
     cumulative_seconds,
     curve,
     drops_by_reason,
     final,
-    natural,
     per_client,
     short_names,
     spread,
@@ -66,6 +65,9 @@ def facts(**changes: object) -> dict:
         "fingerprint": "abc",
         "task": "classification",
         "labels": ["red", "green", "blue"],
+        "groups": ["red", "green", "blue"],
+        "metric": {"name": "accuracy", "higher": True, "low": 0.0, "high": 1.0},
+        "metrics": ["accuracy", "macro-f1", "loss"],
         "config": {
             "num-server-rounds": 4,
             "seed": 1,
@@ -160,7 +162,13 @@ def make_large(folder: Path, clients: int = 100, labels: int = 77, rounds: int =
         log += [line, *(client_line(number, f"hospital-{k}") for k in range(8, 10))]
     partition = {f"hospital-{k}": row.tolist() for k, row in enumerate(counts)}
     names = [f"a rather long label number {i}" for i in range(labels)]
-    changes = {"partition": partition, "labels": names, "modules": modules, "blocks": [b for b in range(24) for _ in range(4)]}
+    changes = {
+        "partition": partition,
+        "labels": names,
+        "groups": names,
+        "modules": modules,
+        "blocks": [b for b in range(24) for _ in range(4)],
+    }
     return make(folder, facts(name="large", outcome="failed", reason="too few replies", exported=None, **changes), log)
 
 
@@ -176,6 +184,7 @@ def make_hostile(folder: Path) -> Path:
         )
     changes = {
         "labels": list(HOSTILE[:3]),
+        "groups": list(HOSTILE[:3]),
         "partition": {text: [1, 2, 3] for text in HOSTILE},
         "config": dict.fromkeys(HOSTILE, HOSTILE[0]) | {"key": HOSTILE[1], "other": HOSTILE[2]},
         "left-out": {text: text for text in HOSTILE},
@@ -361,7 +370,9 @@ def test_short_names_of_modules():
 
 def test_entities_have_their_own_metric(tmp_path):
     log = [round_line(1, **{"entity-f1": 0.7})]
-    run = read_run(make(tmp_path / "run", facts(task="token-classification", test={"entity-f1": 0.6}), log))
+    run = read_run(
+        make(tmp_path / "run", facts(task="token-classification", metric={"name": "entity-f1"}, test={"entity-f1": 0.6}), log)
+    )
     assert run.metric == "entity-f1" and final(run) == 0.7
     page = write_report(run.path).read_text()
     assert "entity-f1, test" in page and "AutoModelForTokenClassification" in page
@@ -437,7 +448,7 @@ def test_a_large_failed_run(tmp_path):
 
 def test_a_merged_model_is_loaded_without_peft(tmp_path):
     page = write_report(make(tmp_path / "run", facts(exported="model"))).read_text()
-    assert "PeftModel" not in page and "from_pretrained(run / &#34;model&#34;)" in page
+    assert "PeftModel" not in page and "folder = run / &#34;model&#34;" in page and "from_pretrained(folder)" in page
 
 
 def test_how_to_load_is_python(report):

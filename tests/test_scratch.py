@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, backbone, random_arrays
+from conftest import CONFIGS, LABELS, TASKS, backbone, random_arrays
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ from fedara_flwr.config import Settings
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import last_blocks
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 PER_MB = (1 << 20) // SLOT
 

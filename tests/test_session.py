@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, backbone, random_arrays
+from conftest import LABELS, TASKS, backbone, random_arrays
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
@@ -15,7 +15,6 @@ from fedara_flwr.config import ConfigError, LocalTraining, Settings
 from fedara_flwr.model.parts import SVD
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings
-from fedara_flwr.tasks import TASKS
 from fedara_flwr.wire.plan import TrainPlan
 
 VOTE = {"budget": 5.0}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, backbone, random_arrays
+from conftest import LABELS, TASKS, backbone, mean_loss, random_arrays, some_labels
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ from fedara_flwr.client.terms import find
 from fedara_flwr.client.train import ClientData, batches, train
 from fedara_flwr.model.ranks import RankMask, unpack_order
 from fedara_flwr.strategies.base import Client
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 PARTS = ("B", "E", "A", "head")
 UNLABELLED = -100
@@ -89,6 +89,8 @@ def ragged(task, labelled=True):
     ids = [rng.integers(5, 97, n).tolist() for n in (2, 3, 3, 4, 6, 7, 9, 12, 12)]
     if task.name == "classification":
         return Encoded(ids, [i % 3 for i in range(9)])
+    if task.name != "token-classification":
+        return Encoded(ids, some_labels(task, ids, rng))
     keep = [[labelled and row not in (0, 4, 7) and place % 2 == row % 2 for place in range(len(ids[row]))] for row in range(9)]
     return Encoded(ids, [[int(rng.integers(3)) if k else UNLABELLED for k in row] for row in keep])
 
@@ -155,11 +157,11 @@ def test_the_loss_of_parts_by_hand():
         def below(self, batch):
             return None
 
-        def logits(self, batch, below):
+        def outputs(self, batch, below):
             values = torch.zeros(*batch["input_ids"].shape, 3)
             values[..., 1] = self.calls
             self.calls += 1
-            return self.weight * (values if self.tokens else values[:, 0])
+            return SimpleNamespace(logits=self.weight * (values if self.tokens else values[:, 0]))
 
     for name, labels, expected in (
         ("token-classification", words, (losses[0] + 2 * losses[1] + 2 * losses[2]) / 5),
@@ -241,7 +243,7 @@ def test_autograd_never_holds_more_than_the_largest_part_needs(tiny_models, task
     for part in cut:
         batch = Learner(adapted, task, PadOnly()).batch(data, part)
         with saved_bytes(adapted.model) as kept:
-            loss = task.loss(adapted.logits(batch), batch)
+            loss = mean_loss(task, adapted.outputs(batch), batch)
         alone.append(sum(kept.values()))
         del loss
     assert max(cells(part, lengths) for part in cut) == 24 and len(cut) > 2
@@ -355,8 +357,8 @@ def test_evaluation_in_parts(tiny_models, task):
 def test_a_run_in_parts(tiny_bert, monkeypatch):
     """Clients, their evaluation, the server's and LEGEND's calibration; no batch is larger than the bound."""
     seen = []
-    logits = AdaptedModel.logits
-    monkeypatch.setattr(AdaptedModel, "logits", lambda self, batch, *rest: seen.append(batch) or logits(self, batch, *rest))
+    real = AdaptedModel.outputs
+    monkeypatch.setattr(AdaptedModel, "outputs", lambda self, batch, *rest: seen.append(batch) or real(self, batch, *rest))
     changes = {"method": "legend", "num_server_rounds": 2, "data__client_validation": 0.3}
     changes |= {"train__batch_size": 8}
     losses, largest = [], []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, MINILM, backbone, random_arrays
+from conftest import LABELS, MINILM, TASKS, backbone, mean_loss, metrics, random_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 TASK = TASKS["classification"]
 NAMES = ("a", "b", "c", "d", "e")
@@ -145,7 +145,7 @@ def test_head_modules(name):
 def test_loss_is_the_mean_cross_entropy():
     """p = (1/2, 1/4, 1/4) and (1/8, 3/4, 1/8) with labels 0 and 2: (ln 2 + ln 8) / 2 = 2 ln 2."""
     logits = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]).log() + torch.tensor([[3.0], [-1.0]])
-    loss = TASK.loss(logits, {"labels": torch.tensor([0, 2])})
+    loss = mean_loss(TASK, SimpleNamespace(logits=logits), {"labels": torch.tensor([0, 2])})
     assert loss.shape == () and loss.item() == pytest.approx(2 * math.log(2), rel=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_loss_of_bfloat16_logits_is_float32():
     labels = torch.arange(32) % 12
     exact = logits.double().numpy()
     expected = np.mean(np.log(np.exp(exact).sum(axis=1)) - exact[np.arange(32), labels.numpy()])
-    loss = TASK.loss(logits, {"labels": labels})
+    loss = mean_loss(TASK, SimpleNamespace(logits=logits), {"labels": labels})
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert abs(torch.nn.functional.cross_entropy(logits, labels).item() - expected) > 1e-4
@@ -183,7 +183,7 @@ def test_metrics_by_hand():
         ]
     )
     logits = (np.log(p) + np.array([[0], [3], [-2], [10], [-10]])).astype(np.float32)
-    found = TASK.metrics(logits, np.array([0, 0, 1, 1, 2]), NAMES)
+    found = metrics(TASK, logits, np.array([0, 0, 1, 1, 2]), NAMES)
     assert found["accuracy"] == pytest.approx(0.6)
     assert found["macro-f1"] == pytest.approx(1.3 / 3)
     assert found["loss"] == pytest.approx(1.4 * math.log(2), rel=1e-6)
@@ -193,8 +193,8 @@ def test_metrics_by_hand():
 
 def test_metrics_of_a_perfect_and_a_wrong_model():
     labels = np.array([0, 1, 2, 1])
-    right = TASK.metrics(20 * np.eye(3, dtype=np.float32)[labels], labels, NAMES)
-    wrong = TASK.metrics(20 * np.eye(3, dtype=np.float32)[(labels + 1) % 3], labels, NAMES)
+    right = metrics(TASK, 20 * np.eye(3, dtype=np.float32)[labels], labels, NAMES)
+    wrong = metrics(TASK, 20 * np.eye(3, dtype=np.float32)[(labels + 1) % 3], labels, NAMES)
     assert right["accuracy"] == right["macro-f1"] == 1 and right["loss"] < 1e-6
     assert wrong["accuracy"] == wrong["macro-f1"] == 0 and wrong["loss"] == pytest.approx(20, rel=1e-6)
 
@@ -202,7 +202,7 @@ def test_metrics_of_a_perfect_and_a_wrong_model():
 def test_loss_of_extreme_logits_is_finite():
     """Row 0 is certain and right, row 1 certain and wrong by 1000."""
     logits = np.array([[1000, 0], [1000, 0]], dtype=np.float32)
-    assert TASK.metrics(logits, np.array([0, 1]), NAMES)["loss"] == pytest.approx(500)
+    assert metrics(TASK, logits, np.array([0, 1]), NAMES)["loss"] == pytest.approx(500)
 
 
 def table_f1(truth: list[int], predicted: list[int]) -> float:
@@ -223,7 +223,7 @@ def table_f1(truth: list[int], predicted: list[int]) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
 def test_metrics_agree_with_a_confusion_table(rows):
     truth, predicted = [t for t, _ in rows], [p for _, p in rows]
-    found = TASK.metrics(np.eye(5, dtype=np.float32)[predicted], np.array(truth), NAMES)
+    found = metrics(TASK, np.eye(5, dtype=np.float32)[predicted], np.array(truth), NAMES)
     assert found["macro-f1"] == pytest.approx(table_f1(truth, predicted))
     hits = sum(t == p for t, p in rows)
     assert found["accuracy"] == pytest.approx(hits / len(rows))
@@ -237,8 +237,8 @@ def test_metrics_loss_is_the_training_loss(seed, count):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 5, (count, 4)).astype(np.float32)
     labels = rng.integers(0, 4, count)
-    loss = TASK.loss(torch.from_numpy(logits), {"labels": torch.from_numpy(labels)}).item()
-    assert TASK.metrics(logits, labels, NAMES)["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    loss = mean_loss(TASK, SimpleNamespace(logits=torch.from_numpy(logits)), {"labels": torch.from_numpy(labels)}).item()
+    assert metrics(TASK, logits, labels, NAMES)["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
 # predictions
@@ -255,9 +255,9 @@ class Reader:
     def below(self, batch: dict[str, torch.Tensor]) -> None:
         """Nothing is frozen."""
 
-    def logits(self, batch: dict[str, torch.Tensor], below: None) -> torch.Tensor:
+    def outputs(self, batch: dict[str, torch.Tensor], below: None) -> SimpleNamespace:
         self.shapes.append(tuple(batch["input_ids"].shape))
-        return torch.nn.functional.one_hot(batch["input_ids"][:, 1], 5).float()
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(batch["input_ids"][:, 1], 5).float())
 
 
 def rows_of_many_lengths(count: int) -> tuple[list[list[int]], np.ndarray]:

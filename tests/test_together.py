@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, random_arrays
+from conftest import CONFIGS, LABELS, TASKS, random_arrays, some_labels
 from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -31,7 +31,7 @@ from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
 
 NONE = Encoded([], [])
 ROWS = (12, 9, 3)
@@ -43,12 +43,10 @@ def model(path, task="classification", dtype="float32", cache="off"):
 
 
 def rows(seed, task, count):
-    """Rows of 3 to 9 tokens; a word in two of three tokens where it is tags that are learnt."""
+    """Rows of 3 to 9 tokens with labels."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(5, 97, size=rng.integers(3, 10)).tolist() for _ in range(count)]
-    if task == "classification":
-        return Encoded(ids, rng.integers(0, len(LABELS), count).tolist())
-    return Encoded(ids, [[-100 if i % 3 == 2 else int(rng.integers(0, len(LABELS))) for i in range(len(row))] for row in ids])
+    return Encoded(ids, some_labels(TASKS[task], ids, rng))
 
 
 def jobs(adapted, task, mask, counts=ROWS, **changes):

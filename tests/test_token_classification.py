@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CONFIGS, MINILM, random_arrays, random_batch
+from conftest import CONFIGS, MINILM, TASKS, mean_loss, metrics, random_arrays, random_batch
+from data_helper import load, load_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_helper import CLIENTS, config
@@ -27,13 +29,12 @@ from fedara_flwr.adapters.backbone import Backbone, load_tokenizer
 from fedara_flwr.adapters.export import save_peft
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.config import ConfigError, DataSettings
-from fedara_flwr.data import tags
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import partition
-from fedara_flwr.data.sources import load, load_own
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import token_classification as tags
 
 TASK = TASKS["token-classification"]
 NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-MISC", "I-MISC")
@@ -73,11 +74,7 @@ def read(path: Path, **options: str) -> Dataset:
 
 def content(data: Dataset) -> dict[tuple[str, ...], list[str]]:
     """Words -> tag names, of training and test rows together."""
-    return {
-        words: [data.labels[tag] for tag in row]
-        for part in (data.train, data.test)
-        for words, row in zip(part.words, part.tags, strict=True)
-    }
+    return {words: [data.labels[tag] for tag in row] for part in (data.train, data.test) for words, row in part.targets}
 
 
 def problem(path: Path, **options: str) -> str:
@@ -90,12 +87,13 @@ def problem(path: Path, **options: str) -> str:
 
 def sentences(*rows: tuple[list[str], list[int]]) -> Examples:
     words, row_tags = zip(*rows, strict=True)
-    return Examples(
-        tuple(map(" ".join, words)),
-        np.zeros(len(rows), np.int64),
-        words=tuple(map(tuple, words)),
-        tags=tuple(map(tuple, row_tags)),
-    )
+    targets = tuple((tuple(one), tuple(other)) for one, other in zip(words, row_tags, strict=True))
+    identities = tuple(json.dumps(target) for target in targets)
+    return Examples(tuple(map(" ".join, words)), np.zeros(len(rows), np.int64), targets=targets, identities=identities)
+
+
+def words_of(examples: Examples) -> tuple[tuple[str, ...], ...]:
+    return tuple(words for words, _ in examples.targets)
 
 
 # tags
@@ -113,8 +111,8 @@ def test_main_type_of_a_sentence():
     """Types are PER = 1, LOC = 2; most words decide, PER among equals; 0 without an entity."""
     names = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
     rows = [[0, 0, 0, 3], [1, 3, 4, 0], [3, 1], [0, 0], [1, 1, 3]]
-    assert tags.main_types(rows, names).tolist() == [2, 2, 1, 0, 1]
-    assert tags.main_types([[1, 1], [0, 2]], ("X", "O", "Y")).tolist() == [0, 1]
+    assert [tags.main_type(row, names) for row in rows] == [2, 2, 1, 0, 1]
+    assert [tags.main_type(row, ("X", "O", "Y")) for row in ([1, 1], [0, 2])] == [0, 1]
 
 
 # reading
@@ -126,9 +124,9 @@ def test_words_and_tags(tmp_path, ending):
     assert data.labels == ("B-LOC", "B-PER", "I-PER", "O")
     assert content(data) == {tuple(row["tokens"]): row["ner"] for row in ROWS}
     for part in (data.train, data.test):
-        assert part.texts == tuple(" ".join(words) for words in part.words)
+        assert part.texts == tuple(" ".join(words) for words in words_of(part))
         assert part.pairs is None
-        for text, owner, label in zip(part.texts, part.owners, part.labels, strict=True):
+        for text, owner, label in zip(part.texts, part.owners, part.groups, strict=True):
             # types in the order of the names: LOC = 1, PER = 2
             assert (owner, label) == {"Ada Byron left Rome": ("x", 2), "nothing happened": ("y", 0), "Paris": ("x", 1)}[text]
 
@@ -160,11 +158,11 @@ def test_ids_need_names(tmp_path):
 def test_a_device_leaves_out_sentences_with_an_unknown_tag(tmp_path):
     own = load_own(tagged(write(tmp_path / "d.jsonl", [*ROWS, {"tokens": [" "], "ner": ["O"]}])), ("O", "B-PER", "I-PER"))
     left = [row for row in ROWS if "B-LOC" not in row["ner"]]
-    assert own.train.words == tuple(tuple(row["tokens"]) for row in left) and own.test is None
+    assert words_of(own.train) == tuple(tuple(row["tokens"]) for row in left) and own.test is None
     line = f"{4 - len(left)} of 4 rows skipped: {3 - len(left)} with unknown labels ('B-LOC' {3 - len(left)}), 1 without text"
     assert str(own.skipped) == line and len(left) < 3
     own = load_own(tagged(write(tmp_path / "n.jsonl", NUMBERED)), ("O", "B-LOC", "I-LOC"))
-    assert own.train.tags == ((1, 2), (0,))
+    assert [tags for _, tags in own.train.targets] == [(1, 2), (0,)]
 
 
 def test_test_file(tmp_path):
@@ -174,7 +172,7 @@ def test_test_file(tmp_path):
     write(folder / "test.jsonl", [{"tokens": ["Oslo", "."], "ner": ["B-LOC", "O"]}])
     data = read(folder)
     assert len(data.train) == 3
-    assert data.test.words == (("Oslo", "."),)
+    assert words_of(data.test) == (("Oslo", "."),)
 
 
 def test_rows_without_words_are_left_out(tmp_path):
@@ -253,7 +251,7 @@ def test_keys_and_digest_see_words_and_tags():
     assert len({e.digest() for e in [base, *others]}) == 5
     assert base.take([0, 1]).digest() == base.digest()
     taken = base.take([1])
-    assert (taken.words, taken.tags) == ((("here",),), ((0,),))
+    assert taken.targets == ((("here",), (0,)),)
 
 
 def test_pathological_partition_goes_by_type():
@@ -261,9 +259,10 @@ def test_pathological_partition_goes_by_type():
     rows = [([f"w{i}"], [i % 3]) for i in range(30)]
     examples = sentences(*rows)
     names = ("O", "PER", "LOC")
-    examples = Examples(examples.texts, tags.main_types(examples.tags, names), words=examples.words, tags=examples.tags)
+    groups = np.array([tags.main_type(row, names) for _, row in examples.targets])
+    examples = replace(examples, groups=groups)
     parts = partition(examples, DataSettings(partition="pathological", labels_per_client=1), 3, 0)
-    kinds = [{examples.tags[i][0] for i in part} for part in parts]
+    kinds = [{examples.targets[i][1][0] for i in part} for part in parts]
     assert sorted(kinds, key=min) == [{0}, {1}, {2}]
 
 
@@ -297,7 +296,7 @@ def test_a_word_that_spells_a_special_token_is_text(tokenizer):
 
 
 def test_encode_nothing(tokenizer):
-    assert len(TASK.encode(tokenizer, Examples((), np.zeros(0, np.int64), words=(), tags=()), 64)) == 0
+    assert len(TASK.encode(tokenizer, Examples((), np.zeros(0, np.int64)), 64)) == 0
 
 
 @pytest.fixture(scope="module", params=["roberta", "qwen"])
@@ -313,7 +312,7 @@ def byte_level(request, tmp_path_factory):
     kind, settings_ = {"roberta": (RobertaTokenizer, RobertaConfig()), "qwen": (Qwen2Tokenizer, Qwen2Config())}[request.param]
     kind(vocab=vocabulary, merges=merges).save_pretrained(path)
     settings_.save_pretrained(path)
-    return load_tokenizer(str(path), words=True)
+    return load_tokenizer(str(path), TASK)
 
 
 def test_byte_level_words_keep_their_space(byte_level):
@@ -331,7 +330,7 @@ def test_a_tokenizer_without_word_places_is_refused(tmp_path):
     T5Config().save_pretrained(tmp_path)
     load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=r"^model\.name = .*: its tokenizer does not tell which word a token is of"):
-        load_tokenizer(str(tmp_path), words=True)
+        load_tokenizer(str(tmp_path), TASK)
 
 
 # batches and loss
@@ -353,13 +352,13 @@ def test_collate_has_one_segment(tokenizer):
 def test_loss_is_the_mean_over_words():
     """p = (1/2, 1/4, 1/4) with label 0 and (1/8, 3/4, 1/8) with label 2: (ln 2 + ln 8) / 2; the third token has no label."""
     p = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.9, 0.05, 0.05]]])
-    loss = TASK.loss(p.log(), {"labels": torch.tensor([[0, 2, -100]])})
+    loss = mean_loss(TASK, SimpleNamespace(logits=p.log()), {"labels": torch.tensor([[0, 2, -100]])})
     assert loss.shape == () and loss.item() == pytest.approx(2 * math.log(2), rel=1e-6)
 
 
 def test_loss_without_words_is_zero():
     logits = torch.zeros(1, 2, 3, requires_grad=True)
-    loss = TASK.loss(logits, {"labels": torch.full((1, 2), -100)})
+    loss = TASK.losses(SimpleNamespace(logits=logits), {"labels": torch.full((1, 2), -100)}).sum()
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
@@ -390,7 +389,7 @@ def test_metrics_by_hand():
     """
     truth = numbers("B-PER I-PER O B-LOC", "O B-ORG I-ORG", "B-PER B-PER", "O O")
     predicted = numbers("B-PER I-PER O B-PER", "O I-ORG I-ORG", "B-PER I-PER", "O B-LOC")
-    found = TASK.metrics(*outputs(predicted, truth), NAMES)
+    found = metrics(TASK, *outputs(predicted, truth), NAMES)
     assert found == {
         "accuracy": pytest.approx(7 / 11),
         "macro-f1": pytest.approx((1 / 3 + 0 + 1) / 3),
@@ -403,14 +402,14 @@ def test_metrics_by_hand():
 def test_types_without_prefix_are_runs():
     """True X 0-1, Y 2-2, X 4-4; predicted X 0-1, Y 2-3, X 4-4: 2·2/(3 + 3), X 2·2/(2 + 2), Y 0."""
     names = ("X", "Y", "O", *"abcdef")
-    found = TASK.metrics(*outputs([[0, 0, 1, 1, 0]], [[0, 0, 1, 2, 0]]), names)
+    found = metrics(TASK, *outputs([[0, 0, 1, 1, 0]], [[0, 0, 1, 2, 0]]), names)
     assert found["entity-f1"] == pytest.approx(2 / 3) and found["macro-f1"] == pytest.approx(1 / 2)
 
 
 def test_metrics_without_entities_or_words():
-    found = TASK.metrics(*outputs([[0, 0]], [[0, 0]]), NAMES)
+    found = metrics(TASK, *outputs([[0, 0]], [[0, 0]]), NAMES)
     assert found["accuracy"] == 1 and found["entity-f1"] == found["macro-f1"] == 0
-    assert TASK.metrics(*outputs([[]], [[]]), NAMES) == {"accuracy": 0, "macro-f1": 0, "entity-f1": 0, "loss": 0}
+    assert metrics(TASK, *outputs([[]], [[]]), NAMES) == {"accuracy": 0, "macro-f1": 0, "entity-f1": 0, "loss": 0}
 
 
 def entities(row: list[int]) -> set[tuple[str, int, int]]:
@@ -430,7 +429,7 @@ def entities(row: list[int]) -> set[tuple[str, int, int]]:
 @given(rows=st.lists(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=8), min_size=1, max_size=6))
 def test_entity_scores_agree_with_sets_of_entities(rows):
     truth, predicted = ([[pair[side] for pair in row] for row in rows] for side in (0, 1))
-    found = TASK.metrics(*outputs(predicted, truth), NAMES)
+    found = metrics(TASK, *outputs(predicted, truth), NAMES)
     true, said = ({(i, *e) for i, row in enumerate(side) for e in entities(row)} for side in (truth, predicted))
 
     def f1(true: set, said: set) -> float:
@@ -446,8 +445,8 @@ def test_metrics_loss_is_the_training_loss():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 5, (4, 6, 9)).astype(np.float32)
     labels = np.where(rng.random((4, 6)) < 0.5, -100, rng.integers(0, 9, (4, 6)))
-    loss = TASK.loss(torch.from_numpy(logits), {"labels": torch.from_numpy(labels)}).item()
-    assert TASK.metrics(list(logits), labels.tolist(), NAMES)["loss"] == pytest.approx(loss, rel=1e-5)
+    loss = mean_loss(TASK, SimpleNamespace(logits=torch.from_numpy(logits)), {"labels": torch.from_numpy(labels)}).item()
+    assert metrics(TASK, list(logits), labels.tolist(), NAMES)["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # models
@@ -467,7 +466,7 @@ def test_head_of_every_architecture(tiny_models, name):
     assert len(model.spec.modules) and model.spec.blocks == 3
     batch = random_batch()
     with torch.no_grad():
-        assert model.logits(batch).shape == (*batch["input_ids"].shape, 3)
+        assert model.outputs(batch).logits.shape == (*batch["input_ids"].shape, 3)
 
 
 def test_predict_whatever_batch_and_order(tiny_bert, tokenizer):
@@ -519,7 +518,7 @@ def test_adapter_directories_have_the_same_logits_in_stock_peft(tiny_models, tmp
         arrays = random_arrays(spec, mask)
         model.load(arrays, mask, scales)
         with torch.no_grad():
-            expected.append(model.logits(batch).numpy())
+            expected.append(model.outputs(batch).logits.numpy())
         save_peft(tmp_path / name, model.backbone, Weights(arrays, mask, scales), TASK.peft_task_type)
         paths += [str(base), str(tmp_path / name)]
     command = [sys.executable, "-c", STOCK, json.dumps(batch["input_ids"].tolist()), *paths]

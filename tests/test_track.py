@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedara_flwr import config
+from fedara_flwr import config, tasks
 from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.trackers import Trackers, check, open_trackers, scalars
@@ -412,6 +412,15 @@ def interrupted(name: str, run: Path) -> None:
     second = open_trackers(name, run, CONFIG, start_round=2)
     for record in (line(3), END):
         second.take(record)
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, "max"), (False, "min")])
+def test_wandb_is_told_which_direction_is_better(monkeypatch, run, higher, best):
+    calls: list = []
+    module(monkeypatch, "wandb", init=fake_init(calls))
+    monkeypatch.setattr(tasks.find("classification"), "metric", tasks.Metric("accuracy", higher=higher))
+    open_trackers("wandb", run, {**CONFIG, "data.task": "classification"}).close()
+    assert ("define_metric", ("accuracy",), {"summary": best}) in calls
 
 
 def test_wandb_offline(run, monkeypatch):

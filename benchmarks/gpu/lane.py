@@ -33,17 +33,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "speed"))
 from together import PARTS, RANK, ROWS, SIZE, folder
 
 from fedara_flwr import engine, strategies
-from fedara_flwr.adapters import score
-from fedara_flwr.adapters.attach import AdaptedModel, open_model
+from fedara_flwr.adapters.learner import Learner, open_learner
 from fedara_flwr.client import session, step, train
-from fedara_flwr.config import Settings
+from fedara_flwr.client.vote import SlotVote
+from fedara_flwr.config import LocalTraining, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.evaluate import ServerModel
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.server.loop import Callback, RoundLoop
+from fedara_flwr.tasks import Encoded, open_task
 from fedara_flwr.wire.plan import TrainPlan
 
-TASK = TASKS["classification"]
+TASK = open_task(Settings().data)
 CLIENTS, STEPS = 20, 6
 
 
@@ -74,19 +75,21 @@ def run_rounds(settings: Settings, model: ServerModel) -> list[dict[str, Any]]:
     device, found = settings.run.device, []
     began = 0.0
 
-    def write(record: dict) -> None:
-        nonlocal began
-        if record["type"] == "round":
-            now = synchronised(device)
-            found.append({"seconds": now - began, "clients": record["good"], "loss": record.get("client-loss")})
-            began = now
+    class Times(Callback):
+        def record(self, line: dict) -> None:
+            nonlocal began
+            if line["type"] == "round":
+                now = synchronised(device)
+                found.append({"seconds": now - began, "clients": line["good"], "loss": line.get("client-loss")})
+                began = now
 
-    strategy = strategies.find(settings.method)(settings, model, write)
-    arrays = strategy.initial_arrays()
+    method = strategies.find(settings.method)(settings, model)
+    loop = RoundLoop(settings, method, method.start(), model.expected(method.all_terms(), method.parts), [Times()])
+    arrays = loop.initial_arrays()
     for held in session._resident.values():
         held.adapted.costs.clear()  # each run counts its masks' FLOPs anew
     began = synchronised(device)
-    strategy.start(
+    loop.start(
         engine.InProcessGrid(settings.to_flat(), CLIENTS),
         arrays,
         settings.num_server_rounds,
@@ -135,13 +138,14 @@ class Call:
 
     def __init__(self, path: str, dtype: str, device: str, mask_from: int = 0) -> None:
         settings = Settings.from_flat({"model.name": path, "model.dtype": dtype})
-        data = federation(settings.data, settings.seed)
+        data = federation(settings.data, settings.seed, TASK)
         self.device, self.dtype = device, dtype
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.adapted, self.tokenizer = open_model(settings, data.labels, device)
+        self.learner = open_learner(settings, data.labels, device)
+        self.adapted = self.learner.adapted
         spec = self.adapted.spec
         mask = RankMask.full([RANK * (module.block >= mask_from) for module in spec.modules])
         self.plan = TrainPlan(
@@ -149,24 +153,19 @@ class Call:
             seed=0,
             mask=mask,
             scales=(2.0,) * len(mask.ranks),
-            trainable=PARTS,
-            steps=STEPS,
-            epochs=1,
-            batch_size=SIZE,
-            learning_rate=1e-3,
-            e_lr_factor=1.0,
-            head_learning_rate=1e-2,
-            report=frozenset({"votes"}),
-            budget=mask.count // 2,
+            train=LocalTraining(steps=STEPS, batch_size=SIZE, learning_rate=1e-3),
+            sent=PARTS,
+            terms={"slot-vote": {"budget": mask.count // 2}},
+            report=frozenset({"slot-vote"}),
         )
         rng = np.random.default_rng(0)
         self.arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}
         rows = rng.permutation(len(data.pool))[: 2 * ROWS]
-        own = TASK.encode(self.tokenizer, data.pool.take(rows), settings.data.max_length)
+        own = self.learner.encode(data.pool.take(rows), settings.data.max_length)
         self.data = train.ClientData(own, Encoded([], []))
 
     def __call__(self) -> Any:
-        return train.train(self.adapted, TASK, self.tokenizer, self.data, self.plan, self.arrays, "0", simulated=True)
+        return train.train(self.learner, self.data, self.plan, self.arrays, "0", simulated=True)
 
     def milliseconds(self) -> float:
         began = synchronised(self.device)
@@ -180,9 +179,10 @@ class Call:
         lengths = [len(row) for row in self.data.train.ids]
         self.adapted.model.train(False)
         began = synchronised(self.device)
-        for rows in train.batches(lengths, self.plan, np.random.default_rng(0)):
-            batch = self.adapted.batch(TASK, self.tokenizer, self.data.train, rows)
-            loss = TASK.loss(self.adapted.logits(batch, self.adapted.below(batch)), batch)
+        for rows in train.batches(lengths, self.plan.train, np.random.default_rng(0)):
+            batch = self.learner.batch(self.data.train, rows)
+            outputs = TASK.outputs(self.learner, batch, self.adapted.below(batch))
+            loss = TASK.losses(outputs, batch).sum() / TASK.counts(batch).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -252,14 +252,14 @@ def phases(call: Call, repeats: int) -> dict[str, float]:
 
     places: list[tuple[Any, str, str]] = [
         (train, "load", "load"),
-        (train, "_collect", "collect and vote"),
+        (train.Trainee, "_collect", "collect and vote"),
         (train, "count_flops", "count FLOPs"),
         (train, "make_optimizer", "make the optimiser"),
         (train, "backward", "forward and backward"),
         (train.Trainee, "begin", "begin"),
         (train.Trainee, "before_update", "before_update (score)"),
         (train.Trainee, "update", "update (all after the steps)"),
-        (AdaptedModel, "batch", "pad and copy a batch"),
+        (Learner, "batch", "pad and copy a batch"),
         (torch.optim.AdamW, "step", "optimiser's step"),
     ]
     with ExitStack() as stack:
@@ -272,24 +272,13 @@ def phases(call: Call, repeats: int) -> dict[str, float]:
 
 def without(call: Call, repeats: int) -> dict[str, float]:
     """Milliseconds of a call as it is and with one thing at a time left out, interleaved; and of the bare steps."""
-
-    def foreach(self: score.SlotScorer, gradients: list[list[Any]]) -> None:
-        """The same sum as `observe` in a few launches."""
-        with torch.no_grad():
-            own = [p for triplet in self._slots for p in triplet]
-            products = torch._foreach_mul(own, [g for triplet in gradients for g in triplet])
-            torch._foreach_abs_(products)
-            torch._foreach_add_([m for triplet in self._mean for m in triplet], products)
-
     nothing: list[Any] = []
     no_sync = [mock.patch.object(step, "clock", lambda device: time.perf_counter())]
     ways: dict[str, list[Any]] = {
         "as it is": nothing,
         "no synchronising in a step": no_sync,
-        "no score": [mock.patch.object(score.SlotScorer, "observe", lambda self, gradients: None)],
-        "score by foreach": [mock.patch.object(score.SlotScorer, "observe", foreach)],
+        "no score": [mock.patch.object(SlotVote, "after_backward", lambda self: None)],
         "no FLOPs counted": [mock.patch.object(train, "count_flops", lambda *args: {})],
-        "no synchronising, score by foreach": [*no_sync, mock.patch.object(score.SlotScorer, "observe", foreach)],
     }
     times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(repeats + 1):

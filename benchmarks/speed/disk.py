@@ -27,14 +27,14 @@ from transformers import AutoModel, BertConfig
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.learner import Learner, open_learner
-from fedara_flwr.config import Settings
+from fedara_flwr.config import DataSettings, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch
 
 BOUNDARY = 3
-TASK = TASKS["classification"]
+TASK = open_task(DataSettings())
 
 
 def timed(adapted: AdaptedModel, batches: list[Batch]) -> tuple[float, float]:
@@ -90,7 +90,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         for name, model in (("MiniLM", Settings().model.name), ("BERT-base's size", folder)):
             settings = Settings.from_flat({"model.name": model, "train.cache-disk-mb": 1024})
-            data = federation(settings.data, settings.seed)
+            data = federation(settings.data, settings.seed, TASK)
             learner = open_learner(settings, data.labels)
             adapted, tokenizer = learner.adapted, learner.tokenizer
             chosen = np.random.default_rng(0).permutation(len(data.pool))[: args.rows]

@@ -25,15 +25,15 @@ import torch
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.client.capacity import saved_bytes
-from fedara_flwr.config import Settings
+from fedara_flwr.config import DataSettings, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import last_blocks
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch
 
 RANK, SIZE, BATCHES = 12, 16, 2
-TASK = TASKS["classification"]
+TASK = open_task(DataSettings())
 PARTS = frozenset({"B", "E", "A", "head"})
 
 
@@ -51,7 +51,7 @@ def load(adapted: AdaptedModel, lowest: int) -> torch.optim.Optimizer:
 
 def step(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, batch: Batch, cached: bool) -> None:
     """As client/train.py."""
-    loss = TASK.loss(adapted.logits(batch, adapted.below(batch) if cached else None), batch)
+    loss = TASK.losses(adapted.outputs(batch, adapted.below(batch) if cached else None), batch).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -61,7 +61,7 @@ def activations(adapted: AdaptedModel, batch: Batch, cached: bool) -> int:
     """Bytes of activations that autograd keeps for the backward pass."""
     below = adapted.below(batch) if cached else None
     with saved_bytes(adapted.model) as kept:
-        loss = TASK.loss(adapted.logits(batch, below), batch)
+        loss = TASK.losses(adapted.outputs(batch, below), batch).mean()
     total = sum(kept.values())
     del loss
     return total
@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_flat({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
-    data = federation(settings.data, settings.seed)
+    data = federation(settings.data, settings.seed, TASK)
     learner = open_learner(settings, data.labels)
     adapted, tokenizer = learner.adapted, learner.tokenizer
     chosen = np.random.default_rng(0).permutation(len(data.pool))[: BATCHES * SIZE]

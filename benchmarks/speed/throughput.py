@@ -41,10 +41,10 @@ from fedara_flwr.cli.launch import read_config, run_flower
 from fedara_flwr.client import train as client
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.session import Session
-from fedara_flwr.config import Settings
+from fedara_flwr.config import DataSettings, Settings
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import open_task
 from fedara_flwr.wire.arrays import read_arrays
 from fedara_flwr.wire.plan import TrainPlan
 from fedara_flwr.wire.records import plan_from_content
@@ -53,7 +53,7 @@ ROOT = Path(__file__).parent.parent.parent
 FLOWERTUNE = Path(__file__).parent / "flowertune"
 sys.path.insert(0, str(FLOWERTUNE))
 CLIENTS = 20
-TASK = TASKS["classification"]
+TASK = open_task(DataSettings())
 
 
 class BareLoop:
@@ -80,7 +80,7 @@ class BareLoop:
         adapted.model.train(plan.train.dropout)
         for rows in client.batches([len(ids) for ids in data.train.ids], plan.train, rng):
             batch = Learner(adapted, TASK, self.tokenizer).batch(data.train, rows)
-            loss = TASK.loss(adapted.logits(batch, adapted.below(batch)), batch)
+            loss = TASK.losses(adapted.outputs(batch, adapted.below(batch)), batch).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -35,14 +35,14 @@ from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.together import train_together
 from fedara_flwr.client.train import ClientData, Job, train
-from fedara_flwr.config import LocalTraining, Settings
+from fedara_flwr.config import DataSettings, LocalTraining, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import TASKS, Encoded
+from fedara_flwr.tasks import Encoded, open_task
 from fedara_flwr.wire.plan import TrainPlan
 
 RANK, SIZE, ROWS = 12, 16, 64
-TASK = TASKS["classification"]
+TASK = open_task(DataSettings())
 PARTS = frozenset({"B", "E", "A", "head"})
 MINILM = next(iter(PACKAGED))
 SIZES: dict[str, Callable[..., PretrainedConfig]] = {
@@ -76,7 +76,7 @@ def folder(model: str, root: Path) -> str:
 def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse.Namespace) -> None:
     """Every number of clients on one open model."""
     settings = Settings.from_flat({"model.name": path, "model.dtype": dtype})
-    data = federation(settings.data, settings.seed)
+    data = federation(settings.data, settings.seed, TASK)
     learner = open_learner(settings, data.labels, args.device)
     adapted, tokenizer = learner.adapted, learner.tokenizer
     if why := problem(adapted):

@@ -201,8 +201,8 @@ class AdaptedModel:
         """Shrink to `mask` and take over values.
 
         Args:
-            arrays: B, E, A packed under `mask` and head; E may be absent, then it is 1; parts of the backbone only where
-                they differ from the pre-trained values.
+            arrays: B, E, A packed under `mask`, and head where the task has one; E may be absent, then it is 1; parts of the
+                backbone only where they differ from the pre-trained values.
             scales: s, one per module.
             trainable: parts that get gradients.
             positions: numbers of the backbone that `arrays["backbone"]` holds, as `draws.sparse_positions`; None = all.
@@ -225,8 +225,9 @@ class AdaptedModel:
             values = {part: self._tensor(row) for part, row in rows.items()} if count else {}
             self._fill(layer, values, trainable, scale)
         start = 0
-        head = self._tensor(arrays["head"])
+        head = self._tensor(arrays["head"]) if self.head else None  # a task may have none
         for parameter in self.head:
+            assert head is not None
             parameter.data = head[start : start + parameter.numel()].view_as(parameter).clone()
             parameter.grad = None
             parameter.requires_grad_("head" in trainable)
@@ -310,7 +311,7 @@ class AdaptedModel:
         return 0 if self._prefix is None or self._changes else self.lowest
 
     def below(self, batch: Batch) -> torch.Tensor | None:
-        """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `logits`.
+        """What enters block `lowest`, shape (batch, longest, hidden), kept from before or run now; for `outputs`.
 
         None where `boundary` is 0.
         """
@@ -319,15 +320,23 @@ class AdaptedModel:
         with self.autocast():
             return self._prefix.states(_inputs(batch), self.boundary)
 
-    def logits(self, batch: Batch, below: torch.Tensor | None = None) -> torch.Tensor:
-        """Forward pass without labels, of all blocks or from what `below` gave for this batch; float32 logits."""
+    def outputs(self, batch: Batch, below: torch.Tensor | None = None, **more: Any) -> Any:
+        """Forward pass without labels, of all blocks or from what `below` gave for this batch.
+
+        Args:
+            more: further arguments of the model's own forward pass.
+
+        Returns:
+            The model's own output object, in the types that it computes in.
+        """
         above = nullcontext() if self._prefix is None else self._prefix.above(below, self.boundary)
         with self.autocast(), above:
-            return self.model(**_inputs(batch)).logits.float()
+            return self.model(**_inputs(batch), **more)
 
 
 def _inputs(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "labels"}
+    """What the model is given of a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("labels")}
 
 
 def _add(parameters: list[nn.Parameter], change: torch.Tensor) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED, ConfigError
+from fedara_flwr.log import first_line
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.tasks.base import Task
 
@@ -62,25 +64,21 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_tokenizer(name: str, words: bool = False) -> Any:
+def load_tokenizer(name: str, task: Task | None = None) -> Any:
     """The backbone's tokenizer, with a padding token.
 
     Raises:
-        ConfigError: it cannot be loaded; or `words` is wanted, and it cannot tell which word a token is of.
+        ConfigError: it cannot be loaded, or lacks what `task` needs.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
-    if words and not tokenizer.is_fast:
-        raise ConfigError(f"model.name = {name!r}: its tokenizer does not tell which word a token is of, as data.task needs")
+        raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
+    if task is not None:
+        task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _why(error: Exception) -> str:
-    return f"cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 class Backbone:
@@ -109,7 +107,7 @@ class Backbone:
 
         Args:
             name: as `model.name`.
-            labels: label names, in order.
+            labels: label names, in order; () where the task has none.
             dtype: of the frozen weights, as `model.dtype`.
             pooling: as `model.pooling`.
             target_modules: as `adapter.target-modules`.
@@ -124,22 +122,16 @@ class Backbone:
             library(dtype)  # before minutes of loading
         source = locate(name)
         try:
-            config = AutoConfig.from_pretrained(
-                source,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
-                trust_remote_code=False,
-            )
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
             if config.pad_token_id is None:
                 config.pad_token_id = pad_token_id
             # a head is drawn here, but never used: clients and server get theirs from the server's seed
             with torch.random.fork_rng(devices=[]):
-                self.model, info = task.auto_class.from_pretrained(
+                self.model, info = getattr(transformers, task.auto_class).from_pretrained(
                     source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )
         except LOAD_ERRORS as error:
-            raise ConfigError(f"model.name = {name!r}: {_why(error)}") from error
+            raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)
@@ -165,10 +157,15 @@ class Backbone:
         return self.dtype in QUANTISED
 
     def _split_head(self, task: Task, missing: set[str], blocks: str) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
-        """Head: what the checkpoint lacks and the task layer, whole top-level modules."""
+        """Head: what the checkpoint lacks and the task layer, whole top-level modules; nothing where the task has no head."""
         inside = sorted(key for key in missing if key.startswith(blocks + "."))
         if inside:
             raise ConfigError(f"model.name = {self.name!r}: the checkpoint lacks {inside[0]} inside the blocks")
+        if task.head == "none":
+            if missing:
+                line = f"the checkpoint lacks {sorted(missing)[0]}, and task {task.name!r} trains no head"
+                raise ConfigError(f"model.name = {self.name!r}: {line}")
+            return (), ()
         tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != blocks.split(".")[0]}
         tops |= {
             name
@@ -182,6 +179,13 @@ class Backbone:
         if not head:
             raise ConfigError(f"model.name = {self.name!r}: no head found for task {task.name!r}")
         return modules, tuple(ParameterSpec(n, tuple(p.shape)) for n, p in head)
+
+    @property
+    def last_linear(self) -> str:
+        """Name of the last linear layer of the head, whose rows are the task's outputs; '' where there is none."""
+        modules = dict(self.model.named_modules())
+        names = [parameter.name.rpartition(".")[0] for parameter in self.spec.head]
+        return next((name for name in reversed(names) if isinstance(modules[name], nn.Linear)), "")
 
     def _set_pooling(self, pooling: str, head: tuple[ParameterSpec, ...]) -> str:
         """Freeze a pre-trained square pooler at the identity; returns its module name, '' where there is none.

@@ -1,4 +1,4 @@
-"""Writes what was trained for stock PEFT and transformers."""
+"""Writes what was trained in the formats that stock PEFT and transformers load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.spec import Vector
 
 
-def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
+def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str | None) -> None:
     """An AdaLoRA directory that `PeftModel.from_pretrained` loads with the same logits.
 
     `rank_pattern` (JSON booleans) carries the mask; modules without slots are not in it. PEFT knows one scale for all
@@ -40,10 +40,10 @@ def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str
         bits = np.zeros(rank, dtype=bool)
         bits[: mask.ranks[m]] = mask.module(m)
         config.rank_pattern[f"{name}.lora_E"] = bits.tolist()
-    _save(folder, backbone, config, tensors, weights.arrays["head"])
+    _save(folder, backbone, config, tensors, weights.arrays.get("head"))
 
 
-def save_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
+def save_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str | None) -> None:
     """A plain LoRA directory with the same logits; E, where there is one, is folded into B.
 
     Ranks and scales that differ by module are PEFT's `rank_pattern` and `alpha_pattern`.
@@ -66,10 +66,10 @@ def save_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str
         name = spec.modules[m].name
         tensors[f"{name}.lora_A.weight"] = rows["A"]
         tensors[f"{name}.lora_B.weight"] = (rows["B"] * rows["E"]).T.contiguous()
-    _save(folder, backbone, config, tensors, weights.arrays["head"])
+    _save(folder, backbone, config, tensors, weights.arrays.get("head"))
 
 
-def save_plain_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str) -> None:
+def save_plain_lora(folder: Path, backbone: Backbone, weights: Weights, task_type: str | None) -> None:
     """A LoRA directory for tools that know one rank only, with the same logits.
 
     Every living module has the rank r of the largest, filled up with zeros; lora_alpha = r, that is, scale 1: E and s are
@@ -84,7 +84,7 @@ def save_plain_lora(folder: Path, backbone: Backbone, weights: Weights, task_typ
         folded = rows["B"] * rows["E"] * weights.scales[m]
         tensors[f"{name}.lora_A.weight"] = pad(rows["A"], (0, 0, 0, missing))
         tensors[f"{name}.lora_B.weight"] = pad(folded, (0, 0, 0, missing)).T.contiguous()
-    _save(folder, backbone, config, tensors, weights.arrays["head"])
+    _save(folder, backbone, config, tensors, weights.arrays.get("head"))
 
 
 def _exactly(name: str) -> str:
@@ -106,14 +106,16 @@ def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str,
         yield m, {part: torch.from_numpy(np.array(values)) for part, values in rows[m].items()}
 
 
-def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector) -> None:
+def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector | None) -> None:
     """Configuration and tensors, with head and an identity pooler among them."""
     config.base_model_name_or_path = backbone.name
     config.revision = revision(backbone)
     config.inference_mode = True
-    config.modules_to_save = list(backbone.head_modules) + ([backbone.identity_pooler] if backbone.identity_pooler else [])  # type: ignore[attr-defined]
+    whole = [*backbone.head_modules, *([backbone.identity_pooler] if backbone.identity_pooler else [])]
+    config.modules_to_save = whole or None  # type: ignore[attr-defined]
     start = 0
     for parameter in backbone.spec.head:
+        assert head is not None
         tensors[parameter.name] = torch.from_numpy(np.array(head[start : start + parameter.size])).view(parameter.shape)
         start += parameter.size
     if backbone.identity_pooler:

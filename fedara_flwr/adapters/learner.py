@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
 from fedara_flwr.config import Settings
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.tasks import TASKS
+from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch, Encoded, Task
 
 BATCH = 32
@@ -72,21 +71,21 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, data: Encoded, batch_tokens: int = 0) -> dict[str, float]:
-        """The task's metrics of the loaded model on all of `data`; rows of similar length go together.
+        """The task's metrics of the loaded model on all of `data`; rows of similar length go together, no outputs are kept.
 
         Args:
             batch_tokens: most tokens of a batch, as in `parts`.
         """
-        adapted = self.adapted
+        adapted, task = self.adapted, self.task
         adapted.model.eval()
+        evaluation = task.evaluation(data, adapted.backbone.labels)
         lengths = [len(row) for row in data.ids]
         order = np.argsort(lengths, kind="stable").tolist()
-        logits: dict[int, NDArray[np.float32]] = {}
         for start in range(0, len(order), BATCH):
             for rows in parts(order[start : start + BATCH], lengths, batch_tokens):
                 batch = self.batch(data, rows)
-                logits |= dict(zip(rows, adapted.logits(batch, adapted.below(batch)).cpu().numpy(), strict=True))
-        return self.task.metrics([logits[i] for i in range(len(order))], data.labels, adapted.backbone.labels)
+                evaluation.add(task.outputs(self, batch, adapted.below(batch)), batch)
+        return evaluation.result()
 
 
 def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Learner:
@@ -98,8 +97,8 @@ def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu
         ConfigError: the model cannot be loaded, or does not fit.
     """
     silence_libraries()
-    task = TASKS[settings.data.task]
-    tokenizer = load_tokenizer(settings.model.name, task.words)
+    task = open_task(settings.data)
+    tokenizer = load_tokenizer(settings.model.name, task)
     backbone = Backbone(
         settings.model.name,
         task,

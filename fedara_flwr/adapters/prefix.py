@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fedara_flwr.adapters.scratch import Scratch
+from fedara_flwr.log import error_line
 from fedara_flwr.tasks.base import Batch
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Prefix:
         try:
             problem = self._try(head)
         except Exception as error:  # whatever a model that is not built like that may raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = error_line(error)
         self.fits, self.half, self._disk = not problem, half, Scratch(disk_megabytes)
         if problem:
             logger.info("%s runs without train.cache: %s", type(model).__name__, problem)
@@ -78,7 +79,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept in memory."""
+        """Bytes of block outputs that are kept in memory now."""
         return self._size
 
     def states(self, inputs: Batch, boundary: int) -> torch.Tensor:
@@ -110,7 +111,7 @@ class Prefix:
         return self._kept[key] if key in self._kept else self._disk.get(key)
 
     def _rounded(self, states: torch.Tensor) -> torch.Tensor:
-        """As it is kept."""
+        """A block's output as it is kept: as float16 where that was chosen and loses no number to infinity."""
         if self.half and states.dtype == torch.float32:
             rounded = states.half()
             return rounded if bool(rounded.isfinite().all()) else states

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from fedara_flwr.adapters.attach import ADAPTER, AdaptedModel
 from fedara_flwr.adapters.layer import stacked_linear
 from fedara_flwr.adapters.prefix import TOLERANCE
+from fedara_flwr.log import error_line
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS
 
@@ -104,12 +106,12 @@ def problem(adapted: AdaptedModel) -> str:
         bound = TOLERANCE[getattr(torch, adapted.backbone.dtype)]
         return "" if _difference(adapted) <= bound else "a layer takes other rows than those of the batch"
     except Exception as error:  # whatever a model that is not built like that may raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return error_line(error)
 
 
 @torch.no_grad()
 def _difference(adapted: AdaptedModel) -> float:
-    """Largest difference between logits of two clients together and one after the other, over the largest logit."""
+    """Largest difference between outputs of two clients together and one after the other, over the largest output."""
     spec, rng = adapted.spec, np.random.default_rng(0)
     mask = RankMask.full([1] * len(spec.modules))
     config = adapted.model.config
@@ -124,8 +126,14 @@ def _difference(adapted: AdaptedModel) -> float:
         arrays = {part: rng.normal(0, 0.5, spec.length(part, mask)).astype(np.float32) for part in ("B", "A", "head")}
         adapted.load(arrays, mask, (1.0,) * len(spec.modules))
         values.append(loaded(adapted))
-        alone.append(adapted.logits({name: value[rows] for name, value in batch.items()}))
+        alone.append(_numbers(adapted.outputs({name: value[rows] for name, value in batch.items()})))
     with Stack(adapted, values).whole():
-        together = adapted.logits(batch)
+        together = _numbers(adapted.outputs(batch))
     expected = torch.cat(alone)
     return float((together - expected).abs().max() / expected.abs().max())
+
+
+def _numbers(outputs: Any) -> torch.Tensor:
+    """What a model gives for each row, such as logits, or starts and ends of answers; float32, shape (rows, ...)."""
+    tensors = [value.float().flatten(1) for value in outputs.values() if isinstance(value, torch.Tensor)]
+    return torch.cat(tensors, dim=1)

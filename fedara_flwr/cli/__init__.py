@@ -66,6 +66,16 @@ def methods() -> None:
     print_methods(Console(highlight=False))
 
 
+@app.command()
+def tasks() -> None:
+    """List the tasks: built in and of installed packages, with their metrics and their keys of data.options."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.listing import print_tasks
+
+    print_tasks(Console(highlight=False))
+
+
 @app.command("doctor")  # not by the function's name, which would hide the module of that name
 def check_up(
     application: Annotated[Path, typer.Argument(metavar="APP", help="folder of the Flower app")] = Path("."),
@@ -74,7 +84,8 @@ def check_up(
     """Check what a run needs: versions, Flower's settings, device, model, data, ports. Exits with 1 if a run would fail."""
     from rich.console import Console
 
-    from fedara_flwr.cli.doctor import examine, print_findings
+    from fedara_flwr.cli.doctor import examine
+    from fedara_flwr.cli.findings import print_findings
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -125,7 +136,7 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders or names, as for `fedara report`")],
-    target: Annotated[float | None, typer.Option(help="rounds, MB and seconds to the first 3-evaluation mean so high")] = None,
+    target: Annotated[float | None, typer.Option(help="rounds, MB and seconds to the first 3-evaluation mean so good")] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("comparison.html"),
 ) -> None:
     """Compare runs: a table here, and a page with their curves over each other."""

@@ -160,6 +160,7 @@ def look(config: dict[str, Scalar], mark: str) -> dict[str, Any]:
     """
     from fedara_flwr.adapters.backbone import locate
     from fedara_flwr.data.federation import federation
+    from fedara_flwr.tasks import open_task
 
     try:
         found: dict[str, Any] = {name: version(name) for name in PACKAGES if name != "fedara-flwr"}  # the app's code is brought
@@ -169,7 +170,7 @@ def look(config: dict[str, Scalar], mark: str) -> dict[str, Any]:
         if model.is_dir():  # else each machine has it from the Hub
             files = sorted((str(file.relative_to(model)), file.stat().st_size) for file in model.rglob("*") if file.is_file())
             found[f"the folder of model.name = {settings.model.name!r}"] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
-        found["the digest of the data"] = federation(settings.data, settings.seed).digest[:12]
+        found["the digest of the data"] = federation(settings.data, settings.seed, open_task(settings.data)).digest[:12]
         home.mkdir(parents=True, exist_ok=True)
         if not os.access(home, os.W_OK):
             return {"error": f"FLWR_HOME = {str(home)!r}: cannot be written"}

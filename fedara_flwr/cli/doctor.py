@@ -5,59 +5,34 @@ Nothing is started or changed. Each check is a function that gives one Finding.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import socket
 import sys
-import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from fedara_flwr.cli import habits
+from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import QUANTISED, ConfigError, Settings
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
 from fedara_flwr.strategies import methods, plugins
+from fedara_flwr.tasks import registry
 
-Level = Literal["ok", "warning", "problem"]
-COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 PACKAGE = "fedara-flwr"
 OLDEST_PYTHON = (3, 11)
-NO_INSTALLATION = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
-PORTS = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": 39091, "FLWR_LOCAL_CONTROL_API_PORT": 39093}  # of plain `flwr run`
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MEMORY = 3e9  # bytes: Flower and Ray take 1 GB, each training client of the default model about as much
 DISK = 2e9  # bytes
-NETWORK_SECONDS = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        level: "ok"; "warning", a run works but something will surprise; "problem", a run will fail.
-        found: one line.
-        advice: what to do; "" where it is ok.
-    """
-
-    level: Level
-    found: str
-    advice: str = ""
 
 
 def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
@@ -68,12 +43,13 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
     yield from run_checks(
         {
             "app folder": partial(app_folder, app),
-            "dependencies": dependency_installation,
-            "local SuperLink": local_superlink,
-            "working folder": partial(working_folder, app),
-            "telemetry": telemetry,
-            "free port": free_port,
+            "dependencies": habits.dependency_installation,
+            "local SuperLink": habits.local_superlink,
+            "working folder": partial(habits.working_folder, app),
+            "telemetry": habits.telemetry,
+            "free port": habits.free_port,
             "methods": offered_methods,
+            "tasks": offered_tasks,
             "device": device,
             "GPU for clients": partial(client_gpu, app),
         }
@@ -90,44 +66,8 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
         )
 
 
-def print_findings(findings: Iterable[tuple[str, Finding]], console: Console) -> int:
-    """Print each finding as it comes and a line with their number; the number of problems."""
-    levels: list[Level] = []
-    for name, finding in findings:
-        levels.append(finding.level)
-        row = Table.grid(padding=(0, 2))
-        row.add_column(width=7)
-        row.add_column(width=15)
-        row.add_column(overflow="fold")
-        row.add_row(Text(finding.level, COLOURS[finding.level]), Text(name), Text(finding.found))
-        if finding.advice:
-            row.add_row("", "", Text(f"→ {finding.advice}"))
-        console.print(row)
-    warnings, problems = levels.count("warning"), levels.count("problem")
-    console.print(Text(f"\n{_count(problems, 'problem')}, {_count(warnings, 'warning')}"))
-    return problems
-
-
-def run_checks(checks: dict[str, Callable[[], Finding]]) -> Iterator[tuple[str, Finding]]:
-    """Each check's name and finding, as they come; one that raises is a problem of its own."""
-    for name, check in checks.items():
-        try:
-            yield name, check()
-        except Exception as error:  # a broken library must not hide what the other checks find
-            yield name, Finding("problem", f"cannot be checked: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:300] if isinstance(error, ConfigError) else f"{type(error).__name__}: {text[:300]}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
-
-
 def python() -> Finding:
-    """Python's version."""
+    """Whether Python is new enough."""
     found = f"Python {sys.version.split()[0]}, {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
         return Finding("problem", found, f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed")
@@ -174,8 +114,8 @@ def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Fin
     try:
         settings = Settings.from_flat(read_config(app, overrides))
     except ConfigError as error:
-        return None, Finding("problem", _line(error), "correct this first: model, data and folders were not checked")
-    rounds = _count(settings.num_server_rounds, "round")
+        return None, Finding("problem", reason(error), "correct this first: model, data and folders were not checked")
+    rounds = count(settings.num_server_rounds, "round")
     return settings, Finding("ok", f"{settings.method}, {rounds}, {settings.model.name}")
 
 
@@ -197,122 +137,22 @@ def app_folder(app: Path) -> Finding:
     return Finding("ok", str(app))
 
 
-def dependency_installation() -> Finding:
-    """Whether plain `flwr run` would install the app's dependencies afresh for every run."""
-    if os.environ.get(NO_INSTALLATION) == "1":
-        return Finding("ok", f"{NO_INSTALLATION}=1")
-    return Finding(
-        "warning",
-        f"{NO_INSTALLATION} is not 1: plain `flwr run` downloads all dependencies for every run, offline it fails",
-        f"export {NO_INSTALLATION}=1 before the first flwr command (`fedara run` sets it itself)",
-    )
-
-
-def local_superlink() -> Finding:
-    """Who listens where plain `flwr run` expects its local SuperLink, and what that one was started with."""
-    ports = {name: int(os.environ.get(name) or default) for name, default in PORTS.items()}
-    taken = {name: port for name, port in ports.items() if _listening(port)}
-    if not taken:
-        return Finding("ok", f"none runs; its ports {' and '.join(map(str, ports.values()))} are free")
-    name, port = next(iter(taken.items()))
-    process = _owner(port)
-    other_port = f"another port for plain `flwr run`: export {name}=… (`fedara run` takes a free one itself)"
-    if process is None:
-        return Finding("warning", f"a process that cannot be looked into listens on port {port}", other_port)
-    with contextlib.suppress(psutil.Error):
-        if not any("flower-superlink" in part for part in process.cmdline()):
-            return Finding("warning", f"process {process.pid} ({process.name()}) listens on port {port}", other_port)
-    bites = []
-    found = f"process {process.pid} on port {port}"
-    with contextlib.suppress(psutil.Error):
-        folder = Path(process.cwd())
-        found += f", started in {folder}"
-        if (folder / "fedara_flwr").is_dir():
-            bites.append("clients import fedara_flwr from there, whatever app is run")
-    with contextlib.suppress(psutil.Error):
-        told = "--disable-runtime-dependency-installation" in process.cmdline()
-        if process.environ().get(NO_INSTALLATION) != "1" and not told:
-            bites.append(f"it was started without {NO_INSTALLATION}=1 and installs dependencies for every run")
-    if bites:
-        return Finding("warning", f"{found}: {'; '.join(bites)}", f"kill {process.pid}; the next `flwr run` starts a new one")
-    return Finding("ok", found)
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _owner(port: int) -> psutil.Process | None:
-    """The process that listens on a port; None where the system does not tell (another user's, macOS)."""
-    with contextlib.suppress(psutil.Error):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return psutil.Process(connection.pid)
-    return None
-
-
-def working_folder(app: Path) -> Finding:
-    """Another copy of the package in the working folder: Ray puts that folder ahead of the app's."""
-    here = Path.cwd()
-    if (here / "fedara_flwr").is_dir() and here.resolve() != app.resolve():
-        return Finding(
-            "warning",
-            f"{here} has a folder fedara_flwr: the clients of plain `flwr run` import that one, not the app's",
-            "start flwr from another folder (`fedara run` does so itself)",
-        )
-    return Finding("ok", str(here))
-
-
-def telemetry() -> Finding:
-    """Flower's telemetry, on by default, where it cannot be reached."""
-    if os.environ.get("FLWR_TELEMETRY_ENABLED", "1") != "1":
-        return Finding("ok", "Flower's is off")
-    from flwr.supercore.telemetry import TELEMETRY_EVENTS_URL
-
-    if _reachable(str(urlsplit(TELEMETRY_EVENTS_URL).hostname), 443):
-        return Finding("ok", "Flower's is on (`fedara run` sets it off)")
-    return Finding(
-        "warning",
-        "Flower's is on, but its server cannot be reached",
-        "export FLWR_TELEMETRY_ENABLED=0, and FLWR_DISABLE_UPDATE_CHECK=1 (`fedara run` sets both)",
-    )
-
-
-def _reachable(host: str, port: int) -> bool:
-    """Whether a connection opens; name look-ups have no time limit of their own, so another thread waits for them."""
-    opened = threading.Event()
-
-    def connect() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=NETWORK_SECONDS):
-            opened.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(NETWORK_SECONDS)
-    return opened.is_set()
-
-
-def free_port() -> Finding:
-    """Whether a local port can be had, as `fedara run` needs for its SuperLink."""
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return Finding("ok", f"127.0.0.1:{probe.getsockname()[1]}, for example")
-    except OSError as error:
-        return Finding(
-            "problem", f"no port of 127.0.0.1 can be bound ({error.strerror})", "allow this, or use --engine inprocess"
-        )
-
-
 def offered_methods() -> Finding:
     """Methods of installed packages that cannot be used."""
-    broken = [plugin for plugin in plugins() if plugin.method is None]
+    broken = [plugin for plugin in plugins() if plugin.offer is None]
     if broken:
         reasons = "; ".join(f"{plugin.name!r} of {plugin.package}: {plugin.reason}" for plugin in broken)
         return Finding("warning", f"broken {reasons}", "update or uninstall the package")
     return Finding("ok", ", ".join(methods()))
+
+
+def offered_tasks() -> Finding:
+    """Tasks of installed packages that cannot be used."""
+    broken = [plugin for plugin in registry.plugins() if plugin.offer is None]
+    if broken:
+        reasons = "; ".join(f"{plugin.name!r} of {plugin.package}: {plugin.reason}" for plugin in broken)
+        return Finding("warning", f"broken {reasons}", "update or uninstall the package")
+    return Finding("ok", ", ".join(registry.tasks()))
 
 
 def device() -> Finding:
@@ -320,7 +160,7 @@ def device() -> Finding:
     import torch
 
     memory = psutil.virtual_memory()
-    where = ", ".join(_gpus()) or f"no CUDA, {_count(os.cpu_count() or 1, 'core')}"
+    where = ", ".join(_gpus()) or f"no CUDA, {count(os.cpu_count() or 1, 'core')}"
     found = f"torch {torch.__version__}, {where}, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of memory free"
     if memory.available < MEMORY:
         advice = "fewer clients at once: a higher client-resources-num-cpus in federation.toml; or --engine inprocess"
@@ -399,12 +239,12 @@ def model(settings: Settings) -> Finding:
 
         source = Path(locate(name))
     except ConfigError as error:
-        return Finding("problem", _line(error), "reinstall the model's package, or name another model")
+        return Finding("problem", reason(error), "reinstall the model's package, or name another model")
     if settings.model.dtype in QUANTISED:
         try:
             library(settings.model.dtype)
         except ConfigError as error:
-            return Finding("problem", _line(error), "install it, or choose another model.dtype")
+            return Finding("problem", reason(error), "install it, or choose another model.dtype")
     if source.is_dir():
         files = ("config.json", *WEIGHTS)
         there = [file for file in files if (source / file).is_file()]
@@ -433,11 +273,16 @@ def data(settings: Settings) -> Finding:
         if finding.level != "ok" or not _data_cached(name):
             return finding
     try:
-        found = load(settings.data, settings.seed)
+        task = registry.open_task(settings.data)
+        found = load(settings.data, settings.seed, task)
     except ConfigError as error:
-        return Finding("problem", _line(error), "see data.* in `fedara config`")
-    rows = f"{len(found.train)} training and {len(found.test)} test rows, {_count(len(found.labels), 'label')}"
-    return Finding("ok", f"{settings.data.path or name}: {rows}")
+        return Finding("problem", reason(error), "see data.* in `fedara config`")
+    rows = f"{len(found.train)} training and {len(found.test)} test rows"
+    labels = f", {count(len(found.labels), 'label')}" if task.labelled else ""
+    said = f"{settings.data.path or name}: {rows}{labels}"
+    if found.skipped:
+        return Finding("warning", f"{said}; {'; '.join(found.skipped)}", "a run leaves these rows out")
+    return Finding("ok", said)
 
 
 def _data_cached(name: str) -> bool:
@@ -453,10 +298,10 @@ def _on_hub(name: str, kind: Literal["model", "dataset"], cached: Callable[[], b
         if cached():
             return Finding("ok", f"{name}, in the cache of the Hugging Face Hub")
         api: Any = huggingface_hub.HfApi()
-        (api.model_info if kind == "model" else api.dataset_info)(name, timeout=NETWORK_SECONDS)
+        (api.model_info if kind == "model" else api.dataset_info)(name, timeout=habits.NETWORK_SECONDS)
     except Exception as error:  # no network, offline by HF_HUB_OFFLINE, no such name, gated: all the same to a run
         advice = "name a local folder (model.name) or file (data.path), or see that the network is there"
-        return Finding("problem", f"{name} is not in the cache, and the Hub does not give it ({_line(error)})", advice)
+        return Finding("problem", f"{name} is not in the cache, and the Hub does not give it ({reason(error)})", advice)
     return Finding("ok", f"{name}, on the Hugging Face Hub; the first run downloads it")
 
 
@@ -465,5 +310,5 @@ def trackers(settings: Settings) -> Finding:
     try:
         track.check(settings.run.track)
     except ConfigError as error:
-        return Finding("problem", _line(error), "install it, or leave it out")
+        return Finding("problem", reason(error), "install it, or leave it out")
     return Finding("ok", settings.run.track or "none asked for (run.track)")

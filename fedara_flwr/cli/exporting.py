@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from fedara_flwr.config import ConfigError, nearest
+from fedara_flwr.log import first_line
 from fedara_flwr.runs.card import base_name, has_card, is_hub_id, write_card
 from fedara_flwr.runs.directory import read_facts
 
@@ -84,7 +85,7 @@ def _check_repository(name: str) -> None:
         if name:
             validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"--push = {name!r}: {_first_line(error)}") from None
+        raise ConfigError(f"--push = {name!r}: {first_line(error)}") from None
 
 
 def _check_folder(out: Path, force: bool) -> None:
@@ -147,8 +148,4 @@ def _why(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
         return "the Hub wants a token that may write there (`hf auth login`, or HF_TOKEN)"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -31,9 +31,11 @@ from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
 from fedara_flwr.config import ConfigError, Scalar, Settings
+from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
+from fedara_flwr.tasks import open_task
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
@@ -112,7 +114,8 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     """The app's run configuration, or that of the run to go on with, and the overrides: names, types and values checked.
 
     Raises:
-        ConfigError: as `Settings.from_flat`, or for an unknown method or option.
+        ConfigError: as `Settings.from_flat`, or for an unknown method, task or option, or a partition that does not suit
+            the task.
     """
     if resume is not None:
         config: dict[str, Scalar] = {**run_config(resume), "run.resume": str(resume)}
@@ -128,12 +131,15 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     settings = Settings.from_flat(config)
     config["run.name"] = settings.run.name or new_name(settings.method)
     find(settings.method).check(settings)
+    task = open_task(settings.data)
+    check_partition(settings.data, task.grouped)
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
         config["data.path"] = str(Path(settings.data.path).expanduser().resolve())
         from fedara_flwr.data.sources import load
 
-        load(Settings.from_flat(config).data, settings.seed)
+        data = Settings.from_flat(config).data
+        load(data, settings.seed, open_task(data))
     if Path(settings.model.name).expanduser().is_dir():
         config["model.name"] = str(Path(settings.model.name).expanduser().resolve())
     return config

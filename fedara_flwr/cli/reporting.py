@@ -36,16 +36,17 @@ def compare(texts: Sequence[str], out: Path, target: float | None, console: Cons
     """Print the runs' tables, write the page with their curves and say where it is.
 
     Raises:
-        ConfigError: no such run, a target that is no share, or the page cannot be written.
+        ConfigError: no such run, a target that their metric cannot have, or the page cannot be written.
     """
     from fedara_flwr.report import read_run, write_comparison
     from fedara_flwr.report.compare import check_target, group, tables
 
-    check_target(target)
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
     paths = [find_run(text) for text in texts]
-    for content in tables(group([read_run(path) for path in paths]), target):
+    runs = [read_run(path) for path in paths]
+    check_target(target, runs)
+    for content in tables(group(runs), target):
         table = Table(
             box=box.SIMPLE_HEAD, title=Text(content.name), title_justify="left", collapse_padding=True, pad_edge=False
         )

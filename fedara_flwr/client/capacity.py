@@ -124,14 +124,14 @@ def measure(learner: Learner, data: Encoded, batch_size: int, batch_tokens: int,
     for batch in batches:
         with saved_bytes(adapted.model) as kept:
             with FlopCounter() as forward:
-                loss = task.loss(adapted.logits(batch), batch)
+                loss = task.losses(task.outputs(learner, batch), batch).sum()
             with FlopCounter() as backward:
                 loss.backward()
         flops += forward.total, backward.total
         most = max(most, sum(kept.values()))
     for batch in batches:  # once more: the first passes paid for warming up and for the counters
         began = clock(adapted.device)
-        loss = task.loss(adapted.logits(batch), batch)
+        loss = task.losses(task.outputs(learner, batch), batch).sum()
         between = clock(adapted.device)
         loss.backward()
         seconds += between - began, clock(adapted.device) - between

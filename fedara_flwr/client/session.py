@@ -31,7 +31,7 @@ class Session:
     def __init__(self, settings: Settings, labels: tuple[str, ...], device: str) -> None:
         self.settings, self.labels = settings, labels
         self.learner = open_learner(settings, labels, device)
-        self.adapted = self.learner.adapted
+        self.adapted, self.task = self.learner.adapted, self.learner.task
         self.client_data = lru_cache(maxsize=CLIENTS_KEPT)(self._encode_client)
         self._delta: tuple[str, ...] = ()
 
@@ -45,18 +45,26 @@ class Session:
             self.adapted.set_delta(compose(store.get(digests), self.adapted.spec))
             self._delta = digests
 
+    @property
+    def federation(self) -> fed.Federation:
+        """The run's own data, as every simulated node deals it out for itself."""
+        return fed.federation(self.settings.data, self.settings.seed, self.task)
+
     @cached_property
     def apart(self) -> str:
-        """Why several clients cannot go through the model together; '' where they can. Asking drops what is loaded."""
+        """Why several clients cannot go through the model together; '' where they can.
+
+        Finding out overwrites the loaded adapters and head.
+        """
         return problem(self.adapted)
 
     def _encode_client(self, client_key: str, partition: int, partitions: int, path: str) -> ClientData:
         data, seed = self.settings.data, self.settings.seed
         if path:
-            own = load_own(data, self.labels)
+            own = load_own(data, self.labels, self.task)
             rows, held_out, skipped = own.train, own.test, str(own.skipped)
         else:
-            rows = fed.federation(data, seed).pool.take(fed.shares(data, seed, partitions)[partition])
+            rows = self.federation.pool.take(fed.shares(data, seed, self.task, partitions)[partition])
             held_out, skipped = None, ""
         if held_out is None:
             rows, held_out = fed.hold_out(rows, data, seed, client_key)
@@ -105,6 +113,7 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
         data["client_validation"] = node.validation
     if node.data_path:  # all rows are this node's
         columns = {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
+        columns["options"] = node.data_options
         data |= {"id_column": "", **{name: column for name, column in columns.items() if column}}
     groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
     changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack
 from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
-from fedara_flwr.tasks.base import Batch
+from fedara_flwr.tasks.base import Batch, Encoded
 
 PASSES = ("forward", "backward")
 Passes = tuple[torch.Tensor, dict[str, float]]
@@ -40,8 +39,9 @@ class Spent:
 def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent) -> torch.Tensor:
     """Add up the gradients of a batch that comes in parts: the same, to rounding, as if it came whole.
 
-    Each part's mean loss counts by its share of the batch's predictions, every term's penalty once. Autograd keeps what one
-    part needs, never more. The backbone's dropout, where it is on, draws other numbers than for the whole batch.
+    The losses of all parts are summed and divided by the whole batch's number of predictions; every term's penalty counts
+    once. Autograd keeps what one part needs, never more. The backbone's dropout, where it is on, draws other numbers than for
+    the whole batch.
 
     Args:
         batches: the parts, at least one.
@@ -51,15 +51,14 @@ def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], 
         The batch's mean loss without penalties, detached.
     """
     adapted, task = learner.adapted, learner.task
-    counts = [task.count(batch) for batch in batches]
-    total = max(sum(counts), 1)
+    total = max(sum(int(task.counts(batch).sum()) for batch in batches), 1)
     mean = torch.zeros((), device=adapted.device)
-    for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+    for i, batch in enumerate(batches):
         spent.rows += len(batch["input_ids"])
         spent.tokens += batch["input_ids"].numel()
         before = clock(adapted.device)
         below = adapted.below(batch)
-        loss = task.loss(adapted.logits(batch, below), batch) * (count / total)
+        loss = task.losses(task.outputs(learner, batch, below), batch).sum() / total
         spent.seconds["forward"] += clock(adapted.device) - before
         mean += loss.detach()
         for penalty in (term.penalty() for term in terms if i == 0):
@@ -84,42 +83,44 @@ def backward_together(learner: Learner, stack: Stack, batch: Batch, counts: Sequ
     before = clock(adapted.device)
     below = adapted.below(batch)
     with stack.whole():
-        logits = adapted.logits(batch, below)
-    places = range(0, len(logits), len(logits) // len(counts))
+        each, predictions = task.losses(task.outputs(learner, batch, below), batch), task.counts(batch)
+    places = range(0, len(each), len(each) // len(counts))
     own = [slice(start, start + count) for start, count in zip(places, counts, strict=True)]
-    losses = torch.stack([task.loss(logits[rows], {name: values[rows] for name, values in batch.items()}) for rows in own])
+    losses = torch.stack([each[rows].sum() / predictions[rows].sum().clamp(min=1) for rows in own])
     between = clock(adapted.device)
     losses.sum().backward()
     return losses.detach(), dict(zip(PASSES, (between - before, clock(adapted.device) - between), strict=True))
 
 
-def count_flops(adapted: AdaptedModel, trainable: frozenset[str], spent: Spent) -> dict[str, float]:
+def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent) -> dict[str, float]:
     """Floating-point operations of the forward and backward passes that were `spent`, by the loaded model's cost per token.
 
     That is counted as it runs, on one row about as long as theirs were on average (attention alone depends on it: half of
     LENGTH is 0.4% of MiniLM's cost); once for each mask and length, since nothing else matters. What `AdaptedModel.below`
     runs once per example is left out: it depends on whom this process served before. Gradients are gone afterwards.
     """
+    adapted = learner.adapted
     length = max(1, round(spent.tokens / max(spent.rows, 1)))
     length = length if length < LENGTH // 4 else max(LENGTH, LENGTH * round(length / LENGTH))
     key = (length, adapted.mask, trainable, adapted.boundary)
     if key not in adapted.costs:
         if len(adapted.costs) >= KEPT:
             adapted.costs.clear()
-        adapted.costs[key] = _cost(adapted, length)
+        adapted.costs[key] = _cost(learner, length)
     return {name: cost * spent.tokens / length for name, cost in zip(PASSES, adapted.costs[key], strict=True)}
 
 
-def _cost(adapted: AdaptedModel, length: int) -> tuple[int, int]:
-    """Of one row."""
+def _cost(learner: Learner, length: int) -> tuple[int, int]:
+    """Floating-point operations of a forward and a backward pass of one made-up row, with the task's own loss."""
+    adapted, task = learner.adapted, learner.task
     config: Any = adapted.model.config
-    tokens = torch.arange(length, device=adapted.device)[None] % config.get_text_config().vocab_size
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    ids = [token % config.get_text_config().vocab_size for token in range(length)]
+    batch = learner.batch(Encoded([ids], [task.made_up(length)]), [0])
     adapted.model.eval()
     below = adapted.below(batch)
     with FlopCounter() as forward:
-        logits = adapted.logits(batch, below)
+        loss = task.losses(task.outputs(learner, batch, below), batch).sum()
     with FlopCounter() as backward_pass:
-        logits.sum().backward()
+        loss.backward()
     adapted.model.zero_grad(set_to_none=True)
     return forward.total, backward_pass.total

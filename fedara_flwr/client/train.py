@@ -103,7 +103,8 @@ class Trainee:
         """Load what the client received, and evaluate that where the plan asks for it."""
         if not len(job.data.train):
             raise ValueError("no example to train on")
-        self.adapted, self.job, self.plan, self.simulated = learner.adapted, job, job.plan, simulated
+        self.learner, self.adapted = learner, learner.adapted
+        self.job, self.plan, self.simulated = job, job.plan, simulated
         self.stream = seeds.derive(self.plan.seed, "train", self.plan.server_round, job.client_key)
         torch.manual_seed(self.stream)
         self.power = None if simulated else PowerMeter()
@@ -167,7 +168,7 @@ class Trainee:
         }
         metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
         if self.simulated:
-            metrics |= {f"flops-{name}": value for name, value in count_flops(adapted, plan.trained, spent).items()}
+            metrics |= {f"flops-{name}": value for name, value in count_flops(self.learner, plan.trained, spent).items()}
         found = self._collect()
         metrics["peak-memory-mb"] = peak_memory()
         metrics |= self.power.read() if self.power is not None else {}
@@ -211,8 +212,8 @@ def train(
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
         `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (client/power);
-        of a simulated one `flops-forward` and `flops-backward` (client/step.count_flops); `eval-accuracy`, `eval-macro-f1`,
-        `eval-loss`, `eval-examples` of the received model where the plan asks for it.
+        of a simulated one `flops-forward` and `flops-backward` (client/step.count_flops); `eval-examples` and the task's
+        metrics as `eval-…`, of the received model, where the plan asks for it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.

@@ -1,6 +1,6 @@
 """The client's half of FedARA: how it ranks the rank slots that it trains (arXiv 2501.14406; this project's reading).
 
-No torch import: a node tells the names of its terms without loading it, and tensors know how to do all that is done here.
+torch is imported where it is used: a node tells the names of its terms without loading it.
 """
 
 from __future__ import annotations
@@ -48,14 +48,20 @@ class SlotVote(Term):
         """Add this step's products of weight and gradient."""
         if self.importance == "magnitude":
             return
+        import torch
+
         self._steps += 1
+        pairs = [pair for slots, sums in zip(self._slots, self._sums, strict=True) for pair in zip(slots, sums, strict=True)]
+        trained = [(p.detach(), p.grad, total) for p, total in pairs if p.grad is not None]  # LoRA's E is frozen
+        if not trained:
+            return
+        weights, gradients, totals = map(list, zip(*trained, strict=True))
         if self._steps == 2:  # from E = 0 the first step gives A and B no gradient: it counts only where it is the only one
-            for total in (total for triplet in self._sums for total in triplet):
-                total.zero_()
-        for triplet, sums in zip(self._slots, self._sums, strict=True):
-            for parameter, total in zip(triplet, sums, strict=True):
-                if parameter.grad is not None:  # LoRA's E is frozen
-                    total.add_((parameter.detach() * parameter.grad).abs())
+            torch._foreach_zero_(totals)
+        # all modules' products in one call each: on a GPU launches cost more than the products
+        products = torch._foreach_mul(weights, gradients)
+        torch._foreach_abs_(products)
+        torch._foreach_add_(totals, products)
 
     def finish(self) -> None:
         """Rank the slots."""

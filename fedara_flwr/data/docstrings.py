@@ -50,8 +50,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 @cache
 def load() -> tuple[Examples, tuple[str, ...]]:
-    """All unique docstrings of five words or more, and the twelve area names. A second, then cached."""
-    labels = tuple(AREAS)
+    """All unique docstrings of five words or more, grouped by area, and the twelve areas' names. A second, then cached."""
     area_of = {module: i for i, modules in enumerate(AREAS.values()) for module in modules.split()}
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, int] = {}
@@ -62,4 +61,4 @@ def load() -> tuple[Examples, tuple[str, ...]]:
             continue
         for text in _docstrings(path):
             found.setdefault(text, area)
-    return Examples(tuple(found), np.array(list(found.values()), dtype=np.int64)), labels
+    return Examples(tuple(found), np.array(list(found.values()), dtype=np.int64)), tuple(AREAS)

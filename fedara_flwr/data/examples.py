@@ -1,4 +1,4 @@
-"""A set of labelled texts, or of sentences whose words have tags."""
+"""Rows as a task reads them, whatever the task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,22 +16,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of text and label.
+    """Rows of a data set; every attribute that is not None has one entry for each.
 
     Attributes:
-        texts: the texts; `pairs` the second texts of sentence pairs, else None.
-        labels: shape (n,), index into the label names. Of tagged sentences what `tags.main_types` says: partitions go by it.
-        owners: whose row it is, for natural partitions, else None.
-        words: the words of tagged sentences (`texts` has them joined), else None.
-        tags: one for each word, index into the label names, else None.
+        texts: the main text.
+        groups: shape (n,), numbers from 0: what partitions by label go by, such as a row's label; None where rows have no such.
+        pairs: the second text of sentence pairs, or None.
+        owners: whose row it is, for natural partitions, or None.
+        targets: what is to be learnt where the groups do not say it, in types that JSON knows, or None.
+        identities: what tells a row from others where its text does not, targets included, or None.
     """
 
     texts: tuple[str, ...]
-    labels: NDArray[np.int64]
+    groups: NDArray[np.int64] | None = None
     pairs: tuple[str, ...] | None = None
     owners: tuple[str, ...] | None = None
-    words: tuple[tuple[str, ...], ...] | None = None
-    tags: tuple[tuple[int, ...], ...] | None = None
+    targets: tuple[Any, ...] | None = None
+    identities: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,37 +45,37 @@ class Examples:
 
         return Examples(
             tuple(self.texts[i] for i in index),
-            self.labels[np.asarray(index, dtype=np.int64)],
+            None if self.groups is None else self.groups[np.asarray(index, dtype=np.int64)],
             pick(self.pairs),
             pick(self.owners),
-            pick(self.words),
-            pick(self.tags),
+            pick(self.targets),
+            pick(self.identities),
         )
 
     def keys(self, seed: int) -> list[bytes]:
-        """sha256(seed, text) of each row: the same on every machine, whatever the order of the rows.
-
-        Of a tagged sentence the words and tags, as JSON, stand for the text.
-        """
-        texts, pairs = self.texts, self.pairs or ("",) * len(self)
-        if self.words is not None and self.tags is not None:
-            texts = tuple(json.dumps(sentence) for sentence in zip(self.words, self.tags, strict=True))
+        """sha256(seed, identity or text, pair) of each row: the same on every machine, whatever the order of the rows."""
+        texts, pairs = self.identities or self.texts, self.pairs or ("",) * len(self)
         return [
             hashlib.sha256(f"{seed}\x1f{text}\x1f{pair}".encode()).digest() for text, pair in zip(texts, pairs, strict=True)
         ]
 
     def digest(self) -> str:
-        """sha256 over all rows in order."""
+        """sha256 over all rows in order: keys, groups, and targets that no identity tells."""
         total = hashlib.sha256()
-        for key, label in zip(self.keys(0), self.labels, strict=True):
-            total.update(key + int(label).to_bytes(4, "big"))
+        for row, key in enumerate(self.keys(0)):
+            total.update(key)
+            if self.groups is not None:
+                total.update(int(self.groups[row]).to_bytes(4, "big"))
+            if self.targets is not None and self.identities is None:
+                total.update(json.dumps(self.targets[row]).encode())
         return total.hexdigest()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test data with their label names."""
+    """Training and test data, their label names (none where the task has no labels), and a line for each part left out."""
 
     train: Examples
     test: Examples
     labels: tuple[str, ...]
+    skipped: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from fedara_flwr import seeds
 from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.partitions import partition, split
+from fedara_flwr.data.reading import Reader
 from fedara_flwr.data.sources import load
 
 
@@ -22,8 +23,9 @@ class Federation:
         pool: training rows that clients share among them.
         validation: rows for the server's curves and for tuning.
         test: rows for one evaluation at the end.
-        labels: label names in order.
+        labels: label names in order; () where the task has none.
         digest: sha256 of the pool; server and simulated clients compare it.
+        skipped: a line for each part of the source of which rows were left out.
     """
 
     pool: Examples
@@ -31,23 +33,24 @@ class Federation:
     test: Examples
     labels: tuple[str, ...]
     digest: str
+    skipped: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=4)
-def federation(settings: DataSettings, seed: int) -> Federation:
-    """Load and split, once per process."""
-    data = load(settings, seed)
+def federation(settings: DataSettings, seed: int, reader: Reader) -> Federation:
+    """Load and split, once per process; `reader` is the task, made with these settings."""
+    data = load(settings, seed, reader)
     if len(data.train) < 2:
         raise ConfigError(f"data.path = {settings.path!r}: {len(data.train)} rows to train on, at least 2 are needed")
     pool, validation = split(data.train, seed, settings.validation)
     rest = data.train.take(pool)
-    return Federation(rest, data.train.take(validation), data.test, data.labels, rest.digest())
+    return Federation(rest, data.train.take(validation), data.test, data.labels, rest.digest(), data.skipped)
 
 
 @lru_cache(maxsize=4)
-def shares(settings: DataSettings, seed: int, clients: int) -> list[np.ndarray]:
+def shares(settings: DataSettings, seed: int, reader: Reader, clients: int) -> list[np.ndarray]:
     """Row numbers of the pool for each client."""
-    return partition(federation(settings, seed).pool, settings, clients, seed)
+    return partition(federation(settings, seed, reader).pool, settings, clients, seed)
 
 
 def hold_out(examples: Examples, settings: DataSettings, seed: int, client_key: str) -> tuple[Examples, Examples]:

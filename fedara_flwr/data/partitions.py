@@ -10,6 +10,7 @@ from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.data.examples import Examples
 
 Index = NDArray[np.int64]
+BY_GROUP = ("dirichlet", "pathological")
 
 
 def by_hash(examples: Examples, seed: int) -> Index:
@@ -25,31 +26,48 @@ def split(examples: Examples, seed: int, share: float) -> tuple[Index, Index]:
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
+def check_partition(settings: DataSettings, grouped: bool) -> None:
+    """Whether `data.partition` can deal out a task's rows.
+
+    Args:
+        grouped: whether they have something that partitions by label can go by.
+
+    Raises:
+        ConfigError: they have not, and it needs that.
+    """
+    if settings.partition in BY_GROUP and not grouped:
+        raise ConfigError(
+            f"data.partition = {settings.partition!r}: rows of data.task = {settings.task!r} have no label to go by, allowed "
+            "are 'iid', and 'natural' with data.id-column"
+        )
+
+
 def partition(examples: Examples, settings: DataSettings, clients: int, seed: int) -> list[Index]:
     """Row numbers of each client; disjoint, together all rows. A client may be left without any.
 
     iid: equal shares. dirichlet: for each label, shares over clients ~ Dir(alpha) (Hsu et al., arXiv 1909.06335).
-    pathological: rows sorted by label, cut into clients × labels-per-client shards (McMahan et al., arXiv 1602.05629).
+    pathological: rows sorted by group, cut into clients × labels-per-client shards (McMahan et al., arXiv 1602.05629).
     natural: one client per owner, in the order of the owners' names, wrapped round where there are more owners.
     """
+    check_partition(settings, examples.groups is not None)
     order = by_hash(examples, seed)
-    labels = examples.labels[order]
+    groups = examples.groups[order] if examples.groups is not None else order[:0]
     rng = seeds.generator(seed, "partition", settings.partition, clients)
     match settings.partition:
         case "iid":
             parts = [order[i::clients] for i in range(clients)]
         case "dirichlet":
             buckets: list[list[Index]] = [[order[:0]] for _ in range(clients)]
-            for label in np.unique(labels):
-                rows = order[labels == label]
+            for group in np.unique(groups):
+                rows = order[groups == group]
                 shares = rng.dirichlet(np.full(clients, settings.dirichlet_alpha))
                 cuts = np.floor(np.cumsum(shares)[:-1] * len(rows) + 0.5).astype(np.int64)
                 for bucket, piece in zip(buckets, np.split(rows, cuts), strict=True):
                     bucket.append(piece)
             parts = [np.concatenate(bucket) for bucket in buckets]
         case "pathological":
-            by_label = order[np.argsort(labels, kind="stable")]
-            shards = np.array_split(by_label, clients * settings.labels_per_client)
+            by_group = order[np.argsort(groups, kind="stable")]
+            shards = np.array_split(by_group, clients * settings.labels_per_client)
             dealt = rng.permutation(len(shards)).reshape(clients, settings.labels_per_client)
             parts = [np.concatenate([shards[i] for i in row]) for row in dealt]
         case _:

@@ -15,8 +15,10 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
+
+from fedara_flwr.plugins import offered
 
 if TYPE_CHECKING:
     from fedara_flwr.config import LocalTraining
@@ -69,26 +71,18 @@ def declared() -> dict[str, Part]:
 
     A declaration that cannot be used is left out with a warning; whoever needs it is told that it is not declared.
     """
-    found = dict(BUILT_IN)
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        try:
-            reason = _unfit(part := point.load(), point.name, found)
-        except (Exception, SystemExit) as error:  # a stranger's code: whatever it does must not end this run
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if reason:
-            logger.warning("part %r of %s cannot be used: %s", point.name, point.value, reason)
-        else:
-            found[point.name] = part
-    return found
+    offers = offered(GROUP, "part", {*BUILT_IN, *RESERVED}, _unfit)
+    for plugin in offers:
+        if plugin.offer is None:
+            logger.warning("part %r of %s cannot be used: %s", plugin.name, plugin.package, plugin.reason)
+    return BUILT_IN | {plugin.name: plugin.offer for plugin in offers if plugin.offer is not None}
 
 
-def _unfit(part: object, name: str, taken: Iterable[str]) -> str:
+def _unfit(part: object, point: EntryPoint) -> str:
     """Why what an entry point names is no part that can be added; '' where it is one."""
     if not isinstance(part, Part) or part.holds is None or part.slots:
-        return "it is no Part of the backbone's parameters (with `holds`, without `width`)"
-    if part.name != name:
-        return f"it has the name {part.name!r}, its entry point {name!r}"
-    return f"the name {name!r} is taken" if name in taken or name in RESERVED else ""
+        return f"{point.value} is no Part of the backbone's parameters (with `holds`, without `width`)"
+    return "" if part.name == point.name else f"{point.value} has the name {part.name!r}, its entry point {point.name!r}"
 
 
 def part(name: str) -> Part:

@@ -1,21 +1,27 @@
-"""What a client lets out, by its own settings (client/node): which metrics, and whether its update is cut and noised first.
+"""What a client lets out, by its own settings (node/settings): which metrics, and whether its update is cut and noised first.
 
 The server has no say in it and is not told. No torch.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from fedara_flwr.log import printable
 from fedara_flwr.model.difference import difference, share_within
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.seeds import secure_normal
+from fedara_flwr.tasks.registry import evaluation_metrics
 
-METRICS = (
+logger = logging.getLogger(__name__)
+EXAMPLES = "eval-examples"
+TRAINING = (
     "loss",
     "loss-last",
     "steps",
@@ -34,13 +40,20 @@ METRICS = (
     "flops-backward",
     "coding-error",
     "feedback-norm",
-    "eval-loss",
-    "eval-accuracy",
-    "eval-macro-f1",
-    "eval-entity-f1",
 )
-"""All metrics that may leave a client: figures of training and of whole evaluations, no label's own. Beside them goes
-`num-examples`, which every reply must have, and with `eval-…` their `eval-examples`."""
+"""Figures of training that may leave a client. Beside them go whole evaluations, no label's own: every task's metrics as
+`eval-…`, and with them `eval-examples`; and `num-examples`, which every reply must have."""
+
+
+@cache
+def known_metrics() -> tuple[str, ...]:
+    """All metrics that may leave a client: of training, and of every task that is installed here."""
+    return (*TRAINING, *sorted(evaluation_metrics()))
+
+
+@cache
+def _say_unknown(name: str) -> None:
+    logger.warning("metric %r is not sent: neither training nor a task that is installed here knows it", printable(name))
 
 
 @dataclass(frozen=True)
@@ -48,21 +61,27 @@ class Guard:
     """A node's choice.
 
     Attributes:
-        metrics: names that may leave.
+        metrics: names that may leave; None = all that are known here.
         clip: length to which the update's difference from what was received is cut, over all parts together; 0 = not cut.
         noise: standard deviation of the noise on each number of the difference, over `clip`; 0 = none.
     """
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] | None = None
     clip: float = 0.0
     noise: float = 0.0
 
     def let_out(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `metrics` that may leave."""
-        found = {name: value for name, value in metrics.items() if name in self.metrics}
-        if "eval-examples" in metrics and any(name.startswith("eval-") for name in found):
-            found["eval-examples"] = metrics["eval-examples"]
-        return found
+        """Those of `metrics` that may leave; one that nobody knows is named in the log, once."""
+        allowed: dict[str, Any] = {}
+        for name, value in metrics.items():
+            if name not in known_metrics() and name != EXAMPLES:
+                _say_unknown(name)
+            elif self.metrics is None or name in self.metrics:
+                allowed[name] = value
+        allowed.pop(EXAMPLES, None)
+        if EXAMPLES in metrics and any(name.startswith("eval-") for name in allowed):
+            allowed[EXAMPLES] = metrics[EXAMPLES]
+        return allowed
 
     def protect(self, arrays: Arrays, received: Arrays, normal: Callable[[int], np.ndarray] = secure_normal) -> Arrays:
         """Trained arrays as they may leave: the difference from `received`, packed alike, cut to `clip` and noised."""

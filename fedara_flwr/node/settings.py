@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from fedara_flwr.config import QUANTISED, ConfigError, Dtype, Group, ModelSettings, nearest, one_line
 from fedara_flwr.log import printable
-from fedara_flwr.node.guard import METRICS, Guard
+from fedara_flwr.node.guard import Guard, known_metrics
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says
@@ -45,6 +45,9 @@ class NodeSettings(Group):
     text_column: str = Field("", description="column of the text; '' = the run's, as with the next two")
     pair_column: str = Field("", description="column of the second text")
     label_column: str = Field("", description="column of the label")
+    data_options: str = Field(
+        "", description="keys of the run's task alone, for own data, as the run's data.options; '' = those"
+    )
     validation: float | None = Field(
         None,
         ge=0,
@@ -77,9 +80,9 @@ class NodeSettings(Group):
         return settings
 
     def _check_metrics(self) -> None:
-        for name in self.guard.metrics:
-            if name not in METRICS:
-                line = f"node-config metrics = {self.metrics!r}: there is no metric {name!r}{nearest(name, METRICS)}"
+        for name in self.guard.metrics or ():
+            if name not in known_metrics():
+                line = f"node-config metrics = {self.metrics!r}: there is no metric {name!r}{nearest(name, known_metrics())}"
                 raise ConfigError(line)
         if self.update_noise and not self.update_clip:
             raise ConfigError(f"node-config update-noise = {self.update_noise!r}: needs update-clip above 0")

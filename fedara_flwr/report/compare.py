@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedara_flwr.config import ConfigError
-from fedara_flwr.report.read import Reached, Run, final, number, to_target, total_megabytes, total_modelled, total_seconds
+from fedara_flwr.report.read import Run, number
+from fedara_flwr.report.series import Reached, final, to_target, total_megabytes, total_modelled, total_seconds
 
 Differences = dict[str, list[str]]
 OWN = ("seed", "method")  # every row says these
@@ -32,14 +33,24 @@ class Table:
     rows: list[list[str]]
 
 
-def check_target(target: float | None) -> None:
-    """Refuse a target that no metric can reach.
+def check_target(target: float | None, runs: Sequence[Run]) -> None:
+    """Refuse a target that says nothing: one that no run can reach, that every run has reached, or of several metrics.
 
     Raises:
-        ConfigError: it is no share.
+        ConfigError: it does not lie in the range of the runs' main metric, or they have several.
     """
-    if target is not None and not 0 < target <= 1:
-        raise ConfigError(f"--target {target:g}: allowed is a number above 0 and at most 1")
+    if target is None:
+        return
+    metrics = list(dict.fromkeys(run.main for run in runs))
+    if len(metrics) > 1:
+        raise ConfigError(f"--target {target:g}: allowed with one main metric, these runs have {metric_name(runs)}")
+    for metric in metrics:
+        low, high = (f"{bound:g}" for bound in (metric.low, metric.high))
+        sound = metric.low < target <= metric.high if metric.higher else metric.low <= target < metric.high
+        if not (sound and math.isfinite(target)):
+            below = f"and at most {high}" if metric.higher else f"and below {high}"
+            limits = f"{'above' if metric.higher else 'at least'} {low}" + (f" {below}" if math.isfinite(metric.high) else "")
+            raise ConfigError(f"--target {target:g}: allowed with {metric.name} is a number {limits}")
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -73,7 +84,8 @@ def tables(groups: Sequence[Group], target: float | None) -> list[Table]:
     headings = ["run", "method", "seed", "rounds", metric, "test", "MB", "wall", "modelled"]
     found = [Table("Runs", "", headings, [[*_named(label, run), *_results(run)] for label, run in labelled])]
     if target is not None:
-        note = "Up to the last of the first three evaluations in a row whose mean is at least that."
+        reached = "at least" if labelled[0][1].main.higher else "at most"
+        note = f"Up to the last of the first three evaluations in a row whose mean is {reached} that."
         headings = ["run", "method", "seed", "rounds", "MB", "wall", "modelled"]
         rows = [[*_named(label, run), *_taken(to_target(run, target))] for label, run in labelled]
         found.append(Table(f"To {metric} {target:g}", note, headings, rows))

@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedara_flwr.config import ConfigError, DataSettings
 from fedara_flwr.files import write_whole
 from fedara_flwr.report import plots, templates
 from fedara_flwr.report.compare import (
@@ -22,22 +23,22 @@ from fedara_flwr.report.compare import (
     metric_name,
     tables,
 )
-from fedara_flwr.report.read import (
+from fedara_flwr.report.loading import loading_code
+from fedara_flwr.report.read import Run, number, read_run
+from fedara_flwr.report.series import (
     Client,
-    Run,
     cumulative_modelled,
     drops,
     drops_by_reason,
     final,
-    number,
     per_client,
-    read_run,
     sent,
     series,
     total_megabytes,
     total_modelled,
     total_seconds,
 )
+from fedara_flwr.tasks import open_task
 
 MOST_DROPS = 200  # shown in full; the rest is counted
 OUTCOMES = ("completed", "running", "stopped", "failed")
@@ -63,7 +64,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path, target: float | None =
         target: level of the main metric; the table then says what it took to reach it.
 
     Raises:
-        ConfigError: a folder is no run's, or the target no share.
+        ConfigError: a folder is no run's, or the target none for its metric.
         OSError: the page cannot be written.
     """
     _write(out, render_comparison([read_run(path) for path in run_dirs], target))
@@ -98,7 +99,7 @@ def render_report(run: Run) -> str:
 
 def render_comparison(runs: Sequence[Run], target: float | None) -> str:
     """The page of several runs as HTML."""
-    check_target(target)
+    check_target(target, runs)
     groups = group(runs)
     ordered = [run for members in groups for run in members.runs]
     metric, unseen = metric_name(runs), "No run has an evaluation."
@@ -146,7 +147,7 @@ def _outcome(run: Run) -> str:
 
 def _figures(run: Run) -> list[tuple[str, str, str]]:
     """Name, value and unit of what stands at the top."""
-    metrics = dict.fromkeys([run.metric, "macro-f1"])
+    metrics = [name for name in (run.metric, run.second) if name]
     start = number(run.start.get(run.metric))
     found = []
     for metric in metrics:
@@ -205,8 +206,8 @@ def _pictures(run: Run) -> list[Picture]:
         _picture(
             plots.data_partition(run),
             "Partition",
-            "Training examples by client and label.",
-            "The run did not write which client has which labels: it was none in simulation, is private, or has not begun.",
+            "Training examples by client and label, or by client where rows have no label.",
+            "The run did not write which client has which examples: it was none in simulation, is private, or has not begun.",
         ),
     ]
 
@@ -222,31 +223,24 @@ def _loading(run: Run) -> tuple[str, str]:
     exported, model = run.facts.get("exported"), str(run.facts.get("model", ""))
     if exported not in ("adapter", "model"):
         return "", ""
-    tags = run.facts.get("task") == "token-classification"
-    auto = "AutoModelForTokenClassification" if tags else "AutoModelForSequenceClassification"
-    if exported == "adapter":
-        text, peft = "The adapter loads in stock PEFT, on the unchanged backbone:", ["from peft import PeftModel"]
-        load = [
-            f"base = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)}, num_labels=len(labels))",
-            'model = PeftModel.from_pretrained(base, run / "adapter").eval()',
-        ]
-    else:
-        text, peft = "What was trained is merged into the model, which loads in stock transformers:", []
-        load = [f'model = {auto}.from_pretrained(run / "model").eval()']
-    code = [
-        "import json",
-        "from pathlib import Path",
-        *peft,
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
+    try:
+        config = run.facts.get("config") or {}
+        task = open_task(DataSettings(task=str(run.facts.get("task")), options=str(config.get("data.options", ""))))
+    except ConfigError:  # of a package that is not installed where the page is made
+        return f"It is in the run's folder {exported}; its task is not installed here, so no code can be shown.", ""
+    place = [
         f"run = Path({json.dumps(run.name, ensure_ascii=False)})  # the run's folder",
-        'labels = json.loads((run / "federated.json").read_text())["labels"]',
-        *load,
-        f'tokenizer = AutoTokenizer.from_pretrained(run / "{exported}")',
-        'logits = model(**tokenizer("some text", return_tensors="pt")).logits[0]',
-        "print([labels[i] for i in logits.argmax(-1)])" if tags else "print(labels[logits.argmax(-1)])",
+        f'folder = run / "{exported}"',
     ]
-    return text, "\n".join(code)
+    imports = ["import json", "from pathlib import Path"] if task.labelled else ["from pathlib import Path"]
+    base = json.dumps(model, ensure_ascii=False) if exported == "adapter" else None
+    labels = 'json.loads((run / "federated.json").read_text())["labels"]'
+    text = (
+        "The adapter loads in stock PEFT, on the unchanged backbone:"
+        if exported == "adapter"
+        else "The whole model loads in stock transformers:"
+    )
+    return text, "\n".join(loading_code(task, base=base, place=place, imports=imports, labels=labels))
 
 
 def _provenance(run: Run) -> dict[str, Any]:

@@ -6,10 +6,7 @@ them, so that nothing shows through as the page's own background. Every function
 
 from __future__ import annotations
 
-import io
-import re
 import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,25 +20,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fedara_flwr.report.compare import Group, metric_name
-from fedara_flwr.report.read import (
+from fedara_flwr.report.read import Run, number
+from fedara_flwr.report.series import (
     Curve,
-    Run,
     Series,
     Spread,
     alive_per_module,
     bytes_by_part,
     curve,
     final,
-    number,
     partition,
     peak_memory,
     short_names,
     spread,
     step_seconds,
 )
+from fedara_flwr.report.svg import INK, svg
 
 WIDTH = 480  # CSS pixels: readable when a phone shrinks it to its own width
-INK = "#010203"  # stands for the page's text colour while matplotlib draws
 COLOURS = ("#2b7fd4", "#d0661a", "#1f9156", "#a45bd0", "#d8435a", "#108c99", "#9a7415", "#c4529b", "#7a828e", "#6f8a1d")
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
@@ -82,23 +78,23 @@ STYLE: dict[Any, Any] = {
 
 # -- one run ------------------------------------------------------------------------------------------------------------
 def score_by_round(run: Run) -> str | None:
-    """The main validation metric and, where there is one, macro-F1 over rounds; the test value at the end."""
+    """The main validation metric and, where there is one, the task's second over rounds; the test value at the end."""
     main = curve(run, run.metric)
     if not len(main):
         return None
     with _figure(270) as figure:
         axes = figure.add_subplot()
         _line(axes, main.rounds, main.values, COLOURS[0], run.metric)
-        other = curve(run, "macro-f1")
+        other = curve(run, run.second)
         if len(other):
-            _line(axes, other.rounds, other.values, COLOURS[1], "macro-f1", "--")
+            _line(axes, other.rounds, other.values, COLOURS[1], run.second, "--")
         test = number(run.test.get(run.metric))
         if not np.isnan(test):
             axes.plot([main.rounds[-1]], [test], "D", color=COLOURS[4], markersize=7, label=f"{run.metric}, test", zorder=4)
         axes.set(xlabel="round", ylabel="validation")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, axes)
-        return _svg(figure, "score-by-round", f"{run.metric} against rounds: {_ends(main)}")
+        return svg(figure, "score-by-round", f"{run.metric} against rounds: {_ends(main)}")
 
 
 def score_by_megabytes(run: Run) -> str | None:
@@ -111,7 +107,7 @@ def score_by_megabytes(run: Run) -> str | None:
         _line(axes, main.megabytes, main.values, COLOURS[0], run.metric)
         axes.set(xlabel="MB sent, both directions, all clients", ylabel=f"validation {run.metric}")
         _plain_ticks(axes.xaxis)
-        return _svg(figure, "score-by-megabytes", f"{run.metric} against MB sent: {_ends(main)}")
+        return svg(figure, "score-by-megabytes", f"{run.metric} against MB sent: {_ends(main)}")
 
 
 def alive_ranks(run: Run) -> str | None:
@@ -142,7 +138,7 @@ def alive_ranks(run: Run) -> str | None:
         _scale(scale, most, "slots alive (empty: none)")
         dead = int((alive[:, -1] == 0).sum())
         text = f"Slots alive by module and round: {alive[:, -1].sum():.0f} after round {rounds[-1]}, {dead} modules have none"
-        return _svg(figure, "alive-ranks", text)
+        return svg(figure, "alive-ranks", text)
 
 
 def bytes_sent(run: Run) -> str | None:
@@ -170,7 +166,7 @@ def bytes_sent(run: Run) -> str | None:
         panels[1].set_xlabel("round")
         _legend(figure, panels[0])
         total = {way: sum(float(values.sum()) for values in parts.values()) for way, parts in ways.items()}
-        return _svg(figure, "bytes-sent", "MB by part: " + ", ".join(f"{mb:,.1f} {way}" for way, mb in total.items()))
+        return svg(figure, "bytes-sent", "MB by part: " + ", ".join(f"{mb:,.1f} {way}" for way, mb in total.items()))
 
 
 def client_load(run: Run) -> str | None:
@@ -188,34 +184,47 @@ def client_load(run: Run) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, axes)
         text = ", ".join(f"{name} {np.median(values.median):,.2f}" for name, values in found)
-        return _svg(figure, "client-load", f"Clients' load by round, median of medians: {text}")
+        return svg(figure, "client-load", f"Clients' load by round, median of medians: {text}")
 
 
 def data_partition(run: Run) -> str | None:
-    """Which client has how many examples of which label: totals above, a heat map by label below."""
+    """Which client has how many examples of which group: totals above, and a heat map by group where there are any."""
     clients = partition(run)
     width = max((len(counts) for counts in clients.values()), default=0)
     if not width:
         return None
     counts = np.array([[*row, *[0.0] * (width - len(row))] for row in clients.values()]).T
-    labels = [str(label) for label in run.facts.get("labels") or []]
-    labels = labels if len(labels) == width else [f"label {i}" for i in range(width)]
+    names = [str(name) for name in run.facts.get("groups") or []]
+    names = names if len(names) == width else [f"group {i}" for i in range(width)]
+    total = f"{len(clients)} clients, {np.nansum(counts):,.0f} examples"
+    if width == 1 and not run.facts.get("groups"):
+        with _figure(200) as figure:
+            axes = figure.add_subplot()
+            _totals(axes, counts)
+            _name_columns(axes, list(clients))
+            axes.set(xlabel="client")
+            return svg(figure, "data-partition", f"Examples by client: {total}")
     body = _row_height(width) * width
     with _figure(220 + body) as figure:
         above, axes, scale = figure.subplots(3, 1, height_ratios=[70, body, 9])
-        edges = np.arange(len(clients) + 1) - 0.5
-        above.stairs(np.nansum(counts, axis=0), edges, fill=True, color=COLOURS[2])
-        above.set_ylabel("examples")
-        _plain_ticks(above.yaxis)
-        above.set(xlim=(-0.5, len(clients) - 0.5), xticks=[])
+        _totals(above, counts)
+        above.set(xticks=[])
         most = float(np.nanmax(counts, initial=1.0))
         _heat(axes, np.log1p(counts), float(np.log1p(most)))
-        _name_rows(axes, labels)
+        _name_rows(axes, names)
         _name_columns(axes, list(clients))
         axes.set(xlabel="client")
         _scale(scale, most, "examples of a label", logarithmic=True)
-        text = f"Examples by label and client: {len(clients)} clients, {width} labels, {np.nansum(counts):,.0f} examples"
-        return _svg(figure, "data-partition", text)
+        return svg(figure, "data-partition", f"Examples by label and client: {width} labels, {total}")
+
+
+def _totals(axes: Axes, counts: Series) -> None:
+    """Examples of each client as bars; `counts` have shape (groups, clients)."""
+    clients = counts.shape[1]
+    axes.stairs(np.nansum(counts, axis=0), np.arange(clients + 1) - 0.5, fill=True, color=COLOURS[2])
+    axes.set_ylabel("examples")
+    _plain_ticks(axes.yaxis)
+    axes.set(xlim=(-0.5, clients - 0.5))
 
 
 # -- several runs -------------------------------------------------------------------------------------------------------
@@ -259,7 +268,7 @@ def compared(groups: Sequence[Group], axis: str, target: float | None) -> str | 
         axes.set(xlabel=labels[axis], ylabel=f"validation {metric}")
         _legend(figure, axes)
         finals = [f"{name} {np.mean([final(r) for r in g.runs]):.3f}" for name, g in zip(names, groups, strict=True)]
-        return _svg(figure, f"compared-{axis}", f"{metric} against {labels[axis]}, at the end: " + ", ".join(finals))
+        return svg(figure, f"compared-{axis}", f"{metric} against {labels[axis]}, at the end: " + ", ".join(finals))
 
 
 # -- drawing ------------------------------------------------------------------------------------------------------------
@@ -344,59 +353,3 @@ def _short(text: str, most: int) -> str:
 
 def _ends(found: Curve) -> str:
     return f"{found.values[0]:.3f} after round {found.rounds[0]:.0f}, {found.values[-1]:.3f} after round {found.rounds[-1]:.0f}"
-
-
-# -- SVG ----------------------------------------------------------------------------------------------------------------
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `svg` element that can stand in a page beside others."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return inline(buffer.getvalue(), name, title)
-
-
-def inline(text: str, name: str, title: str) -> str:
-    """An SVG document of matplotlib's as an element of an HTML page.
-
-    Ids that something refers to get `name` before them, the others go; so do the document's own style sheet (it would
-    rule the whole page), its size (the page's style decides) and its fonts. `INK` becomes the page's text colour.
-    """
-    root = ET.fromstring(text)  # nosec B314 # matplotlib's own, from this process
-    for parent in root.iter():
-        for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
-            parent.remove(child)
-    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
-    targets = {one or other for one, other in used}
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        if attributes.get("id") in targets:
-            attributes["id"] = f"{name}-{attributes['id']}"
-        else:
-            attributes.pop("id", None)
-        if attributes.get("href", "").startswith("#"):
-            attributes["href"] = f"#{name}-{attributes['href'][1:]}"
-        if "clip-path" in attributes:
-            attributes["clip-path"] = attributes["clip-path"].replace("url(#", f"url(#{name}-")
-        if "style" in attributes:
-            attributes["style"] = _style(attributes["style"])
-        if "d" in attributes:
-            attributes["d"] = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", attributes["d"])
-        element.attrib.clear()
-        element.attrib.update(attributes)
-    root.attrib.clear()
-    root.attrib.update({"viewBox": _view(text), "role": "img", "aria-labelledby": f"{name}-title"})
-    heading = ET.Element("title", {"id": f"{name}-title"})
-    heading.text = title
-    root.insert(0, heading)
-    return ET.tostring(root, encoding="unicode")
-
-
-def _style(style: str) -> str:
-    style = style.replace(INK, "currentColor")
-    return re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;]*", lambda m: f"font-size: {m[2]}px", style)
-
-
-def _view(text: str) -> str:
-    found = re.search(r'viewBox="([-\d. ]+)"', text)
-    assert found is not None, "matplotlib writes a viewBox"
-    return found[1]

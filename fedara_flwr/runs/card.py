@@ -16,12 +16,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from fedara_flwr.config import DataSettings
+from fedara_flwr.report.loading import loading_code
+from fedara_flwr.tasks import Task, open_task
+
 OURS = "fedara-flwr"
-PIPELINES = {"classification": "text-classification", "token-classification": "token-classification"}
-CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-}
 FORMATS = {
     "ADALORA": "PEFT adapters in AdaLoRA's format, `rank_pattern` says which rank slots live",
     "LORA": "PEFT adapters, LoRA with a rank for each layer",
@@ -73,12 +72,12 @@ def _data_name(facts: dict[str, Any]) -> str:
 
 
 def _metadata(facts: dict[str, Any], kind: str) -> ModelCardData:
-    config, task = facts["config"], PIPELINES[facts["task"]]
+    config, task = facts["config"], _task(facts).pipeline or None
     data = _line(_data_name(facts))
     on_hub = not config["data.path"] and config["data.name"] != "docstrings" and is_hub_id(config["data.name"])
     results = [
         EvalResult(
-            task_type=task,
+            task_type=task or facts["task"],
             dataset_type=data,
             dataset_name=data,
             dataset_split="test",
@@ -127,19 +126,25 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         "",
         "On the test data, once, after the last round:" if _metrics(facts) else "The model was not tested.",
         "",
-        *(f"- {_code(name)}: {value:.4f}" for name, value in _metrics(facts).items()),
+        *(f"- {_code(name)}: {value:.4f}{_direction(facts, name)}" for name, value in _metrics(facts).items()),
         "",
         "## How to load it",
         "",
         "```python",
         *_loading(facts, kind),
         "```",
-        "",
-        "## Labels",
-        "",
+        *(["", "## Labels", ""] if facts["labels"] else []),
         *(f"- {i}: {_code(label)}" for i, label in enumerate(facts["labels"])),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _direction(facts: dict[str, Any], name: str) -> str:
+    """Says which metric is the main one, and that lower is better where it is."""
+    main = _task(facts).metric
+    if name != main.name:
+        return ""
+    return " (main metric)" if main.higher else " (main metric, lower is better)"
 
 
 def _format(folder: Path, kind: str) -> str:
@@ -189,35 +194,18 @@ def _megabytes(facts: dict[str, Any], way: str) -> str:
 
 
 def _loading(facts: dict[str, Any], kind: str) -> list[str]:
-    """Python lines that load the folder and label a text with stock libraries."""
-    cls, base = CLASSES[facts["task"]], base_name(facts)
-    tokens = facts["task"] == "token-classification"
+    """Python lines that load the folder and use it with stock libraries."""
+    place = ['folder = "path/to/this/folder"  # or its id on the Hub']
     if kind == "merged":
-        return [
-            f"from transformers import {cls}, AutoTokenizer",
-            "",
-            'folder = "path/to/this/folder"  # or its id on the Hub',
-            f"tokenizer, model = AutoTokenizer.from_pretrained(folder), {cls}.from_pretrained(folder)",
-            'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
-            "print([model.config.id2label[int(i)] for i in logits[0].argmax(-1)])"
-            if tokens
-            else "print(model.config.id2label[int(logits.argmax())])",
-        ]
+        return loading_code(_task(facts), base=None, place=place)
     revision = f", revision={facts['revision']!r}" if facts.get("revision") else ""
-    comment = "" if is_hub_id(facts["model"]) else "  # a local folder"
-    return [
-        "from peft import PeftModel",
-        f"from transformers import {cls}, AutoTokenizer",
-        "",
-        'folder = "path/to/this/folder"  # or its id on the Hub',
-        f"labels = {facts['labels']!r}",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "options = {'id2label': dict(enumerate(labels)), 'pad_token_id': tokenizer.pad_token_id}",
-        f"base = {cls}.from_pretrained({base!r}{revision}, **options){comment}",
-        "model = PeftModel.from_pretrained(base, folder)",
-        'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
-        "print([labels[i] for i in logits[0].argmax(-1)])" if tokens else "print(labels[logits.argmax()])",
-    ]
+    note = "" if is_hub_id(facts["model"]) else "  # a local folder"
+    base = f"{base_name(facts)!r}{revision}"
+    return loading_code(_task(facts), base=base, place=place, labels=repr(facts["labels"]), note=note)
+
+
+def _task(facts: dict[str, Any]) -> Task:
+    return open_task(DataSettings(task=facts["task"], options=facts["config"].get("data.options", "")))
 
 
 def _line(text: object) -> str:

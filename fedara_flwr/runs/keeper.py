@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedara_flwr import strategies
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.data.federation import shares
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card
@@ -136,6 +133,7 @@ class Keeper(Callback):
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,
             "labels": list(self.model.labels),
+            "metric": self.model.task.metric.facts(),
             "config": settings.to_flat(),
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
@@ -158,14 +156,11 @@ class Keeper(Callback):
         return {"privacy": ledger(self.settings.privacy, rounds, planned)}
 
     def _partition(self) -> dict[str, Any]:
-        """Examples of each client by label; known in a simulation, where the server dealt them out, and nowhere else."""
+        """Examples of each client by group; known in a simulation, where the server dealt them out, and nowhere else."""
         nodes = self.nodes
         if not nodes or not all(node.simulated and node.key.isdigit() for node in nodes):
             return {}
-        settings, pool = self.settings, self.model.federation.pool
-        dealt = shares(settings.data, settings.seed, max(node.partitions for node in nodes))
-        count = len(self.model.labels)
-        return {"partition": {str(i): np.bincount(pool.labels[rows], minlength=count).tolist() for i, rows in enumerate(dealt)}}
+        return self.model.partition(max(node.partitions for node in nodes))
 
     def _show(self, test: dict[str, float], exported: Path) -> None:
         down, up = (

@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedara_flwr import tasks
 from fedara_flwr.config import ConfigError, Scalar, tracker_names
+from fedara_flwr.log import error_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Trackers:
                 call(tracker)
             except Exception as error:  # whatever a tracker's library raises, the run goes on
                 del self._trackers[name]
-                logger.warning("run.track: %s failed and is left out from here on (%s)", name, _line(error))
+                logger.warning("run.track: %s failed and is left out from here on (%s)", name, error_line(error))
 
 
 def check(names: str) -> None:
@@ -103,7 +105,7 @@ def open_trackers(names: str, run: Path, config: Mapping[str, Scalar], start_rou
             opened[name] = TRACKERS[name](run.resolve(), config, start_round)
         except Exception as error:
             Trackers(opened).close()
-            raise ConfigError(f"run.track = {names!r}: {name} cannot be started ({_line(error)})") from error
+            raise ConfigError(f"run.track = {names!r}: {name} cannot be started ({error_line(error)})") from error
     return Trackers(opened)
 
 
@@ -135,11 +137,6 @@ def _is_number(value: object) -> bool:
 def _plain(name: object) -> str:
     """Only what every tracker takes in a name; a method of another package may report under any."""
     return re.sub(r"[^\w./-]", "_", str(name), flags=re.ASCII)
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def _read_ids(run: Path) -> dict[str, str]:
@@ -190,6 +187,9 @@ class _Wandb:
         _keep_id(run, "wandb", identifier)
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         self._run = wandb.init(project=project, name=run.name, id=identifier, resume="allow", dir=str(run), config=dict(config))
+        if "data.task" in config:  # its tables show the best value, by the direction that the task says
+            metric = tasks.find(str(config["data.task"])).metric
+            self._run.define_metric(metric.name, summary="max" if metric.higher else "min")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

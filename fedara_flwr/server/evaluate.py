@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,23 +14,30 @@ from numpy.typing import NDArray
 from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.config import ConfigError, Settings
-from fedara_flwr.data.federation import Federation, federation
+from fedara_flwr.data.federation import Federation, federation, shares
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.server.roster import Expected
-from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import Encoded, open_task
 
 Kind = Literal["peft", "lora", "merged"]
 
 
+logger = logging.getLogger(__name__)
+
+
 class ServerModel:
-    """What strategies see of the model: `spec`, `weight` and `evaluate`."""
+    """What strategies see of the model: `spec`, `weight` and `evaluate`; and the run's task and data."""
 
     def __init__(self, settings: Settings, labels: tuple[str, ...] | None = None) -> None:
         """`labels` stand for the data's own, which is then loaded only when it is needed."""
-        self.settings = settings
+        self.settings, self.task = settings, open_task(settings.data)
         self._with_data = labels is None
-        self.labels = self.federation.labels if labels is None else labels
+        if labels is None:
+            labels = self.federation.labels
+            for line in self.federation.skipped:
+                logger.warning("%s", line)
+        self.labels = labels
         self.learner = open_learner(settings, self.labels)
         self.adapted = self.learner.adapted
         self.backbone = self.adapted.backbone
@@ -39,7 +47,20 @@ class ServerModel:
     @property
     def federation(self) -> Federation:
         """The run's data."""
-        return federation(self.settings.data, self.settings.seed)
+        return federation(self.settings.data, self.settings.seed, self.task)
+
+    def partition(self, clients: int) -> dict[str, Any]:
+        """What each of so many simulated clients has, for federated.json.
+
+        `partition` has the examples of each by group, or their number alone where the task's rows have no groups, and `groups`
+        the groups' names.
+        """
+        pool, groups = self.federation.pool, list(self.task.group_names(self.labels))
+        dealt = shares(self.settings.data, self.settings.seed, self.task, clients)
+        if pool.groups is None:
+            return {"partition": {str(i): [len(rows)] for i, rows in enumerate(dealt)}, "groups": []}
+        counts = {str(i): np.bincount(pool.groups[rows], minlength=len(groups)).tolist() for i, rows in enumerate(dealt)}
+        return {"partition": counts, "groups": groups}
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """The frozen weight of a module, float32, shape (d_out, d_in)."""

@@ -36,6 +36,7 @@ from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round, weight_cap
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Client, Method, State
+from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.arrays import read_vector, to_record
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan
@@ -274,7 +275,7 @@ class RoundLoop(Strategy):
             self._rejoin(grid)
         else:
             self._tell({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
-        progress = Progress(self.settings.num_server_rounds)
+        progress = Progress(self.settings.num_server_rounds, find_task(self.settings.data.task).metric)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)

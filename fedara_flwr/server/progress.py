@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from fedara_flwr.tasks import Metric
 
 COLUMNS = (
     ("round", 9),
-    ("accuracy", 9),
+    ("", 9),  # the main metric
     ("loss", 8),
     ("alive slots", 12),
     ("dead modules", 13),
@@ -23,21 +25,24 @@ HEADER_EVERY = 25  # lines
 
 
 class Progress:
-    """Makes the lines; the time left is what this process's rounds took on average, times those to come."""
+    """Makes the lines; the time left is what this process's rounds took on average, times those to come.
 
-    def __init__(self, rounds: int) -> None:
-        self.rounds, self._lines, self._began = rounds, 0, time.monotonic()
+    `metric` is the task's main one; its column is as wide as its name needs.
+    """
+
+    def __init__(self, rounds: int, metric: Metric) -> None:
+        self.rounds, self.metric, self._lines, self._began = rounds, metric.name, 0, time.monotonic()
+        self._widths = [max(width, len(self.metric) + 1) if not name else width for name, width in COLUMNS]
 
     def line(self, record: Mapping[str, Any]) -> str:
         """A round's line, with the headings above it every now and then."""
-        main = "entity-f1" if "entity-f1" in record else "accuracy"
         self._lines += 1
         left = (time.monotonic() - self._began) / self._lines * (self.rounds - record["round"])
         sent = record["bytes"]
         cells = (
             f"{record['round']}/{self.rounds}",
-            f"{record[main]:.3f}" if main in record else "-",
-            f"{record['loss']:.3f}" if "loss" in record else "-",
+            figure(record.get(self.metric)),
+            figure(record.get("loss")),
             f"{record['alive']}/{record['slots']}",
             f"{record['dead-modules']}/{len(record['alive-per-module'])}",
             f"{sent['down'] / 1e6:.2f}",
@@ -47,14 +52,20 @@ class Progress:
             f"{record['seconds'] + record['seconds-evaluate']:.1f}",
             clock(left) if record["round"] < self.rounds else "-",
         )
-        text = _row(cells)
+        text = self._row(cells)
         if self._lines % HEADER_EVERY == 1:
-            text = f"{_row([main if name == 'accuracy' else name for name, _ in COLUMNS])}\n{text}"
+            text = f"{self._row([name or self.metric for name, _ in COLUMNS])}\n{text}"
         return text
 
+    def _row(self, cells: Sequence[str]) -> str:
+        return "".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))
 
-def _row(cells: Any) -> str:
-    return "".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+
+def figure(value: float | None) -> str:
+    """A metric in at most seven characters where it is below a million; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}" if abs(value) < 100_000 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:

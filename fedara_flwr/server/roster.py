@@ -212,7 +212,9 @@ class Roster:
         if not nodes:
             return
         by_id = {node.node_id: node.key for node in nodes}
-        asked: dict[str, Any] = {"protocol": PROTOCOL, "labels": list(self.expected.labels), **self._more}
+        asked: dict[str, Any] = {"protocol": PROTOCOL, **self._more}
+        if self.expected.labels:  # a record cannot hold an empty list
+            asked["labels"] = list(self.expected.labels)
         questions = {}
         for node in nodes:
             had = (holdings or {}).get(node.key)

@@ -22,6 +22,7 @@ from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
 from fedara_flwr.model.parts import SVD, in_order, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
+from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.plan import TrainPlan
 
 Terms = Mapping[str, Mapping[str, Scalar]]
@@ -269,7 +270,7 @@ class Method:
             seed=settings.seed,
             mask=self.client_mask(state, client),
             scales=self.scales(state.mask),
-            train=settings.train.local(self.learning_rate),
+            train=settings.train.local(find_task(settings.data.task).learning_rate or self.learning_rate),
             sent=self.parts - self.kept,
             kept=self.kept,
             terms=self.terms(),

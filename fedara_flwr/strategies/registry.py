@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
+from fedara_flwr import plugins as packages
 from fedara_flwr.config import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ GROUP = "fedara_flwr.strategies"
 PACKAGE = f"{__name__.rpartition('.')[0]}."
 _REGISTERED: dict[str, type[Method]] = {}
 S = TypeVar("S", bound="type[Method]")
+Plugin = packages.Plugin["type[Method]"]
 
 
 def register(cls: S) -> S:
@@ -30,16 +31,6 @@ def register(cls: S) -> S:
         raise ValueError(f"{cls.__qualname__}: the method name {cls.name!r} is empty or taken")
     _REGISTERED[cls.name] = cls
     return cls
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A method that an installed package offers; a broken one has no class but a reason, in one line."""
-
-    name: str
-    package: str
-    method: type[Method] | None
-    reason: str = ""
 
 
 def built_in() -> dict[str, type[Method]]:
@@ -67,24 +58,7 @@ def built_in() -> dict[str, type[Method]]:
 
 def plugins(name: str | None = None) -> list[Plugin]:
     """What installed packages offer, sound or broken; with a `name`, only what has that name (nothing else is loaded)."""
-    taken = dict.fromkeys(built_in(), "this package")
-    found = []
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        if name is not None and point.name != name:
-            continue
-        package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
-        if point.name in taken:
-            found.append(Plugin(point.name, package, None, f"{taken[point.name]} has a method of that name"))
-            continue
-        try:
-            cls = point.load()
-            reason = _unfit(cls, point)
-        except (Exception, SystemExit) as error:  # a stranger's code: whatever it does must not end this run
-            cls, reason = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        found.append(Plugin(point.name, package, None if reason else cls, reason))
-        if not reason:
-            taken[point.name] = package
-    return found
+    return packages.offered(GROUP, "method", built_in(), _unfit, name)
 
 
 def _unfit(cls: object, point: EntryPoint) -> str:
@@ -104,7 +78,7 @@ def _unfit(cls: object, point: EntryPoint) -> str:
 
 def methods() -> dict[str, type[Method]]:
     """All sound methods by name: built in, decorated with `register`, and those of installed packages."""
-    offered = {plugin.name: plugin.method for plugin in plugins() if plugin.method is not None}
+    offered = {plugin.name: plugin.offer for plugin in plugins() if plugin.offer is not None}
     return dict(sorted((built_in() | _REGISTERED | offered).items()))
 
 
@@ -115,8 +89,8 @@ def find(name: str) -> type[Method]:
         return registered
     offered = plugins(name)
     for plugin in offered:
-        if plugin.method is not None:
-            return plugin.method
+        if plugin.offer is not None:
+            return plugin.offer
     if offered:
         raise ConfigError(f"method = {name!r}: the plug-in of {offered[0].package} is broken: {offered[0].reason}")
     known = methods()

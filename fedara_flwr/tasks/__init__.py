@@ -1,9 +1,6 @@
-"""Tasks: model class, head, encoding, loss and metrics of one kind of problem."""
+"""Tasks: what is an example, what is the loss, what counts as good. One file each; base.py is the socket."""
 
-from fedara_flwr.tasks.base import Encoded, Task
-from fedara_flwr.tasks.classification import Classification
-from fedara_flwr.tasks.token_classification import TokenClassification
+from fedara_flwr.tasks.base import Encoded, Metric, Task
+from fedara_flwr.tasks.registry import built_in, find, open_task, plugins, tasks
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), TokenClassification())}
-
-__all__ = ["TASKS", "Classification", "Encoded", "Task", "TokenClassification"]
+__all__ = ["Encoded", "Metric", "Task", "built_in", "find", "open_task", "plugins", "tasks"]

@@ -2,67 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification
 
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.tasks.base import Batch, Encoded, cross_entropies, pad
+from fedara_flwr.data.labels import Labels
+from fedara_flwr.data.reading import Example, LeftOut, UnknownLabel, absent, optional_text, text
+from fedara_flwr.tasks.base import Batch, Encoded, Metric, Task, cross_entropies, f1, pad, text_examples
+
+if TYPE_CHECKING:
+    import torch
 
 
-class Classification:
-    """Cross-entropy over labels; accuracy and macro-F1."""
+class TextTask(Task):
+    """Base of tasks with one prediction for a text or a pair: the model, its head and the encoding."""
 
-    name = "classification"
-    auto_class = AutoModelForSequenceClassification
+    auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    words = False
-    _head_modules = frozenset({"classifier", "pre_classifier", "score", "pooler"})
+    pipeline = "text-classification"
 
     def is_head(self, module: str) -> bool:
         """BERT, RoBERTa: classifier; DistilBERT: and pre_classifier; DeBERTa: and pooler; decoders: score."""
-        return module in self._head_modules
+        return module in ("classifier", "pre_classifier", "score", "pooler")
 
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
-        """Token ids with special tokens, and one label per row; the longer text of a pair is cut first."""
-        if not len(examples):
-            return Encoded([], [])
-        encoded = tokenizer(
-            list(examples.texts),
-            list(examples.pairs) if examples.pairs is not None else None,
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            split_special_tokens=True,  # a text that spells out "[SEP]" has no separator in it
-        )
-        return Encoded(encoded["input_ids"], examples.labels.tolist())
+        """Token ids with special tokens, and the target or, without targets, the group of each row as its label."""
+        targets = examples.targets
+        if targets is None:
+            targets = () if examples.groups is None else tuple(examples.groups.tolist())
+        return Encoded(text_examples(tokenizer, examples, max_length), list(targets))
+
+
+class Classification(TextTask):
+    """Cross-entropy over labels; accuracy and macro-F1. A row's group is its label."""
+
+    name = "classification"
+    title = "one label for a text or a pair of texts"
+    docstrings = ""
+    metric = Metric("accuracy")
+    metrics = ("accuracy", "macro-f1", "loss")
+
+    def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
+        """A text, or a pair, and its label."""
+        main = text(row["text"])
+        if absent(row["label"]):
+            raise LeftOut("without label")
+        place = labels.place(row["label"])
+        if place < 0:
+            raise UnknownLabel(labels.value(row["label"]))
+        return Example(main, group=place, pair=optional_text(row, "pair"))
 
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[int]) -> Batch:
         """As `pad`, and labels of shape (batch,)."""
+        import torch
+
         return pad(tokenizer, ids) | {"labels": torch.tensor(labels, dtype=torch.long)}
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy, in float32 whatever the backbone's type."""
-        return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+    def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of each row's label in nats, shape (rows,)."""
+        import torch
 
-    def count(self, batch: Batch) -> int:
-        """Its rows."""
-        return len(batch["labels"])
+        return torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
 
-    def metrics(self, logits: Sequence[NDArray[np.float32]], labels: Sequence[int], names: tuple[str, ...]) -> dict[str, float]:
-        """accuracy, macro-f1 over the labels that occur in truth or prediction, and the mean loss."""
-        outputs, truth = np.asarray(logits), np.asarray(labels)
-        predicted = outputs.argmax(axis=1)
-        scores = []
-        for label in np.union1d(predicted, truth):
-            hits = int(((predicted == label) & (truth == label)).sum())
-            scores.append(2 * hits / (int((predicted == label).sum()) + int((truth == label).sum())))
+    def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Counts:
+        """Counts of hits, predictions and cases by label."""
+        return Counts(len(names))
+
+    def snippet(self) -> list[str]:
+        """Prints the label of one text."""
+        return [
+            'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
+            "print(labels[int(logits.argmax())])",
+        ]
+
+
+class Counts:
+    """accuracy; macro-f1 over the labels that occur in truth or prediction; and the mean loss."""
+
+    def __init__(self, labels: int) -> None:
+        self.hits, self.predicted, self.true = (np.zeros(labels, dtype=np.int64) for _ in range(3))
+        self.loss = 0.0
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Add a batch's hits, predictions and cases to the counts, and its losses to their sum."""
+        logits, truth = outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
+        chosen, labels = logits.argmax(axis=1), len(self.true)
+        self.hits += np.bincount(truth[chosen == truth], minlength=labels)
+        self.predicted += np.bincount(chosen, minlength=labels)
+        self.true += np.bincount(truth, minlength=labels)
+        self.loss += float(cross_entropies(logits, truth).sum())
+
+    def result(self) -> dict[str, float]:
+        """F1 of a label that occurs and is never hit is 0."""
+        rows, occurs = int(self.true.sum()), self.predicted + self.true > 0
+        scores = f1(self.hits[occurs], self.predicted[occurs], self.true[occurs])
         return {
-            "accuracy": float((predicted == truth).mean()),
+            "accuracy": float(self.hits.sum() / rows),
             "macro-f1": float(np.mean(scores)),
-            "loss": float(cross_entropies(outputs, truth).mean()),
+            "loss": self.loss / rows,
         }

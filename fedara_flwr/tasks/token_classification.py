@@ -2,46 +2,103 @@
 
 The label of a word stands on its first sub-token; other sub-tokens and special tokens have none. Words that `max_length`
 cuts off, and words of which the tokenizer leaves nothing, are neither learnt nor evaluated.
+
+Tags are 'O', 'B-PER' and 'I-PER' as IOB2 has them, or types without a prefix ('PER', 'O').
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from nervaluate import Evaluator
-from numpy.typing import NDArray
-from transformers import AutoModelForTokenClassification
 
+from fedara_flwr.config import ConfigError
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.tags import iob, types
-from fedara_flwr.tasks.base import Batch, Encoded, cross_entropies, pad
+from fedara_flwr.data.labels import Labels
+from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, UnknownLabel, absent
+from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, cross_entropies, pad, pad_labels
 
-UNLABELLED = -100  # torch's own mark of a place that has no label
+if TYPE_CHECKING:
+    import torch
+
+OUTSIDE = "O"
 SPACES = ("Ġ", "▁")  # sub-tokens that are nothing but the space before a word, in byte-level BPE and SentencePiece
+EACH = "lists with one entry for each word"
 
 
-class TokenClassification:
-    """Cross-entropy over the tags of words; word accuracy and F1 of whole entities."""
+class TokenClassification(Task):
+    """Cross-entropy over the tags of words; word accuracy and F1 of whole entities.
+
+    A row's text is its words with spaces between them, its target (words, tags), its group its main type.
+    """
 
     name = "token-classification"
-    auto_class = AutoModelForTokenClassification
+    title = "a tag for every word, as in named-entity recognition"
+    auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
-    words = True
+    word_places = True
+    label_word = "tags"
+    bare_ids = False
+    docstrings = "its words have no tags"
+    metric = Metric("entity-f1")
+    metrics = ("accuracy", "macro-f1", "entity-f1", "loss")
+    pipeline = "token-classification"
+
+    def columns(self) -> Sequence[Column]:
+        """The list of a sentence's words, and that of their tags."""
+        words = Column("text", "text-column", self.settings.text_column, EACH)
+        return [words, Column("label", "label-column", self.settings.label_column, EACH)]
+
+    def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
+        """A sentence with as many tags as words, all of them known."""
+        words, tags = row["text"], row["label"]
+        if words is None or tags is None:
+            raise LeftOut("without text" if words is None else "without label")
+        if len(words) != len(tags):
+            raise BadRow(f"has {len(tags)} labels for {len(words)} words, allowed is one for each word")
+        for word in words:
+            if not isinstance(word, str):
+                raise BadRow(f"has {word!r} among its words, allowed is text")
+        if not any(word.strip() for word in words):
+            raise LeftOut("without text")
+        places = tuple(-1 if absent(tag) else labels.place(tag) for tag in tags)
+        if -1 in places:
+            raise UnknownLabel(labels.value(tags[places.index(-1)]))
+        target = (tuple(words), places)
+        return Example(" ".join(words), main_type(places, labels.names), target=target, identity=json.dumps(target))
+
+    def check_labels(self, names: tuple[str, ...]) -> None:
+        """Refuse schemes with other prefixes, such as E- and S-."""
+        prefixed = [name for name in names if has_prefix(name)]
+        bare = [name for name in names if name != OUTSIDE and not has_prefix(name)]
+        if prefixed and bare:
+            raise ConfigError(
+                f"data.label-column = {self.settings.label_column!r}: tag {bare[0]!r} beside {prefixed[0]!r}, allowed are 'O', "
+                "'B-…' and 'I-…', or types without a prefix"
+            )
+
+    def group_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """No entity, then the types, as `main_type` numbers them."""
+        return (OUTSIDE, *types(names))
 
     def is_head(self, module: str) -> bool:
-        """Encoders: classifier; decoders: score."""
+        """Encoders call it classifier, decoders score."""
         return module in ("classifier", "score")
+
+    def made_up(self, length: int) -> list[int]:
+        """A tag on every token."""
+        return [0] * length
 
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
         """Token ids with special tokens; per token the tag of the word that begins there, else UNLABELLED."""
         if not len(examples):
             return Encoded([], [])
-        assert examples.words is not None and examples.tags is not None
+        assert examples.targets is not None
+        words, tags_of_rows = zip(*examples.targets, strict=True)
         encoded = tokenizer(
-            _as_in_text(tokenizer, examples.words),
+            _as_in_text(tokenizer, words),
             is_split_into_words=True,
             truncation=True,
             max_length=max_length,
@@ -51,7 +108,7 @@ class TokenClassification:
         vocabulary = tokenizer.get_vocab()
         spaces = {vocabulary[token] for token in SPACES if token in vocabulary}
         labels = []
-        for i, (ids, tags) in enumerate(zip(encoded["input_ids"], examples.tags, strict=True)):
+        for i, (ids, tags) in enumerate(zip(encoded["input_ids"], tags_of_rows, strict=True)):
             row, last = [UNLABELLED] * len(ids), None
             for place, word in enumerate(encoded.word_ids(i)):
                 if word is not None and word != last and ids[place] not in spaces:
@@ -62,52 +119,68 @@ class TokenClassification:
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Batch:
         """As `pad`, and labels of shape (batch, longest)."""
         batch = pad(tokenizer, ids)
-        longest = batch["input_ids"].shape[1]
-        rows = [[*row, *[UNLABELLED] * (longest - len(row))] for row in labels]
-        return batch | {"labels": torch.tensor(rows, dtype=torch.long)}
+        return batch | {"labels": pad_labels(batch, labels)}
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy over the batch's words, in float32 whatever the backbone's type; 0 where it has none."""
-        labels = batch["labels"].flatten()
-        total = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels, ignore_index=UNLABELLED, reduction="sum"
-        )
-        return total / (labels != UNLABELLED).sum().clamp(min=1)
+    def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of each row's words, summed; 0 for a row that has none."""
+        import torch
 
-    def count(self, batch: Batch) -> int:
-        """Its words."""
-        return int((batch["labels"] != UNLABELLED).sum())
+        logits, labels = outputs.logits.flatten(0, 1).float(), batch["labels"]
+        each = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=UNLABELLED, reduction="none")
+        return each.view(labels.shape).sum(1)
 
-    def metrics(
-        self, logits: Sequence[NDArray[np.float32]], labels: Sequence[list[int]], names: tuple[str, ...]
-    ) -> dict[str, float]:
-        """Accuracy and mean loss over words; entity-f1 over all entities; macro-f1, the mean of the types' entity F1.
+    def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Entities:
+        """True and predicted tags of every word."""
+        return Entities(names)
 
-        An entity counts where first word, last word and type are right. As conlleval does, an I- that follows no tag of its
-        type begins an entity. Types that occur neither in truth nor in prediction are not in the mean; F1 is 0 without any
-        entity.
-        """
-        tags = iob(names)
-        truth, predicted, losses, hits = [], [], [], 0
+    def snippet(self) -> list[str]:
+        """Tags the tokens of one text."""
+        return [
+            'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
+            "print([labels[int(i)] for i in logits[0].argmax(-1)])",
+        ]
+
+
+class Entities:
+    """Accuracy and mean loss over words; entity-f1 over all entities; macro-f1, the mean of the types' entity F1.
+
+    An entity counts where first word, last word and type are right. As conlleval does, an I- that follows no tag of its type
+    begins an entity. Types that occur neither in truth nor in prediction are not in the mean; F1 is 0 without any entity.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names, self.tags = names, iob(names)
+        self.truth: list[list[str]] = []
+        self.predicted: list[list[str]] = []
+        self.loss, self.hits = 0.0, 0
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Keep the batch's tags, a few for each row."""
+        logits, labels = outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
         for row, label in zip(logits, labels, strict=True):
-            places = np.flatnonzero(np.array(label) != UNLABELLED)
-            words, wanted = row[places], np.array(label)[places]
+            places = np.flatnonzero(label != UNLABELLED)
+            words, wanted = row[places], label[places]
             chosen = words.argmax(axis=1)
-            losses.append(cross_entropies(words, wanted))
-            hits += int((chosen == wanted).sum())
-            truth.append([tags[i] for i in wanted])
-            predicted.append([tags[i] for i in chosen])
-        evaluator = Evaluator(truth, predicted, tags=list(types(names)), loader="list")
+            self.loss += float(cross_entropies(words, wanted).sum())
+            self.hits += int((chosen == wanted).sum())
+            self.truth.append([self.tags[i] for i in wanted])
+            self.predicted.append([self.tags[i] for i in chosen])
+
+    def result(self) -> dict[str, float]:
+        """Entities are scored by nervaluate, strictly: place and type must be right."""
+        from nervaluate import Evaluator
+
+        evaluator = Evaluator(self.truth, self.predicted, tags=list(types(self.names)), loader="list")
         evaluator.strategies = {"strict": evaluator.strategies["strict"]}  # the three lenient ones are not wanted
-        found = evaluator.evaluate()
+        scores = evaluator.evaluate()
         # sorted: the library keeps types in a set, and the mean's last bits must not depend on the process
-        scores = [result["strict"].f1 for _, result in sorted(found["entities"].items())]
-        count = max(1, sum(len(row) for row in truth))
+        by_type = [result["strict"].f1 for _, result in sorted(scores["entities"].items())]
+        count = max(1, sum(len(row) for row in self.truth))
         return {
-            "accuracy": hits / count,
-            "macro-f1": float(np.mean(scores)) if scores else 0.0,
-            "entity-f1": float(found["overall"]["strict"].f1),
-            "loss": float(np.concatenate(losses).sum()) / count,
+            "accuracy": self.hits / count,
+            "macro-f1": float(np.mean(by_type)) if by_type else 0.0,
+            "entity-f1": float(scores["overall"]["strict"].f1),
+            "loss": self.loss / count,
         }
 
 
@@ -123,3 +196,41 @@ def _as_in_text(tokenizer: Any, sentences: Sequence[tuple[str, ...]]) -> list[li
     )
     space = "" if running == apart else " "
     return [[word if i == 0 else space + word for i, word in enumerate(words)] for words in sentences]
+
+
+def has_prefix(name: str) -> bool:
+    """Whether a tag is B-something or I-something; 'B' and 'I' alone are tags of a single type without a name."""
+    return name.partition("-")[0] in ("B", "I")
+
+
+def iob(names: Sequence[str]) -> tuple[str, ...]:
+    """Every tag as 'O', 'B-type' or 'I-type'.
+
+    Types without a prefix become I-type, so that a run of equal tags is one entity.
+    """
+    prefixed = any(has_prefix(name) for name in names)
+
+    def read(name: str) -> str:
+        if name == OUTSIDE:
+            return name
+        return f"{name[0]}-{name[2:]}" if prefixed else f"I-{name}"
+
+    return tuple(read(name) for name in names)
+
+
+def types(names: Sequence[str]) -> tuple[str, ...]:
+    """Entity types in the order in which the tags name them first."""
+    return tuple(dict.fromkeys(tag[2:] for tag in iob(names) if tag != OUTSIDE))
+
+
+def main_type(tags: Sequence[int], names: Sequence[str]) -> int:
+    """What partitions by label take for a sentence's label.
+
+    This project's reading: the entity type that most of its words have, as 1 + its place in `types`, the first of equals;
+    0 where every word is outside.
+    """
+    place = {kind: 1 + i for i, kind in enumerate(types(names))}
+    numbers = [0 if tag == OUTSIDE else place[tag[2:]] for tag in iob(names)]
+    counts = np.bincount([numbers[tag] for tag in tags], minlength=1 + len(place))
+    counts[0] = 0
+    return int(counts.argmax())

@@ -60,7 +60,7 @@ def check_up(
     from rich.console import Console
 
     from fedara_flwr.cli.deploy.check import examine
-    from fedara_flwr.cli.doctor import print_findings
+    from fedara_flwr.cli.findings import print_findings
 
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -25,9 +25,12 @@ from packaging.requirements import Requirement
 
 from fedara_flwr.cli.deploy.keys import CURVE
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
-from fedara_flwr.cli.doctor import PACKAGE, Finding, python, run_checks, unmet
+from fedara_flwr.cli.doctor import PACKAGE, python, unmet
+from fedara_flwr.cli.findings import Finding, run_checks
 from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.log import first_line
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.tasks import tasks
 
 NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulation] the extra, which is Ray
 EXPIRES_SOON = timedelta(days=30)
@@ -152,7 +155,7 @@ def _dates(certificate: x509.Certificate, what: str) -> Finding:
 
 
 def authority(folder: Path) -> Finding:
-    """The authority's certificate."""
+    """Whether the authority's certificate can be read and is not about to expire."""
     return _dates(_certificate(folder / "ca.crt"), "the authority's certificate")
 
 
@@ -181,7 +184,7 @@ def server_key(folder: Path) -> Finding:
 
 
 def node_keys(folder: Path) -> Finding:
-    """The nodes' public keys."""
+    """Whether the nodes' public keys are there and of the right kind."""
     names = []
     for path in sorted((folder / "nodes").glob("*.pub")):
         key = load_ssh_public_key(path.read_bytes())
@@ -194,7 +197,7 @@ def node_keys(folder: Path) -> Finding:
 
 
 def node_key(folder: Path) -> Finding:
-    """The node's private key."""
+    """Whether the node's private key can be read and is of the right kind."""
     key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
     if not (isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, CURVE)):
         return Finding("problem", "node.key is no key of the kind ecdsa-sha2-nistp384", "ssh-keygen -t ecdsa -b 384")
@@ -239,7 +242,9 @@ def own_service(folder: Path, port: int) -> Finding:
     try:
         status, _, certificate = _ask(folder, "127.0.0.1", port)
     except (OSError, HTTPException) as error:
-        return Finding("problem", f"something else listens on port {port} ({_reason(error)})", "end it, or change settings.env")
+        return Finding(
+            "problem", f"something else listens on port {port} ({first_line(error)})", "end it, or change settings.env"
+        )
     if certificate != _certificate(folder / "server.pem"):
         return Finding("warning", f"port {port} shows another certificate than server.pem", "start the server again")
     if status != 200:
@@ -285,7 +290,7 @@ def server_answers(folder: Path, host: str, port: int) -> Finding:
         return Finding("problem", f"{place} shows a certificate {names} ({error.verify_message})", "see SUPERLINK, and ca.crt")
     except (OSError, HTTPException) as error:
         advice = "is the server started, the port open in its firewall, the name known here?"
-        return Finding("problem", f"{place} does not answer ({_reason(error)})", advice)
+        return Finding("problem", f"{place} does not answer ({first_line(error)})", advice)
     if status != 200:
         return Finding("problem", f"{place} answers with {status}: the gateway is up, the SuperLink is not", "see the server")
     return _dates(certificate, f"{place} answers over TLS; its certificate")
@@ -296,7 +301,7 @@ def clock(folder: Path, host: str, port: int) -> Finding:
     try:
         date = parsedate_to_datetime(_ask(folder, host, port)[1])
     except (OSError, HTTPException, ValueError) as error:
-        return Finding("warning", f"not compared, the server does not answer ({_reason(error)})")
+        return Finding("warning", f"not compared, the server does not answer ({first_line(error)})")
     ahead = (datetime.now(UTC) - date).total_seconds()
     found = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if ahead > AHEAD_SECONDS or ahead < -BEHIND_SECONDS:
@@ -308,10 +313,6 @@ def _listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _reason(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def own_settings(folder: Path) -> NodeSettings:
@@ -327,7 +328,7 @@ def own_settings(folder: Path) -> NodeSettings:
 
 
 def device(node: NodeSettings) -> Finding:
-    """Where the node computes."""
+    """On which device the node computes, and whether it is there."""
     from fedara_flwr.client.session import pick_device
 
     try:
@@ -356,15 +357,21 @@ def data(node: NodeSettings) -> Finding:
         return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
     from fedara_flwr.data.sources import look
 
-    columns = Settings().data
+    names = ("text_column", "pair_column", "label_column")
+    columns = {name: column for name in names if (column := getattr(node, name))}
+    settings = Settings().data.model_copy(update={"path": node.data_path, "id_column": "", **columns})
+    usual = settings.task  # the default one is tried first
+    order = sorted(tasks(), key=lambda name: (name != usual, name))
     try:
-        found = look(node.data_path, node.text_column or columns.text_column, node.label_column or columns.label_column)
+        # of which task the run will be nobody says here, so the columns tell; options are the run's business, too
+        found = look(settings, [tasks()[name](settings.model_copy(update={"task": name})) for name in order])
     except ConfigError as error:
         return Finding("problem", str(error), "see node.toml")
     rows = ", ".join(f"{count} {name} rows" for name, count in found.rows.items())
     said = f"{node.data_path}: {rows}, columns {', '.join(found.columns)}"
-    if not found.labels:
+    if not found.task:
         advice = "name the columns of text and label (text-column, label-column) unless the run does"
         return Finding("warning", f"{said}; no labels read", advice)
     labels = ", ".join(found.labels[:LABELS]) + (", …" if len(found.labels) > LABELS else "")
-    return Finding("ok", "; ".join(filter(None, (said, f"labels {labels}", str(found.skipped)))))
+    words = (said, f"fit for {found.task}", labels and f"labels {labels}", str(found.skipped))
+    return Finding("ok", "; ".join(filter(None, words)))

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from fedara_flwr.adapters.backbone import locate
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.federation import Federation, federation, shares
+from fedara_flwr.tasks import open_task
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 TARGETS += [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]  # of decoders
@@ -29,7 +30,7 @@ app = ClientApp()
 def load_federation(config: Any) -> tuple[DataSettings, Federation]:
     """The run's data."""
     data = DataSettings(path=config["data-path"])
-    return data, federation(data, config["seed"])
+    return data, federation(data, config["seed"], open_task(data))
 
 
 def load_model(config: Any, labels: int) -> Any:
@@ -49,13 +50,13 @@ def train(message: Message, context: Context) -> Message:
     config: Any = context.run_config
     data, split = load_federation(config)
     node: Any = context.node_config
-    rows = split.pool.take(shares(data, config["seed"], node["num-partitions"])[node["partition-id"]])
+    rows = split.pool.take(shares(data, config["seed"], open_task(data), node["num-partitions"])[node["partition-id"]])
     tokenizer = AutoTokenizer.from_pretrained(locate(config["model-name"]))
     model = load_model(config, len(split.labels))
     model.config.pad_token_id = tokenizer.pad_token_id
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     encoded = tokenizer(list(rows.texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    examples = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(encoded, rows.labels, strict=True)]
+    examples = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(encoded, rows.groups, strict=True)]
     loader = DataLoader(examples, config["batch-size"], shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
     device = config["device"]
     model.to(device).train()

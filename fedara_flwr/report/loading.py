@@ -1,0 +1,36 @@
+"""Python code that loads what a run exported with stock libraries and uses it; for the model card and the report's page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedara_flwr.tasks import Task
+
+OF_MODEL = "[model.config.id2label[i] for i in range(model.config.num_labels)]"
+
+
+def loading_code(
+    task: Task, *, base: str | None, place: Sequence[str], imports: Sequence[str] = (), labels: str = OF_MODEL, note: str = ""
+) -> list[str]:
+    """Lines of code.
+
+    Args:
+        task: the run's.
+        base: Python source of the arguments that name the base model of adapters; None = the whole model was exported.
+        place: lines that set `folder`, where the export is.
+        imports: what they need.
+        labels: Python source of the list of label names; it may use `model` where `base` is None.
+        note: comment behind the line that loads the base.
+    """
+    auto = task.auto_class
+    peft = [] if base is None else ["from peft import PeftModel"]
+    lines = [*imports, *peft, f"from transformers import {auto}, AutoTokenizer", "", *place]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    names = [f"labels = {labels}"] if task.labelled else []
+    if base is None:
+        lines += [f"model = {auto}.from_pretrained(folder).eval()", *names]
+    else:
+        options = ", ".join(filter(None, (base, task.load_options, "pad_token_id=tokenizer.pad_token_id")))
+        lines += [*names, f"base = {auto}.from_pretrained({options}){note}"]
+        lines.append("model = PeftModel.from_pretrained(base, folder).eval()")
+    return [*lines, *task.snippet()]

@@ -1,0 +1,296 @@
+"""The series and totals that tables and pictures show of a run: NaN or nothing for what it did not write, never an error."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedara_flwr.report.read import Record, Run, natural, number
+
+Series = NDArray[np.float64]
+WINDOW = 3  # evaluations whose mean counts as reaching a target
+
+
+# -- series over rounds -------------------------------------------------------------------------------------------------
+def series(lines: Iterable[Record], name: str) -> Series:
+    """One figure of every line."""
+    return np.array([number(line.get(name)) for line in lines], dtype=np.float64)
+
+
+def sent(line: Record, direction: str) -> float:
+    """Bytes of a round in one direction ("down" or "up")."""
+    return number((line.get("bytes") or {}).get(direction, 0))
+
+
+def cumulative_megabytes(run: Run) -> Series:
+    """MB sent up to each round, both directions, all clients."""
+    each = np.array([sent(line, "down") + sent(line, "up") for line in run.rounds])
+    logged = series(run.rounds, "bytes-total")
+    return np.where(np.isnan(logged), np.cumsum(np.nan_to_num(each)), logged) / 1e6
+
+
+def cumulative_seconds(run: Run) -> Series:
+    """Wall seconds of rounds and their evaluations, up to each round."""
+    return np.cumsum(np.nan_to_num(series(run.rounds, "seconds")) + np.nan_to_num(series(run.rounds, "seconds-evaluate")))
+
+
+def cumulative_modelled(run: Run) -> Series:
+    """Seconds on the modelled clock up to each round; NaN from the first round without."""
+    return np.cumsum(series(run.rounds, "modelled-seconds"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Evaluations in the order of rounds; all arrays have one value for each."""
+
+    rounds: Series
+    values: Series
+    megabytes: Series
+    seconds: Series
+    modelled: Series
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    @property
+    def hours(self) -> Series:
+        """Hours on the modelled clock."""
+        return self.modelled / 3600
+
+
+def curve(run: Run, metric: str, start: bool = True) -> Curve:
+    """A validation metric at every evaluation; with `start`, the one before round 1 stands first."""
+    values = series(run.rounds, metric)
+    columns = np.stack(
+        [
+            np.array(run.numbers, dtype=np.float64),
+            values,
+            cumulative_megabytes(run),
+            cumulative_seconds(run),
+            cumulative_modelled(run),
+        ]
+    )[:, ~np.isnan(values)]
+    before = number(run.start.get(metric))
+    if start and not math.isnan(before):
+        columns = np.concatenate([[[0.0], [before], [0.0], [0.0], [0.0]], columns], axis=1)
+    return Curve(*columns)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What it took to reach a target; `modelled` is NaN outside simulation."""
+
+    rounds: int
+    megabytes: float
+    seconds: float
+    modelled: float
+
+
+def to_target(run: Run, target: float) -> Reached | None:
+    """At the first mean of three evaluations in a row that is as good as `target`; None where it is not reached.
+
+    As good is at least that much where higher is better, at most where lower is.
+    The evaluation before round 1 does not count among the three.
+    """
+    found = curve(run, run.metric, start=False)
+    for i in range(WINDOW - 1, len(found)):
+        if run.main.better(math.fsum(found.values[i - WINDOW + 1 : i + 1]) / WINDOW, target):
+            return Reached(int(found.rounds[i]), found.megabytes[i], found.seconds[i], found.modelled[i])
+    return None
+
+
+def bytes_by_part(run: Run, direction: str) -> dict[str, Series]:
+    """Part → MB in every round, in one direction; parts that never travelled are left out."""
+    names = [key for line in run.rounds for key in (line.get("bytes") or {}) if key.startswith(f"{direction}.")]
+    found = {}
+    for key in dict.fromkeys(names):
+        values = np.nan_to_num([number((line.get("bytes") or {}).get(key)) for line in run.rounds]) / 1e6
+        if values.any():
+            found[key.partition(".")[2]] = values
+    return found
+
+
+def alive_per_module(run: Run) -> tuple[list[int], Series]:
+    """Rounds, and living slots after each: shape (modules, rounds)."""
+    lines = [line for line in run.rounds if line.get("alive-per-module")]
+    rows = max((len(line["alive-per-module"]) for line in lines), default=0)
+    lines = [line for line in lines if len(line["alive-per-module"]) == rows]
+    columns = [[number(value) for value in line["alive-per-module"]] for line in lines]
+    return [line["round"] for line in lines], np.array(columns, dtype=np.float64).reshape(len(lines), rows).T
+
+
+def step_seconds(line: Record) -> float:
+    """Seconds of one training step of a client."""
+    steps = number(line.get("steps"))
+    return number(line.get("seconds-train")) / steps if steps > 0 else math.nan
+
+
+def peak_memory(line: Record) -> float:
+    """MB that a client's process had at most."""
+    return number(line.get("peak-memory-mb"))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A client figure over rounds: rounds in which there was one, and its lowest, median and highest value."""
+
+    rounds: list[int]
+    low: Series
+    median: Series
+    high: Series
+
+
+def spread(run: Run, figure: Callable[[Record], float]) -> Spread:
+    """How a figure of the clients' lines lies in every round."""
+    by_round: dict[int, list[float]] = {}
+    for line in run.clients:
+        value = figure(line)
+        if not math.isnan(value):
+            by_round.setdefault(line["round"], []).append(value)
+    rounds = sorted(by_round)
+    rows = [(min(values), float(np.median(values)), max(values)) for values in (by_round[r] for r in rounds)]
+    return Spread(rounds, *np.array(rows, dtype=np.float64).reshape(len(rows), 3).T)
+
+
+# -- totals -------------------------------------------------------------------------------------------------------------
+def total_megabytes(run: Run) -> float:
+    """MB of the whole run, both directions."""
+    logged = np.nan_to_num(cumulative_megabytes(run))
+    parts = math.fsum(np.nan_to_num([number(value) for value in (run.facts.get("bytes") or {}).values()])) / 1e6
+    return max(parts, float(logged[-1]) if len(logged) else 0.0)
+
+
+def total_seconds(run: Run) -> float:
+    """Wall seconds: of the whole run once it ended, until then of its rounds."""
+    whole = number(run.facts.get("seconds") or run.end.get("seconds"))
+    so_far = cumulative_seconds(run)
+    return (float(so_far[-1]) if len(so_far) else math.nan) if math.isnan(whole) else whole
+
+
+def total_modelled(run: Run) -> float:
+    """Seconds of all rounds on the modelled clock; NaN where a round has none."""
+    so_far = cumulative_modelled(run)
+    return float(so_far[-1]) if len(so_far) else math.nan
+
+
+def final(run: Run, metric: str | None = None) -> float:
+    """The last validation value of the main or another metric; NaN without one."""
+    values = curve(run, metric or run.metric).values
+    return float(values[-1]) if len(values) else math.nan
+
+
+def drops(run: Run) -> list[tuple[int, str, str, str]]:
+    """Replies that did not count: round, client, reason, detail."""
+    return [
+        (line["round"], *(str(drop.get(name, "")) for name in ("client", "reason", "detail")))  # type: ignore[misc]
+        for line in run.rounds
+        for drop in line.get("dropped") or []
+    ]
+
+
+def drops_by_reason(run: Run) -> Counter[str]:
+    """How many replies each reason cost."""
+    return Counter(reason for _, _, reason, _ in drops(run))
+
+
+@dataclass
+class Client:
+    """One client over the whole run.
+
+    Attributes:
+        device: the simulated device that it stands for, or "".
+        examples: of its training data; NaN where unknown.
+        asked: rounds in which it was sampled; `good` those whose update counted.
+        dropped: reason → replies that did not count.
+        left_out: why it was not asked again, or "".
+        step: median seconds of a training step; `memory` the highest peak in MB; `modelled` seconds in all.
+        down: MB sent to it; `up` MB it sent.
+    """
+
+    key: str
+    device: str = ""
+    examples: float = math.nan
+    asked: int = 0
+    good: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    left_out: str = ""
+    step: float = math.nan
+    memory: float = math.nan
+    modelled: float = math.nan
+    down: float = 0.0
+    up: float = 0.0
+
+
+def per_client(run: Run) -> list[Client]:
+    """All clients that the run knows of, in the natural order of their keys."""
+    left_out = {str(key): str(reason) for key, reason in (run.facts.get("left-out") or {}).items()}
+    found = {str(key): Client(str(key)) for key in (run.facts.get("partition") or {})}
+
+    def client(key: object) -> Client:
+        return found.setdefault(str(key), Client(str(key)))
+
+    for key, counts in partition(run).items():
+        client(key).examples = sum(counts)
+    for key, reason in left_out.items():
+        client(key).left_out = reason
+    for line in run.rounds:
+        for key in line.get("sampled") or []:
+            client(key).asked += 1
+    for _, key, reason, _ in drops(run):
+        client(key).dropped[reason] += 1
+    lines: dict[str, list[Record]] = {}
+    for line in run.clients:
+        lines.setdefault(str(line.get("client")), []).append(line)
+    for key, own in lines.items():
+        row = client(key)
+        row.good = len(own)
+        row.examples = number(own[-1].get("num-examples", row.examples))
+        row.device = str(own[-1].get("modelled-device", ""))
+        row.step, row.memory = _over([step_seconds(line) for line in own], np.median), _over(map(peak_memory, own), np.max)
+        row.modelled = _over(series(own, "modelled-seconds"), np.sum)
+        row.down, row.up = (_over([_payload(line.get(f"bytes-{way}")) for line in own], np.sum) for way in ("down", "up"))
+    return sorted(found.values(), key=lambda row: (natural(row.key), row.key))
+
+
+def _over(values: Iterable[float], reduce: Callable[[Series], Any]) -> float:
+    there = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
+    return float(reduce(there)) if len(there) else math.nan
+
+
+def _payload(parts: object) -> float:
+    return math.fsum(np.nan_to_num([number(v) for v in parts.values()])) / 1e6 if isinstance(parts, dict) else math.nan
+
+
+def partition(run: Run) -> dict[str, list[float]]:
+    """Client → examples by group, in the natural order of the keys; one number where rows have none; {} outside simulation."""
+    found = {str(key): [number(count) for count in counts] for key, counts in (run.facts.get("partition") or {}).items()}
+    return {key: found[key] for key in sorted(found, key=lambda key: (natural(key), key))}
+
+
+def short_names(modules: Sequence[str], blocks: Sequence[int]) -> list[str]:
+    """Block and what tells a module from the others of its block: "0 query", "0 attention.output"."""
+    inside = []
+    for name, block in zip(modules, blocks, strict=True):
+        parts = name.split(".")
+        places = [i for i, part in enumerate(parts) if part == str(block)]
+        inside.append(parts[places[0] + 1 :] if places and places[0] + 1 < len(parts) else parts)
+    kinds = {tuple(parts) for parts in inside}
+    shortest = {kind: _shortest(kind, kinds) for kind in kinds}
+    bare = {kind: name.removesuffix(".dense") for kind, name in shortest.items()}
+    if len(set(bare.values())) == len(kinds):  # BERT's "output.dense" says no more than "output"
+        shortest = bare
+    return [f"{block} {shortest[tuple(parts)]}" for parts, block in zip(inside, blocks, strict=True)]
+
+
+def _shortest(kind: tuple[str, ...], kinds: set[tuple[str, ...]]) -> str:
+    """The shortest ending of a path that no other path has."""
+    for length in range(1, len(kind)):
+        if sum(other[-length:] == kind[-length:] for other in kinds) == 1:
+            return ".".join(kind[-length:])
+    return ".".join(kind)

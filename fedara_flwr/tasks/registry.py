@@ -1,0 +1,93 @@
+"""Tasks by name: every class in a module of this folder, and those of installed packages. No torch."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint
+
+from pydantic import BaseModel
+
+from fedara_flwr import plugins as packages
+from fedara_flwr.config import ConfigError, DataSettings, nearest
+from fedara_flwr.tasks.base import Metric, Task
+
+GROUP = "fedara_flwr.tasks"
+Plugin = packages.Plugin[type[Task]]
+
+
+@cache
+def built_in() -> Mapping[str, type[Task]]:
+    """The tasks of this package, in the order of their names."""
+    folder = importlib.import_module("fedara_flwr.tasks")
+    modules = [importlib.import_module(f"{folder.__name__}.{info.name}") for info in pkgutil.iter_modules(folder.__path__)]
+    classes = {
+        cls
+        for module in modules
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Task) and cls.__module__ == module.__name__ and cls.name
+    }
+    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.name)}
+
+
+def plugins(name: str | None = None) -> list[Plugin]:
+    """What installed packages offer, sound or broken; with a `name`, only what has that name (nothing else is loaded)."""
+    return packages.offered(GROUP, "task", built_in(), _unfit, name)
+
+
+def _unfit(cls: object, point: EntryPoint) -> str:
+    """Why what an entry point names is no task that can be listed and run; '' where it is one."""
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        return f"{point.value} is no subclass of Task"
+    if cls.name != point.name:
+        return f"{point.value} has the name {cls.name!r}, its entry point {point.name!r}"
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, BaseModel)):
+        return f"{point.value}.Options is no pydantic model"
+    if not (
+        isinstance(cls.metrics, tuple) and all(isinstance(word, str) for word in (cls.title, cls.auto_class, *cls.metrics))
+    ):
+        return f"{point.value}: title and auto_class must be texts, metrics a tuple of texts"
+    if not (isinstance(cls.metric, Metric) and cls.metric.name in cls.metrics):
+        return f"{point.value}: metric must be a Metric whose name is among metrics"
+    if cls.head not in ("new", "none"):
+        return f"{point.value}: head is {cls.head!r}, allowed are 'new' and 'none'"
+    return ""
+
+
+def tasks() -> dict[str, type[Task]]:
+    """All sound tasks by name, built in and of installed packages."""
+    offered = {plugin.name: plugin.offer for plugin in plugins() if plugin.offer is not None}
+    return dict(sorted((dict(built_in()) | offered).items()))
+
+
+def find(name: str) -> type[Task]:
+    """The task `name`.
+
+    Raises:
+        ConfigError: there is none, with the nearest name, or its plug-in is broken.
+    """
+    if name in built_in():
+        return built_in()[name]
+    for plugin in plugins(name):
+        if plugin.offer is None:
+            raise ConfigError(f"data.task = {name!r}: the plug-in of {plugin.package} is broken: {plugin.reason}")
+        return plugin.offer
+    known = tasks()
+    raise ConfigError(f"data.task = {name!r}: allowed are {', '.join(known)}{nearest(name, known)}")
+
+
+def open_task(settings: DataSettings) -> Task:
+    """The task that the settings name, with its options checked.
+
+    Raises:
+        ConfigError: there is none of that name, or an option that it does not allow.
+    """
+    return find(settings.task)(settings)
+
+
+@cache
+def evaluation_metrics() -> frozenset[str]:
+    """The metrics of all tasks that are known here, as clients name them: "eval-accuracy", ..."""
+    return frozenset(f"eval-{metric}" for cls in tasks().values() for metric in cls.metrics)
