@@ -169,9 +169,7 @@ def work(adapted, what, key="1", **changes):
     if what == "lora":
         mask = some_mask(spec)
         return train(
-            adapted,
-            TASKS["classification"],
-            PadOnly(),
+            Learner(adapted, TASKS["classification"], PadOnly()),
             client(1),
             plan(mask, trainable=ADAPTERS, **changes),
             adapters(spec, mask),

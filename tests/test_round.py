@@ -322,10 +322,10 @@ def test_a_node_that_lost_its_state_is_asked_again(tiny_bert):
 def test_a_client_out_of_memory_costs_its_reply(tiny_bert, monkeypatch):
     real = train.train
 
-    def hungry(adapted, task, tokenizer, data, plan, arrays, key, *rest):
+    def hungry(learner, data, plan, arrays, key, *rest):
         if key == "3":
             raise MemoryError("DefaultCPUAllocator: can't allocate memory")
-        return real(adapted, task, tokenizer, data, plan, arrays, key, *rest)
+        return real(learner, data, plan, arrays, key, *rest)
 
     monkeypatch.setattr(train, "train", hungry)
     strategy = start(config(tiny_bert, **ONE_ROUND))
