@@ -206,7 +206,7 @@ def test_a_node_says_that_its_server_does_not_answer(site, tmp_path, tiny_bert):
     found = levels(node)
     assert [name for name, finding in found.items() if finding.level == "problem"] == ["server"]
     assert "does not answer" in found["server"].found
-    assert found["data"].found.endswith("own.csv: 24 train rows, columns text, label; labels red")
+    assert found["data"].found.endswith("own.csv: 24 train rows, columns text, label; fit for classification; labels red")
     assert found["model"].found == str(tiny_bert)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -21,8 +21,9 @@ Plugin = packages.Plugin[type[Task]]
 @cache
 def built_in() -> Mapping[str, type[Task]]:
     """The tasks of this package, in the order of their names."""
-    folder = importlib.import_module("fedara_flwr.tasks")
-    modules = [importlib.import_module(f"{folder.__name__}.{info.name}") for info in pkgutil.iter_modules(folder.__path__)]
+    # the names are those of the files beside this one, never anybody else's
+    here = str(Path(__file__).parent)
+    modules = [pkgutil.resolve_name(f"{__package__}.{info.name}") for info in pkgutil.iter_modules([here])]
     classes = {
         cls
         for module in modules
