@@ -32,7 +32,7 @@ HANDLERS: dict[str, worker.Handler] = {}
 
 
 def client_key(context: Context) -> str:
-    """node-config `client-key`, else `partition-id`, else the node's id; as they stand, so that a node says who it is first."""
+    """The client's name: node-config `client-key`, else `partition-id`, else the node's id; unchecked, so any node has one."""
     node = context.node_config
     for name in ("client-key", "partition-id"):
         if name in node:
@@ -134,8 +134,8 @@ def ready(message: Message, context: Context) -> Message:
             resident.set_delta((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
             tokens = Settings.from_flat(context.run_config).train.batch_tokens
-            found = measure(resident.learner, data.train, batch, tokens, rank)
-            metrics |= node.guard.let_out(found)
+            measured = measure(resident.learner, data.train, batch, tokens, rank)
+            metrics |= node.guard.let_out(measured)
         shared = not node.data_path
         answer = ConfigRecord(
             {
@@ -161,9 +161,9 @@ class Received:
     client_key: str
 
     @property
-    def updates(self) -> int:
+    def optimiser_steps(self) -> int:
         """Optimiser steps that this client would do."""
-        return self.plan.train.updates(len(self.data.train))
+        return self.plan.train.optimiser_steps(len(self.data.train))
 
     def arrays(self) -> Arrays:
         """The values that came with the plan."""
@@ -177,7 +177,7 @@ class Received:
         return self._store("parts").take(server_round) if self.plan.kept else None
 
     def _store(self, what: str) -> KeptStore:
-        """Where this client keeps things of this run: `what` names the folder, and the thing should it be lost."""
+        """Where this client keeps vectors of this run; `what` names the folder and, in warnings, what is kept there."""
         from fedara_flwr.node.kept import KeptStore
 
         return KeptStore(self.node.store / what, self.plan.run, self.client_key)
@@ -203,7 +203,7 @@ class Received:
 
 
 def receive(message: Message, context: Context, node: NodeSettings) -> Received | Message:
-    """What came; or the reply that says what is missing."""
+    """What the message brought, or the reply that says which pieces of the delta are missing."""
     from fedara_flwr.node.store import MissingPieces
     from fedara_flwr.wire.records import need_delta, plan_from_content
 
@@ -239,7 +239,7 @@ def _take_delta(message: Message, context: Context, node: NodeSettings, resident
 @app.train()
 @_resident
 def train(message: Message, context: Context) -> Message:
-    """One round of local training by the plan, or why not now."""
+    """One round of local training as the plan says, or the reply why not now."""
     from fedara_flwr.wire.records import busy
 
     node = NodeSettings.read(context.node_config)
@@ -259,7 +259,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 @_resident
 def evaluate(message: Message, context: Context) -> Message:
-    """The received model, with the parts that stay here, on this client's own held-out rows."""
+    """Evaluate the received model, with the parts that stay here, on this client's own held-out rows."""
     received = receive(message, context, NodeSettings.read(context.node_config))
     if isinstance(received, Message):
         return received
@@ -268,6 +268,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
     model, plan = received.session, received.plan
     load(model.adapted, plan, received.arrays(), received.stayed(plan.server_round + 1))
-    found = run(model.learner, received.data, plan.train.batch_tokens)
-    metrics: dict[str, Any] = {"eval-examples": 0} | received.node.guard.let_out(found)
+    scores = run(model.learner, received.data, plan.train.batch_tokens)
+    metrics: dict[str, Any] = {"eval-examples": 0} | received.node.guard.let_out(scores)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -139,7 +139,7 @@ class LocalTraining(Group):
         False, description="whether the backbone's own dropout is on while training; with train.cache only above what is kept"
     )
 
-    def updates(self, examples: int) -> int:
+    def optimiser_steps(self, examples: int) -> int:
         """Optimiser steps of a client with so many examples, at least one."""
         return self.steps or self.epochs * -(-examples // min(self.batch_size, examples))
 
@@ -165,7 +165,7 @@ class TrainSettings(LocalTraining):
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
     def local(self, learning_rate: float) -> LocalTraining:
-        """What travels; `learning_rate` is the method's own, used where the configuration leaves it open."""
+        """What travels in a plan; `learning_rate` is the method's own, used where the configuration leaves it open."""
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
         return LocalTraining.model_construct(**values | {"learning_rate": self.learning_rate or learning_rate})
 
@@ -347,12 +347,12 @@ def tracker_names(names: str) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no such tracker.
     """
-    found = tuple(dict.fromkeys(name.strip() for name in names.split(","))) if names.strip() else ()
-    for name in found:
+    trackers = tuple(dict.fromkeys(name.strip() for name in names.split(","))) if names.strip() else ()
+    for name in trackers:
         if name not in TRACKERS:
             hint = f"{', '.join(TRACKERS)}, comma-separated{nearest(name, TRACKERS)}"
             raise ConfigError(f"run.track = {names!r}: allowed are {hint}")
-    return found
+    return trackers
 
 
 def nearest(word: str, words: Any) -> str:
@@ -380,11 +380,11 @@ def one_line(error: ValidationError, known: Mapping[str, Any], prefix: str = "")
 
 
 def _walk(group: Group, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
+    keys: dict[str, tuple[Any, Any]] = {}
     for name, field in type(group).model_fields.items():
         value, key = getattr(group, name), prefix + (field.alias or name)
-        found |= _walk(value, key + ".") if isinstance(value, Group) else {key: (value, field)}
-    return found
+        keys |= _walk(value, key + ".") if isinstance(value, Group) else {key: (value, field)}
+    return keys
 
 
 def describe() -> dict[str, Any]:

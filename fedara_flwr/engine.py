@@ -60,28 +60,28 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._alone: set[str] = set()
-        self._updates: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
 
     def set_run(self, run: Run) -> None:
-        """Not needed: there is one run."""
+        """Do nothing: this grid has one run and needs no telling."""
 
     @property
     def run(self) -> Run:
-        """There is no Run outside a SuperLink."""
+        """Not available: there is no Run outside a SuperLink."""
         raise RuntimeError("the in-process engine has no SuperLink run")
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """As Flower's own."""
+        """A message to one node, made as Flower's own grids make it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes, always there."""
+        """The ids of all nodes, which are always there."""
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue; nothing runs yet."""
+        """Queue messages and give back their ids; nothing runs yet."""
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
@@ -94,7 +94,7 @@ class InProcessGrid(Grid):
         return [self._reply(message_id) for message_id in message_ids if message_id in self._waiting]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push and pull all."""
+        """Push the messages and pull all their replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def _reply(self, message_id: str) -> Message:
@@ -103,11 +103,11 @@ class InProcessGrid(Grid):
             self._train_together(message)
         del self._waiting[message_id]
         self._alone.discard(message_id)
-        self._updates.pop(message_id, None)
+        self._steps.pop(message_id, None)
         return self._replies.pop(message_id, None) or self._call(message)
 
     def _train_together(self, message: Message) -> None:
-        """Make replies of those that can be trained with the receiver of `message`, its own among them."""
+        """Train together those that can be trained with the receiver of `message`, and keep all their replies."""
         group = self._group(message)
         if len(group) < 2:
             return
@@ -118,19 +118,19 @@ class InProcessGrid(Grid):
         jobs = [Job(r.data, r.plan, arrays, r.client_key, r.node.guard) for r, arrays in group]
         model = group[0][0].session
         try:
-            found = train_together(model.learner, jobs)
+            updates = train_together(model.learner, jobs)
         except Exception as error:  # out of memory, for example
             names = ", ".join(job.client_key for job in jobs)
             logger.warning("clients %s are trained one after the other: %s: %s", names, type(error).__name__, error)
             return
-        for (received, arrays), update in zip(group, found, strict=True):
+        for (received, arrays), update in zip(group, updates, strict=True):
             with suppress(Exception):  # called alone, the client says what is wrong
                 if isinstance(update, Update):
                     reply = received.answer(update, arrays)
                     self._replies[received.message.metadata.message_id] = self._from(reply, received.message)
 
     def _group(self, message: Message) -> list[tuple[Received, Arrays]]:
-        """Who waits and can be trained with the receiver of `message`, that one first, with the values that came."""
+        """Who waits and can be trained with the receiver of `message`, that one first, each with the values that came."""
         plan = message.content.config_records.get("plan")
         busy = {message.metadata.message_id, *self._replies, *self._alone}
         waiting = [message, *(other for message_id, other in self._waiting.items() if message_id not in busy)]
@@ -140,11 +140,11 @@ class InProcessGrid(Grid):
                 break
             if other.metadata.message_type != MessageType.TRAIN or other.content.config_records.get("plan") != plan:
                 continue
-            if group and self._updates.get(other.metadata.message_id, group[0][0].updates) != group[0][0].updates:
+            if group and self._steps.get(other.metadata.message_id, group[0][0].optimiser_steps) != group[0][0].optimiser_steps:
                 continue
-            found = self._receive(other, group[0][0] if group else None)
-            if found is not None:
-                group.append(found)
+            candidate = self._receive(other, group[0][0] if group else None)
+            if candidate is not None:
+                group.append(candidate)
             elif not group:
                 break
         return group
@@ -154,13 +154,13 @@ class InProcessGrid(Grid):
         from fedara_flwr.client.together import allows
 
         context = self.contexts[message.metadata.dst_node_id]
-        with suppress(Exception):  # as above
+        with suppress(Exception):  # called alone, the client says what is wrong
             received = receive(message, context, NodeSettings.read(context.node_config))
             if not isinstance(received, Received) or not allows(received.plan) or not len(received.data.train):
                 return None
-            self._updates[message.metadata.message_id] = received.updates
+            self._steps[message.metadata.message_id] = received.optimiser_steps
             if first is not None:
-                return (received, received.arrays()) if received.updates == first.updates else None
+                return (received, received.arrays()) if received.optimiser_steps == first.optimiser_steps else None
             if not received.session.apart:
                 return received, received.arrays()
             logger.warning("run.together = %d: one after the other instead: %s", self.together, received.session.apart)
@@ -181,7 +181,7 @@ class InProcessGrid(Grid):
 
 
 def run(run_config: UserConfig, nodes: int) -> RunDirectory:
-    """A whole run in this process.
+    """Do a whole run in this process, with so many simulated nodes.
 
     Raises:
         ConfigError: as `server_app.run`.

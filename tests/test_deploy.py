@@ -252,7 +252,7 @@ def test_settings_that_cannot_be(site):
 
 
 def test_another_program_on_a_node_s_port(monkeypatch):
-    monkeypatch.setattr(check, "SECONDS", 0.3)
+    monkeypatch.setattr(check, "ANSWER_SECONDS", 0.3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from fedara_flwr import engine
 from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.cli import app
-from fedara_flwr.cli.exporting import FORMATS
+from fedara_flwr.cli.exporting import EXPORT_FORMATS
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.runs.card import has_card, write_card
 from fedara_flwr.runs.directory import read_facts
@@ -100,7 +100,7 @@ def logits(path: Path) -> np.ndarray:
 def test_every_format_has_the_runs_logits_in_stock_libraries(run, base, name, method):
     path = run(name, method)
     expected = logits(path)
-    for kind in FORMATS:
+    for kind in EXPORT_FORMATS:
         done = export(path, "--format", kind)
         assert done.exit_code == 0, done.output
         found = stock_logits(kind, base[name], path / "exports" / kind, batch())
@@ -125,7 +125,7 @@ def test_training_shows_in_the_exports(run, base):
         assert np.abs(model.adapted.outputs(batch()).logits.numpy() - logits(path)).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", EXPORT_FORMATS)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_cards_own_lines_load_it(run, base, name, kind):
     """As they stand, but for the two folders: the export's, and the base model's, of which a card tells the name alone."""

@@ -238,8 +238,9 @@ def test_a_whole_run_and_what_stock_libraries_make_of_it(tiny_bert, tmp_path, ta
     code = card[card.index("```python\n") + 10 : card.rindex("```")].replace("path/to/this/folder", str(exported))
     printed, logits = stock_run(code.replace(f"'{tiny_bert.name}'", repr(str(tiny_bert))))
     assert printed.strip().startswith("[") if task == "multi-label" else math.isfinite(float(printed))
-    strategy, model = open_run(directory.path)
-    model._load(strategy.exported())
+    saved = open_run(directory.path)
+    model = saved.model
+    model._load(saved.method.exported(saved.state))
     with torch.no_grad():
         expected = model.adapted.outputs(dict(model.learner.tokenizer("some text", return_tensors="pt"))).logits
     assert np.allclose(logits, expected.numpy(), atol=1e-5)

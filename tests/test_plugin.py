@@ -408,11 +408,11 @@ def test_a_server_without_the_declaration_refuses_in_one_line(tmp_path):
 DECLARATIONS = {
     "absent": ("nowhere_at_all:PART", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
     "leaves": ("odd_parts:LEAVES", "AttributeError: module 'odd_parts' has no attribute 'LEAVES'"),
-    "no-part": ("odd_parts:NAME", "it is no Part of the backbone's parameters (with `holds`, without `width`)"),
-    "slots": ("odd_parts:SLOTS", "it is no Part of the backbone's parameters (with `holds`, without `width`)"),
-    "renamed": ("odd_parts:NORMS", "it has the name 'norms', its entry point 'renamed'"),
-    "head": ("odd_parts:HEAD", "the name 'head' is taken"),
-    "delta": ("odd_parts:DELTA", "the name 'delta' is taken"),
+    "no-part": ("odd_parts:NAME", "odd_parts:NAME is no Part of the backbone's parameters (with `holds`, without `width`)"),
+    "slots": ("odd_parts:SLOTS", "odd_parts:SLOTS is no Part of the backbone's parameters (with `holds`, without `width`)"),
+    "renamed": ("odd_parts:NORMS", "odd_parts:NORMS has the name 'norms', its entry point 'renamed'"),
+    "head": ("odd_parts:HEAD", "this package has a part of that name"),
+    "delta": ("odd_parts:DELTA", "this package has a part of that name"),
 }
 
 
@@ -433,7 +433,7 @@ def test_declarations_that_cannot_be_used_are_left_out(tmp_path, in_process, cap
     with caplog.at_level("WARNING", logger="fedara_flwr"):
         found = parts.declared()
     assert list(found) == [*parts.BUILT_IN, "norms"] and all(found[name] is part for name, part in parts.BUILT_IN.items())
-    said = {f"part {name!r} of {value} cannot be used: {reason}" for name, (value, reason) in DECLARATIONS.items()}
+    said = {f"part {name!r} of odd-parts 1.0 cannot be used: {reason}" for name, (_, reason) in DECLARATIONS.items()}
     assert {record.getMessage() for record in caplog.records} == said
 
 
@@ -536,7 +536,7 @@ def test_two_packages_may_not_share_a_name(strangers, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-later\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[fedara_flwr.strategies]\nsound = stranger:Sound\n")
     first, second = strategies.plugins("sound")
-    assert first.method is not None and second.method is None
+    assert first.offer is not None and second.offer is None
     assert second.reason == f"{first.package} has a method of that name"
 
 

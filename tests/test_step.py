@@ -20,7 +20,7 @@ from test_tasks import Reader, rows_of_many_lengths
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.adapters.learner import Learner, parts
+from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import saved_bytes
 from fedara_flwr.client.step import Spent, backward
@@ -44,11 +44,11 @@ def test_parts_by_hand():
     """Of at most 10 tokens: 3·3 = 9, 2·5 = 10, 2·9 = 18 is too many, and 20 is alone whatever the bound is."""
     lengths = [20, 3, 2, 5, 3, 5, 9]
     order = [2, 1, 4, 3, 5, 6, 0]
-    assert parts(order, lengths, 10) == [[2, 1, 4], [3, 5], [6], [0]]
-    assert parts(order, lengths, 1) == [[row] for row in order]
-    assert parts(order, lengths, 7 * 20) == parts(order, lengths, 0) == [order]
-    assert parts(order, lengths, 7 * 20 - 1) == [order[:-1], order[-1:]]
-    assert parts([], lengths, 10) == []
+    assert cut(order, lengths, 10) == [[2, 1, 4], [3, 5], [6], [0]]
+    assert cut(order, lengths, 1) == [[row] for row in order]
+    assert cut(order, lengths, 7 * 20) == cut(order, lengths, 0) == [order]
+    assert cut(order, lengths, 7 * 20 - 1) == [order[:-1], order[-1:]]
+    assert cut([], lengths, 10) == []
 
 
 def cells(part, lengths):
@@ -68,7 +68,7 @@ def fewest(order, lengths, tokens):
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_parts_keep_the_bound_and_are_as_few_as_can_be(lengths, tokens):
     order = np.argsort(lengths, kind="stable").tolist()
-    found = parts(order, lengths, tokens)
+    found = cut(order, lengths, tokens)
     assert [row for part in found for row in part] == order
     assert all(len(part) == 1 or cells(part, lengths) <= tokens for part in found)
     assert len(found) == fewest(order, lengths, tokens)
@@ -111,11 +111,11 @@ def step(adapted, task, data, tokens, terms=(), lowest=0, watch=None):
         for i, parameter in enumerate(parameters):
             parameter.add_(0.01 * (i % 3))
     spent, lengths = Spent(), [len(row) for row in data.ids]
-    cut = parts(range(len(data)), lengths, tokens)
-    batches_ = [Learner(adapted, task, PadOnly()).batch(data, part) for part in cut]
+    pieces = cut(range(len(data)), lengths, tokens)
+    batches_ = [Learner(adapted, task, PadOnly()).batch(data, part) for part in pieces]
     with watch or nullcontext():
         loss = backward(Learner(adapted, task, None), batches_, made, spent)
-    return loss, [p.grad for p in parameters], spent.tokens, cut
+    return loss, [p.grad for p in parameters], spent.tokens, pieces
 
 
 TERMS = [("prox", {"mu": 0.5}), ("orthogonality", {"weight": 0.3})]

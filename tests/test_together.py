@@ -110,8 +110,8 @@ def test_stacked_linear_is_each_clients_own(clients, each, length, d_in, d_out, 
 def test_numbers_of_steps():
     """10 rows in batches of 4 are 3 steps, twice; 3 rows make batches of 3."""
     orders = plan(RankMask.full([1]), steps=0, epochs=2, batch_size=4)
-    assert [orders.train.updates(n) for n in (10, 8, 4, 3, 1)] == [6, 4, 2, 2, 2]
-    assert plan(RankMask.full([1]), steps=5, epochs=2, batch_size=4).train.updates(10) == 5
+    assert [orders.train.optimiser_steps(n) for n in (10, 8, 4, 3, 1)] == [6, 4, 2, 2, 2]
+    assert plan(RankMask.full([1]), steps=5, epochs=2, batch_size=4).train.optimiser_steps(10) == 5
 
 
 def test_what_cannot_be_trained_together():
@@ -225,7 +225,7 @@ def test_gradients_are_each_clients_own(tiny_models):
         values.append(loaded(adapted))
         batches.append(Learner(adapted, task, PadOnly()).batch(job.data.train, range(count)))
         loss = backward(Learner(adapted, task, None), batches[-1:], [], Spent())
-        expected.append((loss, [p.grad.clone() for part in stacks.PARTS for p in adapted.parameters(part)]))
+        expected.append((loss, [p.grad.clone() for part in stacks.STACKED_PARTS for p in adapted.parameters(part)]))
     joined = Encoded(
         orders[0].data.train.ids + orders[1].data.train.ids, [*orders[0].data.train.labels, *orders[1].data.train.labels]
     )
@@ -235,7 +235,7 @@ def test_gradients_are_each_clients_own(tiny_models):
     for i, (loss, gradients) in enumerate(expected):
         stack.show(i)
         torch.testing.assert_close(losses[i], loss)
-        for p, gradient in zip((p for part in stacks.PARTS for p in adapted.parameters(part)), gradients, strict=True):
+        for p, gradient in zip((p for part in stacks.STACKED_PARTS for p in adapted.parameters(part)), gradients, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import backbone, random_arrays, random_batch
+from conftest import TASKS, backbone, mean_loss, random_arrays, random_batch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from fedara_flwr.client.vote import IMPORTANCES, SlotVote
 from fedara_flwr.model.parts import LORA, SVD
 from fedara_flwr.model.ranks import RankMask, rank_order, unpack_order
 from fedara_flwr.node.guard import Guard
-from fedara_flwr.tasks import TASKS
 
 TASK = TASKS["classification"]
 
@@ -150,7 +149,7 @@ def test_first_step_from_zero_gives_a_and_b_no_gradient(adapted):
     mask = some(adapted.spec)
     load(adapted, mask, E=np.zeros(mask.count, np.float32))
     batch = random_batch()
-    TASK.loss(adapted.logits(batch), batch).backward()
+    mean_loss(TASK, adapted.outputs(batch), batch).backward()
     vote = SlotVote(adapted, budget=5.0)
     vote.after_backward()
     assert not vote.scores().any()
@@ -171,7 +170,7 @@ def test_lora_has_the_scores_of_an_e_that_is_frozen_at_one(adapted, importance):
         vote = SlotVote(adapted, budget=5.0, importance=importance)
         batch = random_batch()
         for _ in range(2):
-            TASK.loss(adapted.logits(batch), batch).backward()
+            mean_loss(TASK, adapted.outputs(batch), batch).backward()
             vote.after_backward()
         assert all(values["E"].grad is None for _, values in adapted.alive())
         vote.finish()

@@ -77,7 +77,7 @@ class AdaptedModel:
         self.head = backbone.head_parameters()
         self.mask = RankMask.full([0] * len(self.layers))
         self.lowest = self.spec.blocks
-        """As `ModelSpec.lowest` of the mask."""
+        """The lowest block with a living module, as `ModelSpec.lowest` of the mask."""
         self.costs: dict[Any, tuple[int, int]] = {}
         """What client/step.count_flops found for a mask; forgotten with the delta, which has a share in it."""
         self.model.requires_grad_(False)
@@ -115,7 +115,7 @@ class AdaptedModel:
         self._delta = piece
 
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
-        """A copy of the values where the model is."""
+        """A copy of the values as a tensor on the model's device."""
         return torch.from_numpy(np.array(values)).to(self.device)
 
     def resident_weight(self, name: str) -> NDArray[np.float32]:
@@ -133,7 +133,7 @@ class AdaptedModel:
         return array
 
     def _weights(self) -> list[nn.Parameter]:
-        """The adapted layers' own weights."""
+        """The frozen weight of each adapted layer, in the order of `spec.modules`."""
         return [layer.base_layer.get_parameter("weight") for layer in self.layers]
 
     def _check_frozen(self) -> None:
@@ -142,14 +142,14 @@ class AdaptedModel:
             raise ConfigError(f"model.dtype = {self.backbone.dtype!r} (or node-config dtype): {line}")
 
     def _release(self) -> None:
-        """The backbone as it is resident, every copy dropped."""
+        """Put the backbone back to its resident values, and drop every copy."""
         for parameter, data in zip(self._frozen, self._resident, strict=True):
             parameter.data, parameter.grad = data, None
             parameter.requires_grad_(False)
         self._base = self._resident
 
     def _change_backbone(self, changes: Arrays, positions: Ints | None, trainable: frozenset[str]) -> None:
-        """The backbone for one client: resident, plus a dense delta, plus what is trained of it; copies where it differs.
+        """Make the backbone one client's: the resident weights plus a dense delta plus `changes`; copied where it differs.
 
         Args:
             changes: differences from the pre-trained values by part of the backbone, each of the part's parameters or, with
@@ -198,7 +198,7 @@ class AdaptedModel:
         trainable: frozenset[str] = frozenset(),
         positions: Ints | None = None,
     ) -> None:
-        """Shrink to `mask` and take over values.
+        """Cut the adapters to `mask` and take over the values of adapters, head and backbone.
 
         Args:
             arrays: B, E, A packed under `mask`, and head where the task has one; E may be absent, then it is 1; parts of the
@@ -335,12 +335,12 @@ class AdaptedModel:
 
 
 def _inputs(batch: Batch) -> Batch:
-    """What the model is given of a batch."""
+    """The tensors of a batch that the model is given: all but the labels."""
     return {name: value for name, value in batch.items() if not name.startswith("labels")}
 
 
 def _add(parameters: list[nn.Parameter], change: torch.Tensor) -> None:
-    """Each parameter's values replaced by a float32 copy with its share of `change` added."""
+    """Replace each parameter's values by a float32 copy to which its share of `change` is added."""
     pieces = change.split([p.numel() for p in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.data = parameter.data.float() + piece.view_as(parameter)

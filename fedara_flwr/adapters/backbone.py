@@ -44,9 +44,9 @@ def locate(name: str) -> str:
         return str(Path(name).expanduser().resolve())
     if name in PACKAGED:
         package, folder, expected = PACKAGED[name]
-        found = importlib.util.find_spec(package)
-        if found is not None and found.submodule_search_locations:
-            path = Path(next(iter(found.submodule_search_locations))) / folder
+        installed = importlib.util.find_spec(package)
+        if installed is not None and installed.submodule_search_locations:
+            path = Path(next(iter(installed.submodule_search_locations))) / folder
             weights = path / "model.safetensors"
             actual = _file_digest(weights) if weights.is_file() else "absent"
             if actual != expected:
@@ -82,7 +82,7 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
 
 
 class Backbone:
-    """A loaded model, what it is made of and which of it is head.
+    """A loaded model, what it is made of and which of its modules are the head.
 
     Attributes:
         model: the transformers model, every parameter frozen and eval() on.
@@ -103,7 +103,7 @@ class Backbone:
         pad_token_id: int | None = None,
         device: str = "cpu",
     ) -> None:
-        """Load and inspect.
+        """Load the model, and find its blocks, its head and the layers to adapt.
 
         Args:
             name: as `model.name`.
@@ -216,7 +216,7 @@ class Backbone:
         return digest.hexdigest()
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """All other parameters, in the order of `spec.backbone`; before adapters change their names."""
+        """All parameters but the head's, in the order of `spec.backbone`; call it before adapters change their names."""
         return [self.model.get_parameter(p.name) for p in self.spec.backbone]
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -88,7 +88,7 @@ def save_plain_lora(folder: Path, backbone: Backbone, weights: Weights, task_typ
 
 
 def _exactly(name: str) -> str:
-    """PEFT reads a pattern's key as the end of a name, or as a regular expression."""
+    """A module's name as a regular expression for it alone: PEFT would take a plain name for the end of others, too."""
     return "^" + name.replace(".", r"\.")
 
 
@@ -107,7 +107,7 @@ def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str,
 
 
 def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector | None) -> None:
-    """Configuration and tensors, with head and an identity pooler among them."""
+    """Write configuration and tensors, the head and an identity pooler among them."""
     config.base_model_name_or_path = backbone.name
     config.revision = revision(backbone)
     config.inference_mode = True

@@ -21,33 +21,33 @@ from fedara_flwr.tasks.base import Batch, Encoded, Task
 BATCH = 32
 
 
-def parts(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Cut a batch into as few parts of neighbouring rows as have at most `tokens` tokens each, padding counted.
+def cut(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cut a batch into as few pieces of neighbouring rows as have at most `tokens` tokens each, padding counted.
 
     Args:
         rows: row numbers, by length, so that little of a part is padding.
         lengths: tokens of every row there is.
         tokens: the bound, which a row alone may exceed; 0 = one part.
     """
-    found: list[list[int]] = []
+    row_lists: list[list[int]] = []
     longest = 0
     for row in rows:
         longest = max(longest, lengths[row])
-        if not found or (tokens and (len(found[-1]) + 1) * longest > tokens):
-            found.append([])
+        if not row_lists or (tokens and (len(row_lists[-1]) + 1) * longest > tokens):
+            row_lists.append([])
             longest = lengths[row]
-        found[-1].append(row)
-    return found
+        row_lists[-1].append(row)
+    return row_lists
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What learns in one process.
+    """The model, task and tokenizer of one process.
 
     Attributes:
         adapted: the model, with adapters.
         task: what is learnt.
-        tokenizer: the backbone's own, of transformers.
+        tokenizer: the backbone's tokenizer, of transformers.
     """
 
     adapted: AdaptedModel
@@ -74,7 +74,7 @@ class Learner:
         """The task's metrics of the loaded model on all of `data`; rows of similar length go together, no outputs are kept.
 
         Args:
-            batch_tokens: most tokens of a batch, as in `parts`.
+            batch_tokens: most tokens of a batch, as in `cut`.
         """
         adapted, task = self.adapted, self.task
         adapted.model.eval()
@@ -82,7 +82,7 @@ class Learner:
         lengths = [len(row) for row in data.ids]
         order = np.argsort(lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
-            for rows in parts(order[start : start + BATCH], lengths, batch_tokens):
+            for rows in cut(order[start : start + BATCH], lengths, batch_tokens):
                 batch = self.batch(data, rows)
                 evaluation.add(task.outputs(self, batch, adapted.below(batch)), batch)
         return evaluation.result()

@@ -48,7 +48,7 @@ class Prefix:
         half: bool,
         disk_megabytes: int = 0,
     ) -> None:
-        """Try the cut.
+        """Try whether the model can be cut between its blocks, which `fits` then says; nothing is kept yet.
 
         Args:
             model: in eval mode, as the pre-trained weights make it, every parameter frozen.
@@ -72,7 +72,7 @@ class Prefix:
             logger.info("%s runs without train.cache: %s", type(model).__name__, problem)
 
     def clear(self) -> None:
-        """Forget everything: the backbone is another one now."""
+        """Forget all outputs, since the backbone is another one now."""
         self._kept.clear()
         self._disk.clear()
         self._size = 0
@@ -95,19 +95,19 @@ class Prefix:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _row(self, inputs: Batch, boundary: int) -> torch.Tensor:
-        """Of one row, shape (length, hidden)."""
+        """The output of block `boundary` - 1 for one row without padding, kept or run now; shape (length, hidden)."""
         digest = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in inputs.values())).digest()
         states = self._find((boundary, digest))
         if states is None:
             # the output of a lower block serves as a start, unless it was rounded
             lower = () if self.half else ((i, self._find((i, digest))) for i in range(boundary - 1, 0, -1))
-            start, below = next((found for found in lower if found[1] is not None), (0, None))
+            start, below = next((kept for kept in lower if kept[1] is not None), (0, None))
             states = self._rounded(self._run(inputs, start, below, boundary)[0])
         self._keep((boundary, digest), states)
         return states.float() if states.dtype == torch.float16 else states
 
     def _find(self, key: tuple[int, bytes]) -> torch.Tensor | None:
-        """What is kept, in memory or on disk."""
+        """The output that is kept under `key`, in memory or on disk; None where there is none."""
         return self._kept[key] if key in self._kept else self._disk.get(key)
 
     def _rounded(self, states: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Prefix:
         return states
 
     def _keep(self, key: tuple[int, bytes], states: torch.Tensor) -> None:
-        """In memory, as what was used last."""
+        """Keep an output in memory as the one used last; those used longest ago make room and go to disk."""
         if key not in self._kept:
             self._size += states.nbytes
         self._kept[key] = states
@@ -131,10 +131,10 @@ class Prefix:
     @torch.no_grad()
     def _run(self, inputs: Batch, start: int, states: torch.Tensor | None, boundary: int) -> torch.Tensor:
         """The output of block `boundary` - 1, without dropout; from that of block `start` - 1 where start > 0."""
-        found: list[torch.Tensor] = []
+        reached: list[torch.Tensor] = []
 
         def reach(block: nn.Module, args: Any, output: Any) -> None:
-            found.append(_hidden(output))
+            reached.append(_hidden(output))
             raise _Reached
 
         training = self.model.training
@@ -148,11 +148,11 @@ class Prefix:
         finally:
             hook.remove()
             self.model.train(training)
-        return found[0]
+        return reached[0]
 
     @contextmanager
     def above(self, states: torch.Tensor | None, boundary: int) -> Iterator[None]:
-        """Forward passes inside begin at block `boundary`, whose input is `states`; as ever where that is None."""
+        """Forward passes inside begin at block `boundary`, whose input is `states`; where that is None, at the lowest."""
         lower = self.blocks[:boundary] if states is not None else []
         for block in lower:
             block.forward = lambda *args, **kwargs: self._wrap(states)  # type: ignore[arg-type]
@@ -202,9 +202,9 @@ class Prefix:
         for boundary in range(1, len(self.blocks) + 1):
             states = self.states(inputs, boundary)
             with self.above(states, boundary):
-                found = base(**inputs)[0]
+                resumed = base(**inputs)[0]
             self.clear()
-            if not float(((found - whole) * mask[..., None]).abs().max()) <= bound:
+            if not float(((resumed - whole) * mask[..., None]).abs().max()) <= bound:
                 return f"block {boundary} does not depend on the output of the one below alone"
         return ""
 

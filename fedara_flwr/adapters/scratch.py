@@ -38,7 +38,7 @@ class Scratch:
     """
 
     def __init__(self, megabytes: int) -> None:
-        """Nothing is opened before the first tensor comes.
+        """Set the bound; the file is made when the first tensor comes.
 
         Args:
             megabytes: bound of the file, in 2^20 bytes; 0 = keep nothing. It never takes more than half of what is free where
@@ -52,7 +52,7 @@ class Scratch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file that are taken."""
+        """Bytes of the file that hold tensors."""
         return (self._end - len(self._free)) * SLOT
 
     def clear(self) -> None:
@@ -113,7 +113,7 @@ class Scratch:
         return self._file
 
     def _take(self) -> int:
-        """A slot that nothing needs, or needed longest ago."""
+        """The number of a slot to write to: a free one, else one of the tensor that was used longest ago."""
         if not self._free and self._end < self._limit:
             self._end += 1
             return self._end - 1

@@ -23,12 +23,12 @@ from fedara_flwr.log import error_line
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS
 
-PARTS = (*SLOT_PARTS, "head")
+STACKED_PARTS = (*SLOT_PARTS, "head")
 
 
 def loaded(adapted: AdaptedModel) -> list[torch.Tensor]:
     """Adapters and head of the client that was loaded last; the next `AdaptedModel.load` leaves these tensors alone."""
-    return [p.data for part in PARTS for p in adapted.parameters(part)]
+    return [p.data for part in STACKED_PARTS for p in adapted.parameters(part)]
 
 
 class Stack:
@@ -41,7 +41,7 @@ class Stack:
     def __init__(self, adapted: AdaptedModel, values: Sequence[list[torch.Tensor]]) -> None:
         """`values` are what `loaded` gave of each client; the last of them is still loaded."""
         self.adapted, self.clients = adapted, len(values)
-        self._own = {part: adapted.parameters(part) for part in PARTS}
+        self._own = {part: adapted.parameters(part) for part in STACKED_PARTS}
         own = [p for parameters in self._own.values() for p in parameters]
         self._stacked = [
             nn.Parameter(torch.stack(rows), requires_grad=p.requires_grad)
@@ -55,11 +55,11 @@ class Stack:
         ]
 
     def parameters(self, part: str) -> list[nn.Parameter]:
-        """Of one part, shape (clients, ...), in the order of `AdaptedModel.parameters`.
+        """All clients' values of one part, each of shape (clients, ...), in the order of `AdaptedModel.parameters`.
 
         Their gradients are to be zeroed in place, never dropped: what `show` hands out are views of them.
         """
-        start = sum(len(self._own[before]) for before in PARTS[: PARTS.index(part)])
+        start = sum(len(self._own[before]) for before in STACKED_PARTS[: STACKED_PARTS.index(part)])
         return self._stacked[start : start + len(self._own[part])]
 
     def show(self, client: int) -> None:
@@ -89,7 +89,7 @@ class Stack:
 
 
 def linear_layers(adapted: AdaptedModel) -> dict[str, nn.Module]:
-    """Modules that the head's parameters are of, by name."""
+    """The modules that hold the head's parameters, by name."""
     names = dict.fromkeys(parameter.name.rpartition(".")[0] for parameter in adapted.spec.head)
     return {name: adapted.model.get_submodule(name) for name in names}
 

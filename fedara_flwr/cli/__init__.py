@@ -1,4 +1,4 @@
-"""The `fedara` command."""
+"""The `fedara` command line: a function for each command, which imports what it needs when it is called."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
 
 
 def _reach(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Refuse an address where nothing answers within CONNECT_SECONDS; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
@@ -120,7 +120,7 @@ def _reach(address: str) -> None:
 
 
 def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> str:
-    """What `main` found, as one line.
+    """The line that `check` gives, from what `main` learnt of the cluster's machines.
 
     Raises:
         ConfigError: as `check`.
@@ -137,12 +137,12 @@ def judge(answer: Mapping[str, Any], address: str, cpus: float, gpus: float) -> 
     if short := answer["short"]:
         raise ConfigError(f"{ADDRESS} = {address!r}: other jobs hold {short}, Flower would wait for them without end")
     for machine in machines:
-        name, found = f"machine {machine['address']} of the Ray cluster at {address}", machine["found"]
-        if "error" in found:
-            raise ConfigError(f"{name}: {found['error']}")
-        if differs := [key for key in here if key != "shared" and found[key] != here[key]]:
+        name, there = f"machine {machine['address']} of the Ray cluster at {address}", machine["found"]
+        if "error" in there:
+            raise ConfigError(f"{name}: {there['error']}")
+        if differs := [key for key in here if key != "shared" and there[key] != here[key]]:
             key = differs[0]
-            raise ConfigError(f"{name}: {key} is {found[key]}, on this machine {here[key]}; all must have the same")
+            raise ConfigError(f"{name}: {key} is {there[key]}, on this machine {here[key]}; all must have the same")
     line = f"Ray cluster {address}: machines: {len(machines)}, clients at once: {room}"
     if room > (threads := min(FLOWER_THREADS, (os.cpu_count() or 1) + 4)):
         line += f", of which Flower runs {threads} from this machine"
@@ -163,18 +163,18 @@ def look(config: dict[str, Scalar], mark: str) -> dict[str, Any]:
     from fedara_flwr.tasks import open_task
 
     try:
-        found: dict[str, Any] = {name: version(name) for name in PACKAGES if name != "fedara-flwr"}  # the app's code is brought
-        found = {name: number.partition("+")[0] for name, number in found.items()}  # builds for CPU and CUDA may meet
+        has: dict[str, Any] = {name: version(name) for name in PACKAGES if name != "fedara-flwr"}  # the app's code is brought
+        has = {name: number.partition("+")[0] for name, number in has.items()}  # builds for CPU and CUDA may meet
         settings = Settings.from_flat(config)
         model, home = Path(locate(settings.model.name)), Path(mark).parent
         if model.is_dir():  # else each machine has it from the Hub
             files = sorted((str(file.relative_to(model)), file.stat().st_size) for file in model.rglob("*") if file.is_file())
-            found[f"the folder of model.name = {settings.model.name!r}"] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
-        found["the digest of the data"] = federation(settings.data, settings.seed, open_task(settings.data)).digest[:12]
+            has[f"the folder of model.name = {settings.model.name!r}"] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
+        has["the digest of the data"] = federation(settings.data, settings.seed, open_task(settings.data)).digest[:12]
         home.mkdir(parents=True, exist_ok=True)
         if not os.access(home, os.W_OK):
             return {"error": f"FLWR_HOME = {str(home)!r}: cannot be written"}
-        return {**found, "shared": Path(mark).exists()}
+        return {**has, "shared": Path(mark).exists()}
     except PackageNotFoundError as error:
         return {"error": f"package {error.name} is not installed"}
     except (ConfigError, OSError) as error:
@@ -210,10 +210,10 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
     done, _ = ray.wait(replies, num_returns=len(replies), timeout=CHECK_SECONDS) if replies else ([], [])
     for machine, reply in zip(machines, replies, strict=True):
         try:
-            found = ray.get(reply) if reply in done else {"error": f"no answer in {CHECK_SECONDS} s"}
+            answer = ray.get(reply) if reply in done else {"error": f"no answer in {CHECK_SECONDS} s"}
         except Exception as error:  # its worker cannot start, or the machine left
-            found = {"error": " ".join(str(error).split())[-500:]}
-        machine["found"] = found
+            answer = {"error": " ".join(str(error).split())[-500:]}
+        machine["found"] = answer
     room = sum(machine["room"] for machine in machines)
     wanted = {"CPU": room * question["cpus"], "GPU": room * question["gpus"]}
     deadline = time.monotonic() + FREE_SECONDS
@@ -223,7 +223,7 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(free: Mapping[str, float], wanted: Mapping[str, float]) -> str:
-    """What is not free of what Flower, which counts all that there is, will ask for; '' where all is."""
+    """The resources of `wanted` that are not free, in words; '' where all are. Flower will ask for all that there are."""
     held = {name: amount - free.get(name, 0) for name, amount in wanted.items()}
     return " and ".join(f"{lack:g} of {wanted[name]:g} {name}" for name, lack in held.items() if lack > 1e-3)
 

@@ -30,7 +30,7 @@ from fedara_flwr.tasks import registry
 
 PACKAGE = "fedara-flwr"
 OLDEST_PYTHON = (3, 11)
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MEMORY = 3e9  # bytes: Flower and Ray take 1 GB, each training client of the default model about as much
 DISK = 2e9  # bytes
 
@@ -68,10 +68,10 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
 
 def python() -> Finding:
     """Whether Python is new enough."""
-    found = f"Python {sys.version.split()[0]}, {sys.executable}"
+    running = f"Python {sys.version.split()[0]}, {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
-        return Finding("problem", found, f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed")
-    return Finding("ok", found)
+        return Finding("problem", running, f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed")
+    return Finding("ok", running)
 
 
 def packages() -> Finding:
@@ -80,9 +80,9 @@ def packages() -> Finding:
         requirements = requires(PACKAGE) or []
     except PackageNotFoundError:
         return Finding("warning", f"{PACKAGE} is not installed, only its code is here", f"pip install -e . (or {PACKAGE})")
-    if found := list(unmet(requirements, "")):
-        needed = " ".join(f"'{requirement}'" for requirement, _ in found)
-        return Finding("problem", "; ".join(reason for _, reason in found), f"pip install {needed}")
+    if lacking := list(unmet(requirements, "")):
+        needed = " ".join(f"'{requirement}'" for requirement, _ in lacking)
+        return Finding("problem", "; ".join(reason for _, reason in lacking), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
 
 
@@ -120,7 +120,7 @@ def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Fin
 
 
 def app_folder(app: Path) -> Finding:
-    """The folder's name, and a table in pyproject.toml that Flower moves out of it."""
+    """Whether Flower accepts the folder's name and leaves its pyproject.toml as it is."""
     file = app / "pyproject.toml"
     if file.is_file() and "federations" in tomllib.loads(file.read_text()).get("tool", {}).get("flwr", {}):
         return Finding(
@@ -138,7 +138,7 @@ def app_folder(app: Path) -> Finding:
 
 
 def offered_methods() -> Finding:
-    """Methods of installed packages that cannot be used."""
+    """Whether every method that installed packages offer can be used."""
     broken = [plugin for plugin in plugins() if plugin.offer is None]
     if broken:
         reasons = "; ".join(f"{plugin.name!r} of {plugin.package}: {plugin.reason}" for plugin in broken)
@@ -147,7 +147,7 @@ def offered_methods() -> Finding:
 
 
 def offered_tasks() -> Finding:
-    """Tasks of installed packages that cannot be used."""
+    """Whether every task that installed packages offer can be used."""
     broken = [plugin for plugin in registry.plugins() if plugin.offer is None]
     if broken:
         reasons = "; ".join(f"{plugin.name!r} of {plugin.package}: {plugin.reason}" for plugin in broken)
@@ -156,16 +156,16 @@ def offered_tasks() -> Finding:
 
 
 def device() -> Finding:
-    """torch, GPUs or cores, memory."""
+    """Which torch, GPUs or cores there are, and whether enough memory is free."""
     import torch
 
     memory = psutil.virtual_memory()
     where = ", ".join(_gpus()) or f"no CUDA, {count(os.cpu_count() or 1, 'core')}"
-    found = f"torch {torch.__version__}, {where}, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of memory free"
+    hardware = f"torch {torch.__version__}, {where}, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of memory free"
     if memory.available < MEMORY:
         advice = "fewer clients at once: a higher client-resources-num-cpus in federation.toml; or --engine inprocess"
-        return Finding("warning", found, advice)
-    return Finding("ok", found)
+        return Finding("warning", hardware, advice)
+    return Finding("ok", hardware)
 
 
 def _gpus() -> list[str]:
@@ -198,8 +198,8 @@ def folders(app: Path, settings: Settings) -> Finding:
     refused = {name: place for name, place in places.items() if not _writable(place)}
     if not refused:
         return Finding("ok", f"Flower's home {home}, runs in {_runs(settings)}")
-    found = "; ".join(f"{place} cannot be written ({name})" for name, place in refused.items())
-    return Finding("problem", found, "set FLWR_HOME, run.dir to folders of yours, or copy the app to one")
+    reasons = "; ".join(f"{place} cannot be written ({name})" for name, place in refused.items())
+    return Finding("problem", reasons, "set FLWR_HOME, run.dir to folders of yours, or copy the app to one")
 
 
 def _home() -> Path:
@@ -221,13 +221,13 @@ def _existing(path: Path) -> Path:
 
 
 def disk(settings: Settings) -> Finding:
-    """Space for runs, stores and checkpoints."""
+    """Whether there is room for runs, stores and checkpoints."""
     place = min((_existing(path) for path in (_home(), _runs(settings))), key=lambda path: shutil.disk_usage(path).free)
     free = shutil.disk_usage(place).free
-    found = f"{free / 1e9:.1f} GB free in {place}"
+    space = f"{free / 1e9:.1f} GB free in {place}"
     if free < DISK:
-        return Finding("warning", found, "make room, or set FLWR_HOME and run.dir to another disk")
-    return Finding("ok", found)
+        return Finding("warning", space, "make room, or set FLWR_HOME and run.dir to another disk")
+    return Finding("ok", space)
 
 
 def model(settings: Settings) -> Finding:
@@ -246,7 +246,7 @@ def model(settings: Settings) -> Finding:
         except ConfigError as error:
             return Finding("problem", reason(error), "install it, or choose another model.dtype")
     if source.is_dir():
-        files = ("config.json", *WEIGHTS)
+        files = ("config.json", *WEIGHT_FILES)
         there = [file for file in files if (source / file).is_file()]
         if "config.json" in there and len(there) > 1:
             return Finding("ok", str(source))
@@ -259,7 +259,7 @@ def model(settings: Settings) -> Finding:
 def _model_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    config, *weights = (isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", *WEIGHTS))
+    config, *weights = (isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", *WEIGHT_FILES))
     return config and any(weights)
 
 
@@ -274,14 +274,14 @@ def data(settings: Settings) -> Finding:
             return finding
     try:
         task = registry.open_task(settings.data)
-        found = load(settings.data, settings.seed, task)
+        dataset = load(settings.data, settings.seed, task)
     except ConfigError as error:
         return Finding("problem", reason(error), "see data.* in `fedara config`")
-    rows = f"{len(found.train)} training and {len(found.test)} test rows"
-    labels = f", {count(len(found.labels), 'label')}" if task.labelled else ""
+    rows = f"{len(dataset.train)} training and {len(dataset.test)} test rows"
+    labels = f", {count(len(dataset.labels), 'label')}" if task.labelled else ""
     said = f"{settings.data.path or name}: {rows}{labels}"
-    if found.skipped:
-        return Finding("warning", f"{said}; {'; '.join(found.skipped)}", "a run leaves these rows out")
+    if dataset.skipped:
+        return Finding("warning", f"{said}; {'; '.join(dataset.skipped)}", "a run leaves these rows out")
     return Finding("ok", said)
 
 

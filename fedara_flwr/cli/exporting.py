@@ -22,9 +22,9 @@ from fedara_flwr.runs.directory import read_facts
 if TYPE_CHECKING:
     from fedara_flwr.server.evaluate import Kind
 
-FORMATS = ("peft", "lora", "merged")
+EXPORT_FORMATS = ("peft", "lora", "merged")
 # what an export of any format has at its top: an old one goes before a new one comes into its folder
-WEIGHTS = ("adapter_config.json", "adapter_model.*", "config.json", "model*.safetensors", "model.safetensors.index.json")
+EXPORTED_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
 class PushError(RuntimeError):
@@ -54,8 +54,8 @@ def export(
         ConfigError: for an argument that cannot work; nothing is written then.
         PushError: the Hub did not take it; the folder stays.
     """
-    if kind not in FORMATS:
-        raise ConfigError(f"--format = {kind!r}: allowed are {', '.join(FORMATS)}{nearest(kind, FORMATS)}")
+    if kind not in EXPORT_FORMATS:
+        raise ConfigError(f"--format = {kind!r}: allowed are {', '.join(EXPORT_FORMATS)}{nearest(kind, EXPORT_FORMATS)}")
     _check_repository(push)
     out = out or run / "exports" / kind
     _check_folder(out, force)
@@ -109,15 +109,15 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _replace(made: Path, out: Path) -> None:
-    """The new export in place of an old one; other files in the folder stay."""
+    """Put the new export in place of an old one; other files in the folder stay."""
     out.mkdir(exist_ok=True)
-    for old in {old for pattern in WEIGHTS for old in out.glob(pattern)}:
+    for old in {old for pattern in EXPORTED_FILES for old in out.glob(pattern)}:
         old.unlink()
     shutil.copytree(made, out, dirs_exist_ok=True, copy_function=shutil.move)
 
 
 def _rename_base(folder: Path, name: str) -> None:
-    """Keep the way to a local base model out of what others see."""
+    """Write `name` in place of a local base model's path, which others must not see."""
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
@@ -134,7 +134,7 @@ def _push(folder: Path, files: list[str], repository: str, private: bool) -> str
                 repo_id=repository,
                 folder_path=folder,
                 allow_patterns=files,
-                delete_patterns=list(WEIGHTS),  # of an export of another format
+                delete_patterns=list(EXPORTED_FILES),  # of an export of another format
                 commit_message="fedara export: model and card",
             )
     except Exception as error:  # no token, no right, no network, and each in many types

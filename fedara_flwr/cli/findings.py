@@ -14,16 +14,16 @@ from fedara_flwr.config import ConfigError
 from fedara_flwr.log import error_line
 
 Level = Literal["ok", "warning", "problem"]
-COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+LEVEL_COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of one check.
 
     Attributes:
         level: "ok"; "warning", a run works but something will surprise; "problem", a run will fail.
-        found: one line.
+        found: the result in words, one line.
         advice: what to do; "" where it is ok.
     """
 
@@ -41,7 +41,7 @@ def print_findings(findings: Iterable[tuple[str, Finding]], console: Console) ->
         row.add_column(width=7)
         row.add_column(width=15)
         row.add_column(overflow="fold")
-        row.add_row(Text(finding.level, COLOURS[finding.level]), Text(name), Text(finding.found))
+        row.add_row(Text(finding.level, LEVEL_COLOURS[finding.level]), Text(name), Text(finding.found))
         if finding.advice:
             row.add_row("", "", Text(f"→ {finding.advice}"))
         console.print(row)
@@ -65,5 +65,5 @@ def reason(error: Exception) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Such as "3 problems", "1 problem" and "no problems"."""
+    """A number with its noun: "3 problems", "1 problem" or "no problems"."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

@@ -44,10 +44,10 @@ def local_superlink() -> Finding:
         if not any("flower-superlink" in part for part in process.cmdline()):
             return Finding("warning", f"process {process.pid} ({process.name()}) listens on port {port}", other_port)
     bites = []
-    found = f"process {process.pid} on port {port}"
+    owner = f"process {process.pid} on port {port}"
     with contextlib.suppress(psutil.Error):
         folder = Path(process.cwd())
-        found += f", started in {folder}"
+        owner += f", started in {folder}"
         if (folder / "fedara_flwr").is_dir():
             bites.append("clients import fedara_flwr from there, whatever app is run")
     with contextlib.suppress(psutil.Error):
@@ -55,8 +55,8 @@ def local_superlink() -> Finding:
         if process.environ().get(NO_INSTALLATION) != "1" and not told:
             bites.append(f"it was started without {NO_INSTALLATION}=1 and installs dependencies for every run")
     if bites:
-        return Finding("warning", f"{found}: {'; '.join(bites)}", f"kill {process.pid}; the next `flwr run` starts a new one")
-    return Finding("ok", found)
+        return Finding("warning", f"{owner}: {'; '.join(bites)}", f"kill {process.pid}; the next `flwr run` starts a new one")
+    return Finding("ok", owner)
 
 
 def _listening(port: int) -> bool:
@@ -75,7 +75,7 @@ def _owner(port: int) -> psutil.Process | None:
 
 
 def working_folder(app: Path) -> Finding:
-    """Another copy of the package in the working folder: Ray puts that folder ahead of the app's."""
+    """Whether the working folder has another copy of the package: Ray puts that folder ahead of the app's."""
     here = Path.cwd()
     if (here / "fedara_flwr").is_dir() and here.resolve() != app.resolve():
         return Finding(
@@ -87,7 +87,7 @@ def working_folder(app: Path) -> Finding:
 
 
 def telemetry() -> Finding:
-    """Flower's telemetry, on by default, where it cannot be reached."""
+    """Whether Flower's telemetry is on, as it is by default, although its server cannot be reached."""
     if os.environ.get("FLWR_TELEMETRY_ENABLED", "1") != "1":
         return Finding("ok", "Flower's is off")
     from flwr.supercore.telemetry import TELEMETRY_EVENTS_URL

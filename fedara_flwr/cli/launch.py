@@ -217,7 +217,7 @@ def _toml(value: Scalar) -> str:
 
 
 def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
-    """A `flwr` command's JSON answer."""
+    """Run a `flwr` command; its JSON answer, or RunError where it failed."""
     done = subprocess.run(["flwr", *arguments, "--format", "json"], env=env, cwd=cwd, capture_output=True, text=True)
     try:
         answer = json.loads(done.stdout[done.stdout.index("{") :])
@@ -229,7 +229,7 @@ def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
 
 
 def _wait(run_id: str, env: dict[str, str], cwd: Path, superlink: subprocess.Popen) -> tuple[str, str]:
-    """The run's final status and its details."""
+    """Wait for the run to end; its final status and the details."""
     while True:
         if superlink.poll() is not None:  # `flwr list` would start another one, which knows no run
             raise RunError(f"flower-superlink ended with code {superlink.returncode}: {_tail(cwd / 'superlink.log')}")
@@ -305,12 +305,12 @@ def _end_processes(tag: str) -> None:
 
 def _tagged(tag: str) -> list[psutil.Process]:
     """Processes that carry the launch's tag in their environment, this one left out."""
-    found = []
+    tagged = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(TAG) == tag:
-                found.append(process)
-    return found
+                tagged.append(process)
+    return tagged
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -318,7 +318,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def _on_stop(handler: Any) -> Iterator[None]:
-    """Ctrl-C, `kill` and a closed terminal are handled so meanwhile."""
+    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal."""
     before = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from fedara_flwr.config import describe
 from fedara_flwr.strategies import built_in
 
-COLUMNS = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+TABLE_HEAD = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
 
 
 def reference() -> str:
@@ -17,11 +17,11 @@ def reference() -> str:
     for key, field in describe().items():
         if group != key.rpartition(".")[0]:
             group = key.rpartition(".")[0]
-            lines += [*([""] if lines[-1] else []), f"## {group or 'the run'}", "", *COLUMNS]
+            lines += [*([""] if lines[-1] else []), f"## {group or 'the run'}", "", *TABLE_HEAD]
         lines.append(_row(key, field))
     for name, method in built_in().items():
         if fields := method.Options.model_fields:
-            lines += ["", f"## strategy.options of `{name}`", "", *COLUMNS]
+            lines += ["", f"## strategy.options of `{name}`", "", *TABLE_HEAD]
             lines += [_row(field.alias or key, field) for key, field in fields.items()]
     return "\n".join(lines) + "\n"
 

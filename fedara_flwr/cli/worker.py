@@ -1,4 +1,4 @@
-"""`fedara worker`: a node's resident worker (client/worker)."""
+"""`fedara worker`: a node's resident worker (node/worker.py)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def serve(
     listener: Annotated[int, typer.Argument(help="file descriptor of a listening socket")],
     launcher: Annotated[int, typer.Argument(help="process that starts the node's ClientApps")],
 ) -> None:
-    """What a ClientApp starts."""
+    """Serve a node's messages; its ClientApp starts this, nobody else needs to."""
     from fedara_flwr.client_app import HANDLERS
     from fedara_flwr.node import worker
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.learner import Learner, parts
+from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded
@@ -41,7 +41,7 @@ _QUANTISED = ("gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm")  # bitsandb
 
 
 def _quantised(x: torch.Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
-    """Of inputs (..., d_in): as many as a plain product with the dequantised weight."""
+    """Operations of a product with a quantised weight, inputs (..., d_in): as many as with the weight dequantised."""
     y = out_val[0] if isinstance(out_val, tuple) else out_val
     return int(2 * x.numel() * y.shape[-1])
 
@@ -102,7 +102,7 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
 
 def measure(learner: Learner, data: Encoded, batch_size: int, batch_tokens: int, rank: int) -> dict[str, int | float]:
-    """The passes of one step with adapters of `rank` on every module; what they took, as metrics.
+    """Run the passes of one step with adapters of `rank` on every module; what they took, as metrics.
 
     Args:
         batch_tokens: most tokens that pass through the model at once, as in a TrainPlan.
@@ -119,7 +119,7 @@ def measure(learner: Learner, data: Encoded, batch_size: int, batch_tokens: int,
     adapted.model.train(False)
     lengths = [len(row) for row in data.ids]
     rows = sorted(range(min(batch_size, len(data))), key=lengths.__getitem__)
-    batches = [learner.batch(data, part) for part in parts(rows, lengths, batch_tokens)]
+    batches = [learner.batch(data, part) for part in cut(rows, lengths, batch_tokens)]
     flops, seconds, most = np.zeros(2, dtype=int), np.zeros(2), 0
     for batch in batches:
         with saved_bytes(adapted.model) as kept:

@@ -26,7 +26,7 @@ CLIENTS_KEPT = 256  # tokenised clients held in memory
 
 
 class Session:
-    """The resident part, for one run configuration."""
+    """What stays in memory for one run configuration: the learner, its delta, and the tokenised data of clients."""
 
     def __init__(self, settings: Settings, labels: tuple[str, ...], device: str) -> None:
         self.settings, self.labels = settings, labels

@@ -18,16 +18,16 @@ PASSES = ("forward", "backward")
 Passes = tuple[torch.Tensor, dict[str, float]]
 
 LENGTH = 32  # tokens; FLOPs per token are counted at multiples of it, but for rows of less than a quarter
-KEPT = 256  # costs
+COSTS_KEPT = 256  # masks and lengths whose costs are remembered
 
 
 @dataclass
 class Spent:
-    """What steps took, added up.
+    """What one client's steps took, added up.
 
     Attributes:
-        rows: through the model.
-        tokens: likewise, padding too.
+        rows: how many went through the model.
+        tokens: how many these rows had, padding too.
         seconds: of forward and backward passes.
     """
 
@@ -104,7 +104,7 @@ def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent) -> di
     length = length if length < LENGTH // 4 else max(LENGTH, LENGTH * round(length / LENGTH))
     key = (length, adapted.mask, trainable, adapted.boundary)
     if key not in adapted.costs:
-        if len(adapted.costs) >= KEPT:
+        if len(adapted.costs) >= COSTS_KEPT:
             adapted.costs.clear()
         adapted.costs[key] = _cost(learner, length)
     return {name: cost * spent.tokens / length for name, cost in zip(PASSES, adapted.costs[key], strict=True)}

@@ -26,7 +26,7 @@ TERMS: dict[str, type[Term]] = {}
 
 
 class Term:
-    """Base: does nothing. A subclass overrides what it needs.
+    """Base of every term, which does nothing itself: a subclass overrides what it needs.
 
     Parameters come as keyword arguments: numbers as floats, texts as they are.
     """
@@ -42,13 +42,13 @@ class Term:
         return None
 
     def after_backward(self) -> None:
-        """Before the optimiser's step, for example to change gradients, in place; first of the terms that report."""
+        """Called before the optimiser's step, for example to change gradients in place; terms that report come first."""
 
     def after_step(self) -> None:
-        """After the optimiser's step, for example to project values."""
+        """Called after the optimiser's step, for example to project values."""
 
     def finish(self) -> None:
-        """After the last step, before values are collected."""
+        """Called after the last step, before values are collected."""
 
     def kept(self) -> Bools | None:
         """Slots worth sending back, shape (alive slots,); None = all. Asked after `finish` where the plan wants to know."""

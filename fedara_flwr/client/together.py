@@ -72,14 +72,14 @@ def train_together(learner: Learner, jobs: Sequence[Job]) -> list[Update | Excep
             stack.show(i)
             trainee.after_update()
     trained = (clock(adapted.device) - started) / len(jobs)
-    found: list[Update | Exception] = []
+    updates: list[Update | Exception] = []
     for i, trainee in enumerate(trainees):
         stack.show(i)
         try:
-            found.append(trainee.update((started - began) / len(jobs), trained))
+            updates.append(trainee.update((started - began) / len(jobs), trained))
         except Exception as error:  # as `train` would: that client's failure alone
-            found.append(error)
-    return found
+            updates.append(error)
+    return updates
 
 
 def _joined(jobs: Sequence[Job], rows: Sequence[list[int]]) -> tuple[Encoded, range]:

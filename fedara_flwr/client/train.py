@@ -14,7 +14,7 @@ from torch import nn
 
 from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.learner import Learner, parts
+from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.step import Spent, backward, count_flops
 from fedara_flwr.client.terms import Term, find
@@ -114,7 +114,7 @@ class Trainee:
             self.metrics |= evaluate(learner, job.data, self.plan.train.batch_tokens)
 
     def begin(self) -> None:
-        """Set up what goes from step to step."""
+        """Set up what all steps share: terms, batches, losses so far."""
         adapted, plan = self.adapted, self.plan
         self.terms: dict[str, Term] = {name: find(name)(adapted, **values) for name, values in sorted(plan.terms.items())}
         self.trainable = [p for part in in_order(plan.trained) for p in adapted.parameters(part)]
@@ -125,7 +125,7 @@ class Trainee:
         self.spent = Spent()
 
     def before_update(self) -> None:
-        """Between the backward pass and the optimiser's step."""
+        """Change the gradients before the optimiser's step: masks, terms, then clipping."""
         for parameter, allowed in self.gradient_masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(allowed)
@@ -136,12 +136,12 @@ class Trainee:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.plan.train.clip_norm)
 
     def after_update(self) -> None:
-        """After the optimiser's step."""
+        """Call the terms after the optimiser's step."""
         for term in self.terms.values():
             term.after_step()
 
     def update(self, before: float, trained: float) -> Update:
-        """What the client sends back.
+        """The update that the client sends back, with its metrics.
 
         Args:
             before: seconds before the first step.
@@ -169,14 +169,14 @@ class Trainee:
         metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
         if self.simulated:
             metrics |= {f"flops-{name}": value for name, value in count_flops(self.learner, plan.trained, spent).items()}
-        found = self._collect()
+        collected = self._collect()
         metrics["peak-memory-mb"] = peak_memory()
         metrics |= self.power.read() if self.power is not None else {}
         metrics["seconds-all"] = before + trained + time.perf_counter() - began
-        return replace(found, metrics=self.job.guard.let_out(metrics))
+        return replace(collected, metrics=self.job.guard.let_out(metrics))
 
     def _collect(self) -> Update:
-        """What was trained, as it may leave, and what stays."""
+        """The update without metrics: what was trained, as it may leave, and what stays."""
         adapted, plan, guard = self.adapted, self.plan, self.job.guard
         released = guard.protect(adapted.collect(plan.returns(plan.mask)), self.received)
         mask = plan.mask
@@ -201,7 +201,7 @@ def train(
     guard: Guard | None = None,
     stayed: Kept | None = None,
 ) -> Update:
-    """Run one client's round.
+    """Train one client for one round, as its plan says.
 
     Args:
         simulated: the machine is not this client's: floating-point operations are counted, for the modelled clock, not power.
@@ -211,7 +211,7 @@ def train(
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
-        `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (client/power);
+        `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (node/power);
         of a simulated one `flops-forward` and `flops-backward` (client/step.count_flops); `eval-examples` and the task's
         metrics as `eval-…`, of the received model, where the plan asks for it.
 
@@ -227,8 +227,8 @@ def train(
     adapted.model.train(plan.train.dropout)
     started = clock(adapted.device)
     for rows in trainee.steps:
-        cut = parts(rows.tolist(), trainee.lengths, plan.train.batch_tokens)
-        batch = [learner.batch(data.train, part) for part in cut]
+        pieces = cut(rows.tolist(), trainee.lengths, plan.train.batch_tokens)
+        batch = [learner.batch(data.train, piece) for piece in pieces]
         optimizer.zero_grad(set_to_none=True)
         trainee.losses.append(backward(learner, batch, list(trainee.terms.values()), trainee.spent))
         trainee.before_update()

@@ -30,7 +30,7 @@ class SlotVote(Term):
     """
 
     def __init__(self, adapted: AdaptedModel, *, budget: float, importance: str = IMPORTANCES[0]) -> None:
-        """Start with no score at all.
+        """Start with a score of 0 for every alive slot.
 
         Args:
             budget: slots that the client would keep.
@@ -64,7 +64,7 @@ class SlotVote(Term):
         torch._foreach_add_(totals, products)
 
     def finish(self) -> None:
-        """Rank the slots."""
+        """Rank all alive slots by their scores."""
         self._ranks = rank_order(self.scores())
 
     def scores(self) -> NDArray[np.float64]:
@@ -79,7 +79,7 @@ class SlotVote(Term):
         return np.concatenate(rows) if rows else np.zeros(0)
 
     def kept(self) -> Bools | None:
-        """The local mask."""
+        """The client's local mask: its `budget` best slots."""
         assert self._ranks is not None, "kept before finish"
         return self._ranks < self.budget
 

@@ -1,1 +1,1 @@
-"""Labelled texts: built-in docstrings, local files, Hugging Face ids; and their partitions."""
+"""Rows to learn from: built-in docstrings, local files, data sets of the Hugging Face Hub; and their partitions."""

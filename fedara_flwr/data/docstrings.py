@@ -50,15 +50,15 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 @cache
 def load() -> tuple[Examples, tuple[str, ...]]:
-    """All unique docstrings of five words or more, grouped by area, and the twelve areas' names. A second, then cached."""
+    """All unique docstrings of five words or more, grouped by area, and the twelve areas' names; takes a second, once."""
     area_of = {module: i for i, modules in enumerate(AREAS.values()) for module in modules.split()}
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, int] = {}
+    area_by_text: dict[str, int] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         area = area_of.get(parts[0].removesuffix(".py"))
         if area is None or {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(parts):
             continue
         for text in _docstrings(path):
-            found.setdefault(text, area)
-    return Examples(tuple(found), np.array(list(found.values()), dtype=np.int64)), tuple(AREAS)
+            area_by_text.setdefault(text, area)
+    return Examples(tuple(area_by_text), np.array(list(area_by_text.values()), dtype=np.int64)), tuple(AREAS)

@@ -17,7 +17,7 @@ from fedara_flwr.data.sources import load
 
 @dataclass(frozen=True)
 class Federation:
-    """One data set, dealt out.
+    """One data set, split between the server and its clients.
 
     Attributes:
         pool: training rows that clients share among them.
@@ -38,7 +38,11 @@ class Federation:
 
 @lru_cache(maxsize=4)
 def federation(settings: DataSettings, seed: int, reader: Reader) -> Federation:
-    """Load and split, once per process; `reader` is the task, made with these settings."""
+    """The run's data, loaded and split once per process; `reader` is the task, made with these settings.
+
+    Raises:
+        ConfigError: as `load`, or for fewer than two rows to train on.
+    """
     data = load(settings, seed, reader)
     if len(data.train) < 2:
         raise ConfigError(f"data.path = {settings.path!r}: {len(data.train)} rows to train on, at least 2 are needed")

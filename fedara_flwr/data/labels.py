@@ -30,7 +30,7 @@ class Labels:
 
     @classmethod
     def of_device(cls, names: tuple[str, ...], own: tuple[str, ...]) -> Labels:
-        """For a device's own rows: by name; ids are places only where neither side says otherwise."""
+        """For a device's own rows: by name; ids are places only where its table names none and no name is itself a number."""
         return cls(names, own, not own and not any(name.isdecimal() for name in names))
 
     @cached_property

@@ -27,13 +27,13 @@ def split(examples: Examples, seed: int, share: float) -> tuple[Index, Index]:
 
 
 def check_partition(settings: DataSettings, grouped: bool) -> None:
-    """Whether `data.partition` can deal out a task's rows.
+    """Refuse a `data.partition` that cannot deal out a task's rows.
 
     Args:
         grouped: whether they have something that partitions by label can go by.
 
     Raises:
-        ConfigError: they have not, and it needs that.
+        ConfigError: the partition goes by label, and the rows have none.
     """
     if settings.partition in BY_GROUP and not grouped:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from fedara_flwr.data.labels import Labels
 
-MAX_NAMED, MAX_NAME = 5, 40  # unknown labels that a line names, and characters of each
+MAX_NAMED, MAX_LABEL_NAME = 5, 40  # unknown labels that a line names, and characters of each
 
 
 class LeftOut(Exception):
@@ -26,7 +26,7 @@ class UnknownLabel(LeftOut):
 
 
 class BadRow(ValueError):
-    """A row that cannot be meant so; ends the run with the number of the row and this text."""
+    """A row that must be a mistake; ends the run with the number of the row and this text."""
 
 
 class Example(NamedTuple):
@@ -123,7 +123,7 @@ class Skipped:
     def __str__(self) -> str:
         """'12 of 300 rows skipped: 9 with unknown labels ('foo' 5, 'bar' 4), 3 without text'; '' where none is."""
         unknown = self.labels.total()
-        names = ", ".join(f"{name[:MAX_NAME]!r} {count}" for name, count in self.labels.most_common(MAX_NAMED))
+        names = ", ".join(f"{name[:MAX_LABEL_NAME]!r} {count}" for name, count in self.labels.most_common(MAX_NAMED))
         more = ", …" if len(self.labels) > MAX_NAMED else ""
         parts = [f"{unknown} with unknown labels ({names}{more})"] if unknown else []
         parts += [f"{count} {reason}" for reason, count in sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))]

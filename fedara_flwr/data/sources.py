@@ -22,7 +22,7 @@ from fedara_flwr.log import first_line
 datasets.disable_progress_bars()
 # pandas would read a label "None" or "NA" as missing
 READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 DOCSTRINGS = "docstrings"
 
 
@@ -148,7 +148,7 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
         readers: tasks made with these settings, the most usual first.
 
     Raises:
-        ConfigError: the files cannot be read, or their labels are none.
+        ConfigError: the files cannot be read, or their labels cannot be used.
     """
     key = f"node-config data-path = {settings.path!r}"
     tables, skipped = _read_files(settings.path, key), Skipped()
@@ -188,21 +188,21 @@ def _read_files(path: str, key: str) -> dict[str, Any]:
         files = {
             name: file
             for name in ("train", "test")
-            if (file := next((place / f"{name}{end}" for end in FORMATS if (place / f"{name}{end}").is_file()), None))
+            if (file := next((place / f"{name}{end}" for end in FILE_FORMATS if (place / f"{name}{end}").is_file()), None))
         }
         if "train" not in files:
-            raise ConfigError(f"{key}: no train file in it, allowed endings are {', '.join(FORMATS)}")
+            raise ConfigError(f"{key}: no train file in it, allowed endings are {', '.join(FILE_FORMATS)}")
     elif place.is_file():
         files = {"train": place}
     else:
         raise ConfigError(f"{key}: there is no such file or folder")
     ending = files["train"].suffix
-    if ending not in FORMATS:
-        raise ConfigError(f"{key}: allowed endings are {', '.join(FORMATS)}")
+    if ending not in FILE_FORMATS:
+        raise ConfigError(f"{key}: allowed endings are {', '.join(FILE_FORMATS)}")
     try:
         return {
             name: datasets.load_dataset(
-                FORMATS[file.suffix], data_files=str(file), split="train", **READER_OPTIONS.get(file.suffix, {})
+                FILE_FORMATS[file.suffix], data_files=str(file), split="train", **READER_OPTIONS.get(file.suffix, {})
             )
             for name, file in files.items()
         }
@@ -259,7 +259,7 @@ def _label_names(
     named: tuple[str, ...],
     key: str,
 ) -> tuple[str, ...]:
-    """By `data.labels`, else labels.json (`named`), else a class-label column, else what the column holds."""
+    """The run's label names: `data.labels`, else labels.json (`named`), else a class-label column's, else the values."""
     if settings.labels:
         return tuple(name.strip() for name in settings.labels.split(","))
     if names := named or _class_names(columns, tables["train"]):

@@ -146,7 +146,7 @@ class PaddedMean(SlotMean):
         self._all += norm
 
     def result(self) -> Arrays:
-        """As SlotMean's."""
+        """The merged model; unlike SlotMean's, slots are divided by the weights of all clients, whether sent or not."""
         merged = super().result()
         for part in self._sums.keys() & set(SLOT_PARTS):
             if self._all > 0:

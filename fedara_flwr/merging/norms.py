@@ -27,18 +27,18 @@ class Norms:
     def __init__(self, bound: float, history: dict[str, list[float]]) -> None:
         self.bound, self.history = bound, history
 
-    def known(self, found: Sizes) -> bool:
+    def known(self, sizes: Sizes) -> bool:
         """Whether a median of earlier rounds can judge all parts."""
-        return not self.bound or all(len(self.history.get(part, ())) >= ENOUGH for part in found)
+        return not self.bound or all(len(self.history.get(part, ())) >= ENOUGH for part in sizes)
 
-    def excess(self, found: Sizes, beside: Sequence[Sizes] = ()) -> str:
+    def excess(self, sizes: Sizes, beside: Sequence[Sizes] = ()) -> str:
         """What is too long about an update; "" where nothing is.
 
         Args:
             beside: updates of the same round, this one among them: they stand in for a history that is still too short. Fewer
                 than three say nothing, a liar among two cannot be told.
         """
-        for part, size in found.items():
+        for part, size in sizes.items():
             usual = self.history.get(part, [])
             if len(usual) < ENOUGH:
                 usual = [other[part] for other in beside if other.get(part, 0.0) > 0]
@@ -47,9 +47,9 @@ class Norms:
         return ""
 
     def learn(self, counted: Sequence[Mapping[str, float]]) -> None:
-        """A round's updates that counted. Those that changed nothing are left out: free riders must not lower the bound."""
-        for found in counted:
-            for part, size in found.items():
+        """Remember how far a round's counted updates moved; not those that changed nothing: they must not lower the bound."""
+        for sizes in counted:
+            for part, size in sizes.items():
                 if size > 0:
                     self.history.setdefault(part, []).append(size)
         for part in self.history:

@@ -110,13 +110,13 @@ def ledger(settings: PrivacySettings, rounds: int, planned: int) -> dict[str, ob
 
 
 def in_words(settings: PrivacySettings, rounds: int) -> str:
-    """ε in words, for the log."""
-    found = epsilon(settings.noise_multiplier, rounds, settings.delta)
-    return f"privacy: ε = {found:.3g} at δ = {settings.delta:g} after {rounds} rounds"
+    """The ε of `rounds` rounds as a line for the log."""
+    value = epsilon(settings.noise_multiplier, rounds, settings.delta)
+    return f"privacy: ε = {value:.3g} at δ = {settings.delta:g} after {rounds} rounds"
 
 
 def accounting() -> Any:
-    """The library that counts.
+    """The package dp-accounting, which computes ε.
 
     Raises:
         ConfigError: it is not installed.

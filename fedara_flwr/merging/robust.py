@@ -31,7 +31,7 @@ class KeepAll(ABC):
         self._updates: list[tuple[str, Update, int]] = []
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
-        """Keep one client's update."""
+        """Keep one client's update and weight until `result`."""
         self._updates.append((client_key, update, weight))
 
     @abstractmethod
@@ -39,7 +39,7 @@ class KeepAll(ABC):
         """The merged model, float32, packed under the same mask."""
 
     def report(self) -> dict[str, object]:
-        """Nothing."""
+        """No figures of its own: {}."""
         return {}
 
     def _spread(self, part: str, update: Update) -> np.ndarray:
@@ -65,7 +65,7 @@ class TrimmedMean(KeepAll):
         self.trim = trim
 
     def result(self) -> Arrays:
-        """As the base's."""
+        """The merged model, float32, packed under the same mask: of each number the mean of what is not cut off."""
         merged = dict(self.arrays)
         for part in self._parts():
             values = np.stack([self._spread(part, update) for _, update, _ in self._updates])
@@ -95,7 +95,7 @@ class MultiKrum(KeepAll):
         self.left_out: list[str] = []
 
     def result(self) -> Arrays:
-        """As SlotMean's over the chosen updates."""
+        """SlotMean's result over the chosen updates; `left_out` then names the other clients."""
         mean = SlotMean(self.spec, self.mask, self.arrays)
         chosen = self._choose()
         self.left_out = [key for i, (key, _, _) in enumerate(self._updates) if i not in chosen]
@@ -104,7 +104,7 @@ class MultiKrum(KeepAll):
         return mean.result()
 
     def report(self) -> dict[str, object]:
-        """`left-out-by-krum`, client keys."""
+        """`left-out-by-krum`: the keys of the clients whose updates were left out."""
         return {"left-out-by-krum": self.left_out}
 
     def _choose(self) -> set[int]:
@@ -141,11 +141,11 @@ class NormClip(SlotMean):
         self._clipped = 0
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
-        """Keep one client's update."""
+        """Keep one client's update and weight until `result`."""
         self._held.append((client_key, update, weight))
 
     def result(self) -> Arrays:
-        """As SlotMean's over the clipped updates."""
+        """SlotMean's result over the clipped updates."""
         sent = [self.spec.slice(self.arrays, self.mask, update.mask) for _, update, _ in self._held]
         moved = [difference(update.arrays, before) for (_, update, _), before in zip(self._held, sent, strict=True)]
         limit = float(np.median([size for size in map(length, moved) if size > 0] or [0.0]))

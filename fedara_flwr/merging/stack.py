@@ -37,7 +37,7 @@ class FactorStack:
         return self.mean.result()
 
     def report(self) -> dict[str, object]:
-        """Nothing."""
+        """No figures of its own: {}."""
         return {}
 
     def stacked(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -56,12 +56,12 @@ class FactorStack:
         held = [(weight, [mask.module(m)[bits] for m, bits in enumerate(alive)]) for weight, mask, _ in self._factors]
         weights = [np.sum([weight * bits[m] for weight, bits in held], axis=0) for m in range(len(alive))]
         pairs = self._join(lambda m, weight, mask: weight / weights[m][mask.module(m)[alive[m]]])
-        found = []
+        residuals = []
         for m, (b, a) in enumerate(module_factors(self.spec, whole, means)):
             sent = weights[m] > 0  # a slot that nobody sent kept its value, nothing of it is residual
             (left, right), scale = pairs[m], self.scales[m]
-            found.append((np.concatenate([left, -scale * b[:, sent]], axis=1), np.concatenate([right, a[sent]])))
-        return found
+            residuals.append((np.concatenate([left, -scale * b[:, sent]], axis=1), np.concatenate([right, a[sent]])))
+        return residuals
 
     def _join(self, share: Callable[[int, int, RankMask], Any]) -> list[tuple[np.ndarray, np.ndarray]]:
         """All clients' factors side by side, s·share(module, weight, mask) on the left ones."""

@@ -20,7 +20,7 @@ from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """ΔW of every module.
+    """A change ΔW of every module's weight, by factors or dense.
 
     Attributes:
         ranks: rank of each module's factors; () = dense.
@@ -33,7 +33,7 @@ class Piece:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of ranks and values."""
+        """sha256 of ranks and values, in hex: the name that a piece goes by."""
         total = hashlib.sha256(repr(self.ranks).encode())
         for name in sorted(self.arrays):
             total.update(name.encode())
@@ -42,11 +42,11 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values."""
+        """Bytes that the values of all arrays take."""
         return sum(vector.nbytes for vector in self.arrays.values())
 
     def lengths(self, spec: ModelSpec) -> dict[str, int]:
-        """Length that each array must have."""
+        """The length that each array must have with this model, by name."""
         return piece_lengths(spec, self.ranks)
 
 
@@ -169,7 +169,7 @@ class DeltaLog:
         self._sizes: dict[str, int] = {}
 
     def dump(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """All of it as arrays by name and what JSON holds, for a checkpoint."""
+        """The whole log as arrays by name and facts for JSON, for a checkpoint."""
         arrays = {f"{version}.{name}": array for version, piece in self._newest.items() for name, array in piece.arrays.items()}
         arrays |= {f"sum.{m}": matrix for m, matrix in enumerate(self._sum or [])}
         ranks = {str(version): list(piece.ranks) for version, piece in self._newest.items()}
@@ -177,7 +177,7 @@ class DeltaLog:
 
     @classmethod
     def restored(cls, spec: ModelSpec, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> DeltaLog:
-        """The inverse of `dump`."""
+        """The log that gave these arrays and facts by `dump`."""
         log = cls(spec)
         log.version, log._sizes = facts["version"], dict(facts["sizes"])
         for version, ranks in facts["ranks"].items():
@@ -188,11 +188,11 @@ class DeltaLog:
         return log
 
     def nbytes(self, digests: Sequence[str]) -> int:
-        """Bytes of pieces that were sent once."""
+        """Bytes of these pieces together; one that was never sent counts as 0."""
         return sum(self._sizes.get(digest, 0) for digest in digests)
 
     def add(self, piece: Piece) -> None:
-        """The next version: everything so far plus `piece`."""
+        """Make the next version: everything so far plus `piece`; ValueError where that does not fit the model."""
         for name, length in piece.lengths(self.spec).items():
             if piece.arrays[name].shape != (length,):
                 raise ValueError(f"{name} has shape {piece.arrays[name].shape}, expected ({length},)")
@@ -207,7 +207,7 @@ class DeltaLog:
             del self._newest[min(self._newest)]
 
     def composed(self) -> Piece | None:
-        """Everything as one piece; None before the first."""
+        """The sum of all pieces as one; None before the first."""
         if not self.version:
             return None
         if self._sum is None:

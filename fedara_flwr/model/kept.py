@@ -29,7 +29,7 @@ class Kept:
     entries: int = 0
 
     def only(self, names: Iterable[str]) -> Kept:
-        """The same without the other parts."""
+        """The same with the parts `names` alone."""
         names = set(names)
         return Kept({n: v for n, v in self.arrays.items() if n in names}, self.mask, self.draw_seed, self.entries)
 

@@ -31,7 +31,7 @@ RESERVED = frozenset({"delta", "mask", "other"})  # what the byte meter calls so
 
 @dataclass(frozen=True)
 class Part:
-    """One declaration.
+    """The declaration of one part.
 
     Attributes:
         name: how plans, messages, byte counts and checkpoints call it.

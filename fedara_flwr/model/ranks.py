@@ -41,7 +41,7 @@ class RankMask:
 
     @classmethod
     def full(cls, ranks: Sequence[int]) -> RankMask:
-        """All slots alive."""
+        """A mask in which all slots are alive; `ranks` are the mask lengths of the modules."""
         return cls(tuple(int(r) for r in ranks), np.ones(sum(ranks), dtype=np.bool_))
 
     def __eq__(self, other: object) -> bool:
@@ -53,7 +53,7 @@ class RankMask:
     # -- counting ---------------------------------------------------------------------------------------------------
     @property
     def count(self) -> int:
-        """Alive slots in all."""
+        """How many slots are alive, over all modules."""
         return int(self.bits.sum())
 
     @property
@@ -82,7 +82,7 @@ class RankMask:
 
     # -- algebra ----------------------------------------------------------------------------------------------------
     def intersect(self, other: RankMask) -> RankMask:
-        """Slots alive in both."""
+        """The mask of the slots that are alive in both."""
         self._same_shape(other)
         return RankMask(self.ranks, self.bits & other.bits)
 
@@ -91,12 +91,12 @@ class RankMask:
         self._same_shape(other)
         return not bool((other.bits & ~self.bits).any())
 
-    def keep(self, votes: Bools) -> RankMask:
-        """The sub-mask of the alive slots where `votes` (shape (count,), packed) is True."""
-        if votes.shape != (self.count,):
-            raise ValueError(f"{self.count} slots are alive, got votes of shape {votes.shape}")
+    def keep(self, chosen: Bools) -> RankMask:
+        """The sub-mask of the alive slots where `chosen` (shape (count,), packed) is True."""
+        if chosen.shape != (self.count,):
+            raise ValueError(f"{self.count} slots are alive, got chosen of shape {chosen.shape}")
         bits = self.bits.copy()
-        bits[self.bits] = votes
+        bits[self.bits] = chosen
         return RankMask(self.ranks, bits)
 
     def within(self, other: RankMask) -> Bools:

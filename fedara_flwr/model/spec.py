@@ -13,7 +13,7 @@ from fedara_flwr.model.parts import SLOT_PARTS, is_slot_part, part
 from fedara_flwr.model.ranks import Bools, Ints, RankMask
 
 Vector = NDArray[np.float32]
-ENTRIES_ROW = 256
+ENTRIES_ROW = 256  # drawn numbers of the backbone that share one scale on the wire
 Arrays = dict[str, Vector]
 """One packed float32 vector per part (model/parts.py): slot parts under some RankMask, parameter parts in the order of
 `ModelSpec.parameters`; of the backbone, where `entries` says so, the numbers at drawn positions alone."""
@@ -31,7 +31,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of head or backbone."""
+    """Name and shape of one parameter of head or backbone."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,15 +69,15 @@ class ModelSpec:
         return min(alive, default=self.blocks)
 
     def parameters(self, name: str) -> tuple[ParameterSpec, ...]:
-        """Those of a parameter part, in the order in which they are packed."""
+        """The parameters of a parameter part, in the order in which they are packed."""
         if name not in self._parameters:
             holds = part(name).holds
-            found = self.head if holds is None else tuple(p for p in self.backbone if holds(p.name))
-            self._parameters[name] = found
+            members = self.head if holds is None else tuple(p for p in self.backbone if holds(p.name))
+            self._parameters[name] = members
         return self._parameters[name]
 
     def size(self, name: str) -> int:
-        """Numbers in a parameter part."""
+        """How many numbers a parameter part has."""
         return sum(p.size for p in self.parameters(name))
 
     def widths(self, name: str) -> tuple[int, ...]:

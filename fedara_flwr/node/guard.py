@@ -58,7 +58,7 @@ def _say_unknown(name: str) -> None:
 
 @dataclass(frozen=True)
 class Guard:
-    """A node's choice.
+    """What a node lets out of its updates and metrics, as its owner chose.
 
     Attributes:
         metrics: names that may leave; None = all that are known here.

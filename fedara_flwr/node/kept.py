@@ -32,7 +32,7 @@ ROUNDS_KEPT = 2  # what the last round left, and what it started from
 class KeptStore:
     """What one client keeps of one run, in a folder of its own below `root`, which other clients and processes share.
 
-    The folder `root` is called after what is kept in it.
+    The folder `root` has the name of what is kept in it, which warnings repeat.
 
     Args:
         limit: bytes below `root`; the clients that wrote longest ago go first.

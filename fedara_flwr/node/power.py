@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 logger = logging.getLogger(__name__)
-WINDOW = "training"
+ENERGY_WINDOW = "training"
 
 
 def peak_memory() -> float:
@@ -34,18 +34,18 @@ def _monitor() -> Any:
 
 
 def _warn(error: Exception) -> None:
-    """A missing figure costs no round."""
+    """Say why energy is not measured; the round goes on without the figure."""
     logger.warning("energy is not measured (%s: %s)", type(error).__name__, error)
 
 
 class PowerMeter:
-    """Measures from its making to `read`; one at a time in a process."""
+    """Measures the energy used between its making and `read`; one at a time in a process."""
 
     def __init__(self) -> None:
         self._monitor = _monitor()
         if self._monitor is not None:
             try:
-                self._monitor.begin_window(WINDOW, restart=True)
+                self._monitor.begin_window(ENERGY_WINDOW, restart=True)
             except Exception as error:
                 _warn(error)
                 self._monitor = None
@@ -54,17 +54,17 @@ class PowerMeter:
         """Metrics: `joules` since the start, of the whole board on a Jetson, else of GPUs, CPU packages and memory, whoever
         used them; `temperature` of the warmest sensor, °C.
         """
-        found = {}
+        metrics = {}
         if self._monitor is not None:
             try:
-                if (joules := _joules(self._monitor.end_window(WINDOW))) is not None:
-                    found["joules"] = joules
+                if (joules := _joules(self._monitor.end_window(ENERGY_WINDOW))) is not None:
+                    metrics["joules"] = joules
             except Exception as error:
                 _warn(error)
         sensors: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()  # Linux and FreeBSD have it
         if warm := [sensor.current for group in sensors.values() for sensor in group]:
-            found["temperature"] = float(max(warm))
-        return found
+            metrics["temperature"] = float(max(warm))
+        return metrics
 
 
 def _joules(measured: Any) -> float | None:

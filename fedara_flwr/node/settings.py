@@ -62,7 +62,7 @@ class NodeSettings(Group):
 
     @classmethod
     def read(cls, node_config: Mapping[str, Any]) -> NodeSettings:
-        """Check a node-config.
+        """The settings that a node-config gives, checked.
 
         Raises:
             ConfigError: for an unknown key, a wrong type or an impossible value.
@@ -98,7 +98,7 @@ class NodeSettings(Group):
             raise ConfigError(f"node-config busy-when = {self.busy_when!r}: there is no such command here")
 
     def check_frozen(self, method: str) -> None:
-        """Whether this node's backbone may change, as `method` wants.
+        """Refuse `method`, which changes the backbone, where this node's is quantised.
 
         Raises:
             ConfigError: it is quantised.
@@ -109,7 +109,7 @@ class NodeSettings(Group):
 
     @property
     def guard(self) -> Guard:
-        """What this node lets out."""
+        """What this node lets out, as these settings say."""
         if self.metrics is None:
             return Guard(clip=self.update_clip, noise=self.update_noise)
         names = tuple(name.strip() for name in self.metrics.split(",") if name.strip())
@@ -123,7 +123,7 @@ class NodeSettings(Group):
 
     @property
     def store(self) -> Path:
-        """Folder of what is kept between rounds: the delta's pieces, and below it the residues of uploads."""
+        """Folder of what is kept between rounds: the delta's pieces; below it, parts that stay and residues of uploads."""
         home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
         return Path(self.store_dir).expanduser() if self.store_dir else home / "fedara-store"
 

@@ -26,7 +26,7 @@ class MissingPieces(Exception):
 
 
 class NodeStore:
-    """One folder; several processes, and in a simulation several nodes, may share it."""
+    """A folder of pieces by digest; several processes, and in a simulation several nodes, may share it."""
 
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self.folder, self.limit = folder, limit
@@ -86,8 +86,8 @@ class NodeStore:
         files = []
         for file in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another process may be making room, too
-                found = file.stat()
-                files.append((found.st_mtime_ns, found.st_size, file))
+                facts = file.stat()
+                files.append((facts.st_mtime_ns, facts.st_size, file))
         total = sum(size for _, size, _ in files) + needed
         for _, size, file in sorted(files):
             if total <= self.limit:

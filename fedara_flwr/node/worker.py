@@ -45,9 +45,9 @@ Handler = Callable[[Message, Context], Message]
 APP = Path(__file__).resolve().parents[2]  # the FAB's folder
 COMMAND = (sys.executable, "-P", "-m", "fedara_flwr.cli", "worker", "serve")
 FRAME = 1 << 30  # bytes that one frame may have; protobuf itself ends at 2 GiB
-PIECE = 1 << 20  # bytes read at once: memory grows by what comes, not by what a frame says of itself
+READ_BYTES = 1 << 20  # bytes read at once: memory grows by what comes, not by what a frame says of itself
 LOOK = 10.0  # seconds between two looks whether the app's folder is there
-PATIENCE = 60.0  # seconds without a byte after which a process that asks is given up
+ASKER_PATIENCE = 60.0  # seconds without a byte after which a process that asks is given up
 
 
 def wanted(node_config: Mapping[str, Any]) -> bool:
@@ -68,12 +68,12 @@ def folder() -> Path:
     Raises:
         PermissionError: somebody else can.
     """
-    found = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedara-{os.getuid()}"
-    found.mkdir(mode=0o700, exist_ok=True)
-    facts = found.lstat()  # a link is open to all
+    place = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedara-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    facts = place.lstat()  # a link is open to all
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        raise PermissionError(f"{found} is not this user's alone")
-    return found
+        raise PermissionError(f"{place} is not this user's alone")
+    return place
 
 
 def address(node_id: int) -> Path:
@@ -136,7 +136,7 @@ def serve(handlers: Mapping[str, Handler], listener: socket.socket, launcher: in
             connection, _ = listener.accept()
             with connection:
                 try:
-                    connection.settimeout(PATIENCE)
+                    connection.settimeout(ASKER_PATIENCE)
                     _check_peer(connection)
                     name, request, given = _receive(connection)
                     handler, context = handlers[name.decode()], context_from_proto(ProtoContext.FromString(given))
@@ -160,15 +160,15 @@ def serve(handlers: Mapping[str, Handler], listener: socket.socket, launcher: in
 
 def running() -> dict[int, Path]:
     """Process id and socket of each of this user's workers."""
-    found = {}
+    workers = {}
     for file in folder().glob("*.lock"):
         with file.open() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 if text := lock.read():
-                    found[int(text)] = file.with_suffix("")
-    return found
+                    workers[int(text)] = file.with_suffix("")
+    return workers
 
 
 def _connect(path: Path) -> socket.socket:
@@ -242,14 +242,14 @@ def _packed(context: Context) -> bytes:
 
 def _files(node: NodeSettings) -> list[tuple[str, int, int, int]]:
     """The node's own files as they are: path, inode, size, time."""
-    found = []
+    listed = []
     for name in filter(None, (node.data_path, *node.backbones.values())):
         place = Path(name).expanduser()
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             if file.is_file():
                 facts = file.stat()
-                found.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
-    return found
+                listed.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
+    return listed
 
 
 def _check_peer(connection: socket.socket) -> None:
@@ -279,10 +279,10 @@ def _receive(connection: socket.socket) -> list[bytes]:
 
 
 def _read(connection: socket.socket, length: int) -> bytes:
-    found = bytearray()
-    while len(found) < length:
-        piece = connection.recv(min(length - len(found), PIECE))
+    received = bytearray()
+    while len(received) < length:
+        piece = connection.recv(min(length - len(received), READ_BYTES))
         if not piece:
             raise ConnectionError("it ended")
-        found += piece
-    return bytes(found)
+        received += piece
+    return bytes(received)

@@ -82,14 +82,14 @@ def tables(groups: Sequence[Group], target: float | None) -> list[Table]:
     labelled = [(members.label, run) for members in groups for run in members.runs]
     metric = metric_name([run for _, run in labelled])
     headings = ["run", "method", "seed", "rounds", metric, "test", "MB", "wall", "modelled"]
-    found = [Table("Runs", "", headings, [[*_named(label, run), *_results(run)] for label, run in labelled])]
+    shown = [Table("Runs", "", headings, [[*_named(label, run), *_results(run)] for label, run in labelled])]
     if target is not None:
         reached = "at least" if labelled[0][1].main.higher else "at most"
         note = f"Up to the last of the first three evaluations in a row whose mean is {reached} that."
         headings = ["run", "method", "seed", "rounds", "MB", "wall", "modelled"]
         rows = [[*_named(label, run), *_taken(to_target(run, target))] for label, run in labelled]
-        found.append(Table(f"To {metric} {target:g}", note, headings, rows))
-    return found
+        shown.append(Table(f"To {metric} {target:g}", note, headings, rows))
+    return shown
 
 
 def _named(label: str, run: Run) -> list[str]:
@@ -113,8 +113,8 @@ def differences(runs: Sequence[Run]) -> Differences:
     """Settings besides method and seed in which runs differ: key → value of each run, "–" where a run has none."""
     all_settings = [settings(run) for run in runs]
     keys = dict.fromkeys(key for each in all_settings for key in each if key not in OWN)
-    found = {key: [each.get(key, "–") for each in all_settings] for key in keys}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
+    by_key = {key: [each.get(key, "–") for each in all_settings] for key in keys}
+    return {key: values for key, values in by_key.items() if len(set(values)) > 1}
 
 
 def metric_name(runs: Sequence[Run]) -> str:

@@ -12,7 +12,7 @@ OF_MODEL = "[model.config.id2label[i] for i in range(model.config.num_labels)]"
 def loading_code(
     task: Task, *, base: str | None, place: Sequence[str], imports: Sequence[str] = (), labels: str = OF_MODEL, note: str = ""
 ) -> list[str]:
-    """Lines of code.
+    """Python lines that load an export with stock libraries and use it.
 
     Args:
         task: the run's.

@@ -149,36 +149,36 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     """Name, value and unit of what stands at the top."""
     metrics = [name for name in (run.metric, run.second) if name]
     start = number(run.start.get(run.metric))
-    found = []
+    figures = []
     for metric in metrics:
         value, test = final(run, metric), number(run.test.get(metric))
         before = f"from {start:.3f} before round 1" if metric == run.metric and not np.isnan(start) else ""
         if metric == run.metric or not np.isnan(value):
-            found.append((f"{metric}, validation", figure(value), before))
+            figures.append((f"{metric}, validation", figure(value), before))
         if metric == run.metric or not np.isnan(test):
-            found.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else ""))
+            figures.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else ""))
     last = run.rounds[-1] if run.rounds else {}
     alive, slots = number(last.get("alive")), number(last.get("slots"))
     if slots > 0:
         modules = len(last.get("alive-per-module") or [])
         dead = f", {last.get('dead-modules')} of {modules} modules dead" if modules else ""
-        found.append(("alive slots", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
-    found.append(("MB in all", figure(total_megabytes(run), 1), "both directions, all clients"))
+        figures.append(("alive slots", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
+    figures.append(("MB in all", figure(total_megabytes(run), 1), "both directions, all clients"))
     if run.rounds:
         first, now = (sent(line, "up") / 1e6 for line in (run.rounds[0], last))
-        found.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
+        figures.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
         asked, good = sum(len(line.get("sampled") or []) for line in run.rounds), np.nansum(series(run.rounds, "good"))
-        found.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
+        figures.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
     if privacy := run.facts.get("privacy") or {}:
         epsilon, delta = number(privacy.get("epsilon")), number(privacy.get("delta"))
-        found.append(("privacy", f"ε = {epsilon:.3g}", f"at δ = {delta:g}, {privacy.get('rounds')} rounds"))
-    found.append(("wall time", duration(total_seconds(run)), ""))
+        figures.append(("privacy", f"ε = {epsilon:.3g}", f"at δ = {delta:g}, {privacy.get('rounds')} rounds"))
+    figures.append(("wall time", duration(total_seconds(run)), ""))
     modelled = total_modelled(run)
     if not np.isnan(modelled):
         joules = number((run.facts.get("modelled") or {}).get("joules"))
         energy = "" if np.isnan(joules) else f", {joules / 1e3:,.1f} kJ"
-        found.append(("modelled time", duration(modelled), f"simulated devices{energy}"))
-    return found
+        figures.append(("modelled time", duration(modelled), f"simulated devices{energy}"))
+    return figures
 
 
 def _picture(svg: str | None, heading: str, note: str, missing: str) -> Picture:

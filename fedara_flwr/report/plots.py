@@ -41,10 +41,10 @@ WIDTH = 480  # CSS pixels: readable when a phone shrinks it to its own width
 COLOURS = ("#2b7fd4", "#d0661a", "#1f9156", "#a45bd0", "#d8435a", "#108c99", "#9a7415", "#c4529b", "#7a828e", "#6f8a1d")
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
-PARTS = ("B", "E", "A", "head", "backbone", "delta", "mask", "other")
+PART_ORDER = ("B", "E", "A", "head", "backbone", "delta", "mask", "other")
 LABELLED_ROWS = 80  # beyond it, names of rows would run into each other
 AMOUNT = LinearSegmentedColormap.from_list("amount", [(*to_rgb(COLOURS[0]), 0.1), (*to_rgb(COLOURS[0]), 1.0)])
-STYLE: dict[Any, Any] = {
+FIGURE_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedara",
     "savefig.dpi": 216,
@@ -147,7 +147,7 @@ def bytes_sent(run: Run) -> str | None:
     if not any(ways.values()):
         return None
     rounds = [str(r) for r in run.numbers]
-    names = [part for part in PARTS if any(part in parts for parts in ways.values())]
+    names = [part for part in PART_ORDER if any(part in parts for parts in ways.values())]
     names += sorted({part for parts in ways.values() for part in parts} - set(names))
     edges = np.arange(len(rounds) + 1) - 0.5
     with _figure(330) as figure:
@@ -172,18 +172,18 @@ def bytes_sent(run: Run) -> str | None:
 def client_load(run: Run) -> str | None:
     """Seconds of a training step and peak memory of the clients: median, and range, in every round."""
     panels: list[tuple[str, Callable[[dict], float]]] = [("s per step", step_seconds), ("peak MB", peak_memory)]
-    found = [(name, values) for name, figure in panels if (values := spread(run, figure)).rounds]
-    if not found:
+    loads = [(name, values) for name, figure in panels if (values := spread(run, figure)).rounds]
+    if not loads:
         return None
-    with _figure(60 + 135 * len(found)) as figure:
-        for axes, (name, values) in zip(figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0], found, strict=True):
+    with _figure(60 + 135 * len(loads)) as figure:
+        for axes, (name, values) in zip(figure.subplots(len(loads), 1, sharex=True, squeeze=False)[:, 0], loads, strict=True):
             _range(axes, values)
             axes.set_ylabel(name)
             _plain_ticks(axes.yaxis)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, axes)
-        text = ", ".join(f"{name} {np.median(values.median):,.2f}" for name, values in found)
+        text = ", ".join(f"{name} {np.median(values.median):,.2f}" for name, values in loads)
         return svg(figure, "client-load", f"Clients' load by round, median of medians: {text}")
 
 
@@ -236,24 +236,24 @@ def compared(groups: Sequence[Group], axis: str, target: float | None) -> str | 
         target: drawn as a level line.
     """
     curves = [(i, curve(run, run.metric)) for i, members in enumerate(groups) for run in members.runs]
-    drawn = [(i, found) for i, found in curves if len(found) and not np.isnan(getattr(found, axis)).all()]
+    drawn = [(i, points) for i, points in curves if len(points) and not np.isnan(getattr(points, axis)).all()]
     if not drawn:
         return None
     names = [f"{members.label} ({len(members.runs)} seeds)" if members.runs[1:] else members.label for members in groups]
-    ends = [float(np.nanmax(getattr(found, axis))) for _, found in drawn]
+    ends = [float(np.nanmax(getattr(points, axis))) for _, points in drawn]
     logarithmic = axis != "rounds" and min(ends) > 0 and max(ends) > 20 * min(ends)
     labels = {"megabytes": "MB sent, both directions, all clients", "rounds": "round", "hours": "modelled hours"}
     with _figure(290 + 16 * len(groups)) as figure:
         axes = figure.add_subplot()
         named: set[int] = set()
-        for i, found in drawn:
+        for i, points in drawn:
             name = "_" if i in named else names[i]
             named.add(i)
-            x = getattr(found, axis)
+            x = getattr(points, axis)
             keep = x > 0 if logarithmic else ~np.isnan(x)
             marker = MARKERS[i % len(MARKERS)]
             style = LINES[i // len(COLOURS) % len(LINES)]
-            _line(axes, x[keep], found.values[keep], COLOURS[i % len(COLOURS)], name, style, marker)
+            _line(axes, x[keep], points.values[keep], COLOURS[i % len(COLOURS)], name, style, marker)
         if target is not None:
             axes.axhline(target, color=INK, alpha=0.6, linewidth=1, linestyle="--", label=f"target {target:g}")
         if logarithmic:
@@ -275,7 +275,7 @@ def compared(groups: Sequence[Group], axis: str, target: float | None) -> str | 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
     """A figure of the page's style, `height` CSS pixels high; drawn and written inside the block."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(FIGURE_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has more fonts
         yield Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
@@ -292,7 +292,7 @@ def _range(axes: Axes, values: Spread) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the axes, in as many columns as the width has room for."""
+    """Put the legend above the axes, in as many columns as the width has room for."""
     handles, names = axes.get_legend_handles_labels()
     columns = max(1, min(len(names), WIDTH // (7 * max(map(len, names), default=1) + 36)))
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
@@ -304,7 +304,7 @@ def _heat(axes: Axes, values: Series, most: float) -> None:
 
 
 def _scale(axes: Axes, most: float, name: str, logarithmic: bool = False) -> None:
-    """What the opacities of a heat map stand for."""
+    """Draw what the opacities of a heat map stand for, from 0 to `most`."""
     end = float(np.log1p(most)) if logarithmic else most
     axes.imshow(np.linspace(0, end, 256)[None], aspect="auto", cmap=AMOUNT, extent=(0, end, 0, 1), vmin=0)
     axes.set_yticks([])
@@ -319,7 +319,7 @@ def _scale(axes: Axes, most: float, name: str, logarithmic: bool = False) -> Non
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Few ticks, in figures without a power of ten."""
+    """Set few ticks, labelled in figures without a power of ten."""
     axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(lambda value, _: _plain(value))
 
@@ -329,7 +329,7 @@ def _plain(value: float) -> str:
 
 
 def _row_height(rows: int) -> float:
-    """CSS pixels; a name needs ten of them to be read."""
+    """Height of a heat map's row in CSS pixels; a name needs ten of them to be read."""
     return float(np.clip(480 / rows, 10, 15)) if rows <= LABELLED_ROWS else float(np.clip(900 / rows, 2, 10))
 
 
@@ -340,7 +340,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _name_columns(axes: Axes, names: Sequence[str]) -> None:
-    """As many names as fit below columns; long ones stand upright."""
+    """Write as many names as fit below the columns; long ones stand upright."""
     short = [_short(name, 14) for name in names]
     longest = max(map(len, short), default=0)
     step = max(1, -(-len(names) * (14 if longest > 4 else 9 * longest) // 330))
@@ -351,5 +351,5 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _ends(found: Curve) -> str:
-    return f"{found.values[0]:.3f} after round {found.rounds[0]:.0f}, {found.values[-1]:.3f} after round {found.rounds[-1]:.0f}"
+def _ends(graph: Curve) -> str:
+    return f"{graph.values[0]:.3f} after round {graph.rounds[0]:.0f}, {graph.values[-1]:.3f} after round {graph.rounds[-1]:.0f}"

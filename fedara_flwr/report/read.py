@@ -18,15 +18,15 @@ from typing import Any
 from fedara_flwr.config import ConfigError
 from fedara_flwr.tasks import Metric
 
-Record = dict[str, Any]
-LARGEST = 1e15  # a figure beyond it is no measurement, and axes cannot show it
+JsonObject = dict[str, Any]
+LARGEST_FIGURE = 1e15  # a figure beyond it is no measurement, and axes cannot show it
 LOSS = Metric("loss", higher=False, high=math.inf)
 FILES = ("federated.json", "metrics.jsonl")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run wrote.
+    """What one run wrote into its folder.
 
     Attributes:
         path: its folder.
@@ -39,16 +39,16 @@ class Run:
     """
 
     path: Path
-    facts: Record
-    start: Record = field(default_factory=dict)
-    rounds: list[Record] = field(default_factory=list)
-    clients: list[Record] = field(default_factory=list)
-    end: Record = field(default_factory=dict)
+    facts: JsonObject
+    start: JsonObject = field(default_factory=dict)
+    rounds: list[JsonObject] = field(default_factory=list)
+    clients: list[JsonObject] = field(default_factory=list)
+    end: JsonObject = field(default_factory=dict)
     unreadable: int = 0
 
     @property
     def name(self) -> str:
-        """Its name, or else its folder's."""
+        """The run's name, or else its folder's."""
         return str(self.facts.get("name") or clean(self.path.name))
 
     @property
@@ -62,11 +62,11 @@ class Run:
         return str(self.end.get("outcome", facts)) if facts == "running" else facts
 
     @property
-    def test(self) -> Record:
+    def test(self) -> JsonObject:
         """Test metrics by name; {} before the end."""
         prefix = "test-"
-        found = {name.removeprefix(prefix): value for name, value in self.end.items() if name.startswith(prefix)}
-        return dict(self.facts.get("test") or found)
+        at_end = {name.removeprefix(prefix): value for name, value in self.end.items() if name.startswith(prefix)}
+        return dict(self.facts.get("test") or at_end)
 
     @cached_property
     def main(self) -> Metric:
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The main metric's name."""
+        """Name of the task's main metric."""
         return self.main.name
 
     @property
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def numbers(self) -> list[int]:
-        """The rounds' numbers."""
+        """The numbers of the rounds, in order."""
         return [int(line["round"]) for line in self.rounds]
 
 
@@ -101,7 +101,7 @@ def read_run(path: Path) -> Run:
         raise ConfigError(f"{path}: no such folder, allowed is a run's folder")
     if not any((path / name).is_file() for name in FILES):
         raise ConfigError(f"{path}: no run's folder, {' and '.join(FILES)} are missing")
-    facts: Record = {}
+    facts: JsonObject = {}
     if (path / "federated.json").is_file():
         try:
             facts = json.loads((path / "federated.json").read_text(encoding="utf-8"))
@@ -110,10 +110,10 @@ def read_run(path: Path) -> Run:
         if not isinstance(facts, dict):
             raise ConfigError(f"{path / 'federated.json'}: holds a {type(facts).__name__}, allowed is an object")
     lines, unreadable = _lines(path / "metrics.jsonl")
-    start: Record = {}
-    end: Record = {}
-    rounds: list[Record] = []
-    clients: list[Record] = []
+    start: JsonObject = {}
+    end: JsonObject = {}
+    rounds: list[JsonObject] = []
+    clients: list[JsonObject] = []
     for line in lines:
         kind = line.get("type")
         if kind == "start":
@@ -133,9 +133,9 @@ def read_run(path: Path) -> Run:
     return Run(path, _clean_all(facts), start, rounds, clients, end, unreadable)
 
 
-def _lines(path: Path) -> tuple[list[Record], int]:
+def _lines(path: Path) -> tuple[list[JsonObject], int]:
     """Objects of a file with one in every line, and how many lines hold none."""
-    lines: list[Record] = []
+    lines: list[JsonObject] = []
     unreadable = 0
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -164,12 +164,12 @@ def _clean_all(value: Any) -> Any:
 
 
 def number(value: object) -> float:
-    """A measurement; NaN for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    """A value as a float; NaN where it is no number, or too large for a measurement."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FIGURE:
         return math.nan
     return float(value)
 
 
 def natural(text: str) -> tuple[tuple[bool, int, str], ...]:
-    """Sorts "client 9" before "client 10"."""
+    """A key for sorting texts by the numbers in them: "client 9" comes before "client 10"."""
     return tuple((not n, int(n or 0), rest) for n, rest in re.findall(r"([0-9]{1,18})|([^0-9]+)", text))

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedara_flwr.report.read import Record, Run, natural, number
+from fedara_flwr.report.read import JsonObject, Run, natural, number
 
 Series = NDArray[np.float64]
-WINDOW = 3  # evaluations whose mean counts as reaching a target
+TARGET_WINDOW = 3  # evaluations whose mean counts as reaching a target
 
 
 # -- series over rounds -------------------------------------------------------------------------------------------------
-def series(lines: Iterable[Record], name: str) -> Series:
-    """One figure of every line."""
+def series(lines: Iterable[JsonObject], name: str) -> Series:
+    """The figure `name` of every line, shape (lines,); NaN where a line has none."""
     return np.array([number(line.get(name)) for line in lines], dtype=np.float64)
 
 
-def sent(line: Record, direction: str) -> float:
+def sent(line: JsonObject, direction: str) -> float:
     """Bytes of a round in one direction ("down" or "up")."""
     return number((line.get("bytes") or {}).get(direction, 0))
 
@@ -93,27 +93,27 @@ class Reached:
 
 
 def to_target(run: Run, target: float) -> Reached | None:
-    """At the first mean of three evaluations in a row that is as good as `target`; None where it is not reached.
+    """What it took until the mean of three evaluations in a row was as good as `target`; None where it never was.
 
     As good is at least that much where higher is better, at most where lower is.
     The evaluation before round 1 does not count among the three.
     """
-    found = curve(run, run.metric, start=False)
-    for i in range(WINDOW - 1, len(found)):
-        if run.main.better(math.fsum(found.values[i - WINDOW + 1 : i + 1]) / WINDOW, target):
-            return Reached(int(found.rounds[i]), found.megabytes[i], found.seconds[i], found.modelled[i])
+    points = curve(run, run.metric, start=False)
+    for i in range(TARGET_WINDOW - 1, len(points)):
+        if run.main.better(math.fsum(points.values[i - TARGET_WINDOW + 1 : i + 1]) / TARGET_WINDOW, target):
+            return Reached(int(points.rounds[i]), points.megabytes[i], points.seconds[i], points.modelled[i])
     return None
 
 
 def bytes_by_part(run: Run, direction: str) -> dict[str, Series]:
     """Part → MB in every round, in one direction; parts that never travelled are left out."""
     names = [key for line in run.rounds for key in (line.get("bytes") or {}) if key.startswith(f"{direction}.")]
-    found = {}
+    by_part = {}
     for key in dict.fromkeys(names):
         values = np.nan_to_num([number((line.get("bytes") or {}).get(key)) for line in run.rounds]) / 1e6
         if values.any():
-            found[key.partition(".")[2]] = values
-    return found
+            by_part[key.partition(".")[2]] = values
+    return by_part
 
 
 def alive_per_module(run: Run) -> tuple[list[int], Series]:
@@ -125,14 +125,14 @@ def alive_per_module(run: Run) -> tuple[list[int], Series]:
     return [line["round"] for line in lines], np.array(columns, dtype=np.float64).reshape(len(lines), rows).T
 
 
-def step_seconds(line: Record) -> float:
+def step_seconds(line: JsonObject) -> float:
     """Seconds of one training step of a client."""
     steps = number(line.get("steps"))
     return number(line.get("seconds-train")) / steps if steps > 0 else math.nan
 
 
-def peak_memory(line: Record) -> float:
-    """MB that a client's process had at most."""
+def peak_memory(line: JsonObject) -> float:
+    """The most memory that a client's process has had, in MB."""
     return number(line.get("peak-memory-mb"))
 
 
@@ -146,8 +146,8 @@ class Spread:
     high: Series
 
 
-def spread(run: Run, figure: Callable[[Record], float]) -> Spread:
-    """How a figure of the clients' lines lies in every round."""
+def spread(run: Run, figure: Callable[[JsonObject], float]) -> Spread:
+    """Lowest, median and highest value of a figure of the clients' lines, for every round that has one."""
     by_round: dict[int, list[float]] = {}
     for line in run.clients:
         value = figure(line)
@@ -230,10 +230,10 @@ class Client:
 def per_client(run: Run) -> list[Client]:
     """All clients that the run knows of, in the natural order of their keys."""
     left_out = {str(key): str(reason) for key, reason in (run.facts.get("left-out") or {}).items()}
-    found = {str(key): Client(str(key)) for key in (run.facts.get("partition") or {})}
+    clients = {str(key): Client(str(key)) for key in (run.facts.get("partition") or {})}
 
     def client(key: object) -> Client:
-        return found.setdefault(str(key), Client(str(key)))
+        return clients.setdefault(str(key), Client(str(key)))
 
     for key, counts in partition(run).items():
         client(key).examples = sum(counts)
@@ -244,7 +244,7 @@ def per_client(run: Run) -> list[Client]:
             client(key).asked += 1
     for _, key, reason, _ in drops(run):
         client(key).dropped[reason] += 1
-    lines: dict[str, list[Record]] = {}
+    lines: dict[str, list[JsonObject]] = {}
     for line in run.clients:
         lines.setdefault(str(line.get("client")), []).append(line)
     for key, own in lines.items():
@@ -255,7 +255,7 @@ def per_client(run: Run) -> list[Client]:
         row.step, row.memory = _over([step_seconds(line) for line in own], np.median), _over(map(peak_memory, own), np.max)
         row.modelled = _over(series(own, "modelled-seconds"), np.sum)
         row.down, row.up = (_over([_payload(line.get(f"bytes-{way}")) for line in own], np.sum) for way in ("down", "up"))
-    return sorted(found.values(), key=lambda row: (natural(row.key), row.key))
+    return sorted(clients.values(), key=lambda row: (natural(row.key), row.key))
 
 
 def _over(values: Iterable[float], reduce: Callable[[Series], Any]) -> float:
@@ -269,8 +269,8 @@ def _payload(parts: object) -> float:
 
 def partition(run: Run) -> dict[str, list[float]]:
     """Client → examples by group, in the natural order of the keys; one number where rows have none; {} outside simulation."""
-    found = {str(key): [number(count) for count in counts] for key, counts in (run.facts.get("partition") or {}).items()}
-    return {key: found[key] for key in sorted(found, key=lambda key: (natural(key), key))}
+    by_client = {str(key): [number(count) for count in counts] for key, counts in (run.facts.get("partition") or {}).items()}
+    return {key: by_client[key] for key in sorted(by_client, key=lambda key: (natural(key), key))}
 
 
 def short_names(modules: Sequence[str], blocks: Sequence[int]) -> list[str]:

@@ -61,6 +61,6 @@ def _style(style: str) -> str:
 
 
 def _view(text: str) -> str:
-    found = re.search(r'viewBox="([-\d. ]+)"', text)
-    assert found is not None, "matplotlib writes a viewBox"
-    return found[1]
+    view = re.search(r'viewBox="([-\d. ]+)"', text)
+    assert view is not None, "matplotlib writes a viewBox"
+    return view[1]

@@ -21,7 +21,7 @@ from fedara_flwr.report.loading import loading_code
 from fedara_flwr.tasks import Task, open_task
 
 OURS = "fedara-flwr"
-FORMATS = {
+FORMAT_TEXTS = {
     "ADALORA": "PEFT adapters in AdaLoRA's format, `rank_pattern` says which rank slots live",
     "LORA": "PEFT adapters, LoRA with a rank for each layer",
     "lora": "PEFT adapters, plain LoRA of one rank (`lora_alpha` = rank), for tools that know nothing else",
@@ -100,7 +100,7 @@ def _metadata(facts: dict[str, Any], kind: str) -> ModelCardData:
 
 
 def _metrics(facts: dict[str, Any]) -> dict[str, float]:
-    """The test metrics that are numbers."""
+    """The test metrics that are finite, by name, rounded to four digits."""
     return {_line(name): round(value, 4) for name, value in facts.get("test", {}).items() if math.isfinite(value)}
 
 
@@ -114,7 +114,7 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         "",
         f"- Base model: {_code(base_name(facts))}{revision}",
         f"- Method: {_code(facts['method'])}, {_code(facts['title'])}{_paper(facts['paper'])}",
-        f"- Format: {FORMATS[_format(folder, kind)]}",
+        f"- Format: {FORMAT_TEXTS[_format(folder, kind)]}",
         f"- Data: {_data(facts)}",
         f"- Rounds: {facts['rounds']}{_outcome(facts)}",
         f"- Clients: {_clients(facts)}",
@@ -148,14 +148,14 @@ def _direction(facts: dict[str, Any], name: str) -> str:
 
 
 def _format(folder: Path, kind: str) -> str:
-    """Key of FORMATS; "peft" is what the adapters' own configuration says."""
+    """Key of FORMAT_TEXTS; "peft" is what the adapters' own configuration says."""
     return json.loads((folder / "adapter_config.json").read_text())["peft_type"] if kind == "peft" else kind
 
 
 def _paper(paper: str) -> str:
-    found = re.fullmatch(r"arXiv (\d{4}\.\d{4,5})", paper)
-    if found:
-        return f" ([{paper}](https://arxiv.org/abs/{found[1]}))"
+    arxiv = re.fullmatch(r"arXiv (\d{4}\.\d{4,5})", paper)
+    if arxiv:
+        return f" ([{paper}](https://arxiv.org/abs/{arxiv[1]}))"
     return f" ({_code(paper)})" if paper else ""
 
 
@@ -176,10 +176,10 @@ def _clients(facts: dict[str, Any]) -> str:
 
 
 def _privacy(facts: dict[str, Any]) -> list[str]:
-    if not (found := facts.get("privacy")):
+    if not (privacy := facts.get("privacy")):
         return []
-    budget = f"ε = {found['epsilon']:.3g} at δ = {found['delta']:g}, noise multiplier {found['noise-multiplier']:g}"
-    return [f"- Differential privacy of each client: {budget}; {_code(found['mechanism'])}; {_code(found['adjacency'])}"]
+    budget = f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:g}, noise multiplier {privacy['noise-multiplier']:g}"
+    return [f"- Differential privacy of each client: {budget}; {_code(privacy['mechanism'])}; {_code(privacy['adjacency'])}"]
 
 
 def _outcome(facts: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ class RunDirectory:
         return cls(path, read_facts(path))
 
     def close(self) -> None:
-        """Let others write."""
+        """Give up the lock, so that another process may write this run."""
         self._lock.close()
 
     def discard(self) -> None:
@@ -152,7 +152,7 @@ class RunDirectory:
 
     # -- federated.json ---------------------------------------------------------------------------------------------
     def update(self, facts: dict[str, Any]) -> None:
-        """Change what federated.json says."""
+        """Change these facts, and write federated.json anew."""
         self.facts |= facts
         _write_json(self.path / "federated.json", self.facts)
 
@@ -188,12 +188,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((path / name).read_text())
+        content = json.loads((path / name).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not the folder of a run, {name} cannot be read ({str(error)[:120]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}: not the folder of a run, {name} holds no object")
-    return found
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -213,12 +213,12 @@ def _changeable(key: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
+    """The versions of the packages that decide what a run computes, by name."""
     return {name: version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """What the server runs on."""
+    """The server's system, processor, cores, memory and Python, for federated.json."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),

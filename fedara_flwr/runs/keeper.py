@@ -40,10 +40,10 @@ class Keeper(Callback):
 
     @property
     def state(self) -> ServerState:
-        """What the run has reached."""
-        found = self.loop.state if self.loop is not None else self._state
-        assert found is not None, "a keeper without a run"
-        return found
+        """The server's state that the run has reached."""
+        reached = self.loop.state if self.loop is not None else self._state
+        assert reached is not None, "a keeper without a run"
+        return reached
 
     @property
     def nodes(self) -> list[Node]:
@@ -79,11 +79,11 @@ class Keeper(Callback):
         loop.callbacks += [self, Tracking(self._trackers)]
 
     def record(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Append one line to metrics.jsonl."""
         self.directory.write(line)
 
     def after_round(self, loop: RoundLoop) -> None:
-        """A checkpoint where one is due, and the facts as they are now."""
+        """Write a checkpoint where one is due, and the facts as they are now."""
         every, state = self.settings.run.checkpoint_every, loop.state
         if every and (state.server_round % every == 0 or state.server_round == self.settings.num_server_rounds):
             self.checkpoints.save(state, self.directory.sync())
@@ -134,6 +134,7 @@ class Keeper(Callback):
             "task": settings.data.task,
             "labels": list(self.model.labels),
             "metric": self.model.task.metric.facts(),
+            "metrics": list(self.model.task.metrics),
             "config": settings.to_flat(),
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
@@ -190,7 +191,7 @@ class Tracking(Callback):
         self.trackers = trackers
 
     def record(self, line: dict[str, Any]) -> None:
-        """As they take it."""
+        """Send one line of metrics to every tracker."""
         self.trackers.take(line)
 
 
@@ -204,7 +205,7 @@ class SavedRun:
 
 
 def open_run(path: Path) -> SavedRun:
-    """A run that exists.
+    """Open a run that exists, as its newest good checkpoint has it.
 
     Raises:
         ConfigError: `path` is no run's folder, the model cannot be loaded, or no checkpoint can be used.

@@ -117,17 +117,17 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     >>> scalars({"type": "end", "outcome": "completed", "rounds": 3, "seconds": 9, "test-accuracy": 0.5})
     {'seconds/total': 9.0, 'test/accuracy': 0.5}
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for key, value in record.items():
         if key == "bytes" and isinstance(value, Mapping):
-            found |= {f"MB/{_plain(part)}": count / 1e6 for part, count in value.items() if _is_number(count)}
+            figures |= {f"MB/{_plain(part)}": count / 1e6 for part, count in value.items() if _is_number(count)}
         elif key in ("sampled", "dropped") and isinstance(value, list):
-            found[key] = float(len(value))
+            figures[key] = float(len(value))
         elif _is_number(value) and key not in ("round", "rounds"):
             name = "seconds/total" if key == "seconds" and record.get("type") == "end" else NAMES.get(key, key)
             name = re.sub("^(modelled|test)-", r"\1/", _plain(name))
-            found[name] = value / 1e6 if name.startswith("MB/") else float(value)
-    return found
+            figures[name] = value / 1e6 if name.startswith("MB/") else float(value)
+    return figures
 
 
 def _is_number(value: object) -> bool:
@@ -233,8 +233,8 @@ class _Mlflow:
         if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return given
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found = self._client.get_experiment_by_name(name)
-        return found.experiment_id if found else self._client.create_experiment(name, artifact_location=artifacts)
+        experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self._client.create_experiment(name, artifact_location=artifacts)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)

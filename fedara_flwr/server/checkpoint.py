@@ -23,7 +23,7 @@ from fedara_flwr.model.spec import ModelSpec
 from fedara_flwr.server.state import ServerState
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 CHECKPOINTS_KEPT = 2
 Tensors = dict[str, np.ndarray]
 
@@ -37,7 +37,7 @@ class Checkpoints:
 
     Args:
         folder: where they are.
-        identity: what a checkpoint must agree on to be this run's: the run's id, the backbone's fingerprint, the data's hash.
+        identity: what a checkpoint must agree on to be this run's: the run's id and the backbone's fingerprint.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
@@ -68,7 +68,7 @@ class Checkpoints:
         return None
 
     def read(self, path: Path, spec: ModelSpec) -> tuple[ServerState, int]:
-        """One checkpoint.
+        """Read one checkpoint: the state, and the bytes that metrics.jsonl had by then.
 
         Raises:
             BadCheckpoint: cut off, changed, of another format, of another run, or not of this model.
@@ -76,14 +76,14 @@ class Checkpoints:
         try:
             with safe_open(path, "numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-                found = file.metadata() or {}
-            text = found["state"]
+                header = file.metadata() or {}
+            text = header["state"]
             facts = json.loads(text)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BadCheckpoint(f"it is cut off or no checkpoint ({type(error).__name__}: {str(error)[:120]})") from None
-        if facts.get("format") != FORMAT:
-            raise BadCheckpoint(f"it has format {facts.get('format')!r}, this version reads {FORMAT}")
-        if found.get("sha256") != tensors_digest(tensors, text):
+        if facts.get("format") != CHECKPOINT_FORMAT:
+            raise BadCheckpoint(f"it has format {facts.get('format')!r}, this version reads {CHECKPOINT_FORMAT}")
+        if header.get("sha256") != tensors_digest(tensors, text):
             raise BadCheckpoint("its content is not what was written (sha256 differs)")
         for name, mine in self.identity.items():
             if facts["identity"].get(name) != mine:
@@ -92,7 +92,7 @@ class Checkpoints:
         return decode(spec, tensors, facts), int(facts["metrics-bytes"])
 
     def _files(self) -> list[Path]:
-        """Newest first."""
+        """The checkpoint files, newest first."""
         return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
 
 
@@ -103,7 +103,7 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
     tensors |= {f"delta.{name}": array for name, array in pieces.items()}
     tensors["mask"] = np.packbits(state.mask.bits)
     facts = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "round": state.server_round,
         "ranks": list(state.mask.ranks),
         "delta": delta,

@@ -46,7 +46,7 @@ class ServerModel:
 
     @property
     def federation(self) -> Federation:
-        """The run's data."""
+        """The run's data, as server and simulated clients share it."""
         return federation(self.settings.data, self.settings.seed, self.task)
 
     def partition(self, clients: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class ServerModel:
         return self.learner.evaluate(self._encoded[split], self.settings.train.batch_tokens)
 
     def expected(self, terms: frozenset[str], parts: frozenset[str]) -> Expected:
-        """What nodes must agree on."""
+        """What every node must agree on with this server."""
         return Expected(
             self.spec.fingerprint,
             self.learner.tokenizer_digest,
@@ -90,14 +90,14 @@ class ServerModel:
         self.adapted.load(weights.arrays, weights.mask, weights.scales, positions=weights.positions)
 
     def export(self, folder: Path, weights: Weights) -> Path:
-        """`adapter/` for stock PEFT in `folder`, or a merged `model/` where the backbone changed or no slot lives."""
+        """Write `adapter/` for stock PEFT into `folder`, or a merged `model/` where the backbone changed or no slot lives."""
         kind: Kind = "merged" if _unfit(weights) else "peft"
         target = folder / ("adapter" if kind == "peft" else "model")
         self.save(target, weights, kind)
         return target
 
     def save(self, folder: Path, weights: Weights, kind: Kind) -> None:
-        """Weights and tokenizer in one of the formats that stock libraries load.
+        """Write weights and tokenizer in one of the formats that stock libraries load.
 
         Args:
             kind: "peft", with a rank per module; "lora", one rank for all; "merged", the whole model.

@@ -200,7 +200,7 @@ class DeviceCost:
 
     @property
     def seconds(self) -> float:
-        """From the server's first byte to the client's last one."""
+        """Seconds from the server's first byte to the client's last one."""
         return self.seconds_compute + self.seconds_down + self.seconds_up
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Message, MetricRecord
 
 from fedara_flwr.server.fleet import Profile, device_cost, round_cost
-from fedara_flwr.server.round import Record, Round
+from fedara_flwr.server.round import Line, Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter
@@ -19,7 +19,7 @@ from fedara_flwr.wire.records import MAX_EXAMPLES, check_metrics
 logger = logging.getLogger(__name__)
 
 
-def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None]) -> Record:
+def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None]) -> Line:
     """The round's line but for bytes and seconds; each simulated client's line gets its modelled cost.
 
     Args:
@@ -46,7 +46,7 @@ def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], pr
     }
 
 
-def client_means(lines: Sequence[Record]) -> dict[str, float]:
+def client_means(lines: Sequence[Line]) -> dict[str, float]:
     """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
     means: dict[str, float] = {}
     evaluated = shared_metrics([line for line in lines if "eval-examples" in line])
@@ -90,7 +90,7 @@ def shared_metrics(reports: Sequence[Mapping[str, object]]) -> list[str]:
     return sorted(name for name in names if name.startswith("eval-") and name != "eval-examples")
 
 
-def modelled(lines: Sequence[Record], profiles: Mapping[str, Profile | None]) -> Record:
+def modelled(lines: Sequence[Line], profiles: Mapping[str, Profile | None]) -> Line:
     """Seconds and joules of the round on the fleet's devices, by the modelled clock; {} unless all nodes are simulated.
 
     Each client's line gets its own. A client whose reply did not count is left out: what it did is not known.

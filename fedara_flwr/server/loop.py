@@ -33,7 +33,7 @@ from fedara_flwr.server.lines import client_evaluation, client_means, round_line
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import ACTOR_DIED, BUSY, Record, Round, weight_cap
+from fedara_flwr.server.round import ACTOR_DIED, BUSY, Line, Round, weight_cap
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Client, Method, State
 from fedara_flwr.tasks import find as find_task
@@ -52,11 +52,11 @@ class RunFailed(RuntimeError):
 class Callback:
     """What is told of a run as it goes: a subclass keeps lines, checkpoints, or sends figures elsewhere."""
 
-    def record(self, line: Record) -> None:
+    def record(self, line: Line) -> None:
         """A line of metrics: of the start, a round, a client's round, an evaluation."""
 
     def after_round(self, loop: RoundLoop) -> None:
-        """The state is what it is after a round, whose lines are recorded."""
+        """Called after a round, when its lines are recorded and the loop's state is the next one."""
 
 
 class RoundLoop(Strategy):
@@ -77,7 +77,7 @@ class RoundLoop(Strategy):
         callbacks: Sequence[Callback] = (),
         run_id: str = "",
     ) -> None:
-        """Nothing is sent or computed yet.
+        """Take over settings, method and state; nothing is sent or computed yet.
 
         Args:
             state: where the method starts (`method.start()`), or went on to.
@@ -115,7 +115,7 @@ class RoundLoop(Strategy):
         self.method.ready(self.state, self.client(node), metrics)
 
     def _merger(self, plans: Sequence[TrainPlan]) -> Merger:
-        """The method's own, or the run's rule: `strategy.robust`, or PrivateMean with `privacy.clip`."""
+        """What merges the round: the method's own, or the run's rule: `strategy.robust`, or PrivateMean with `privacy.clip`."""
         state, strategy, privacy = self.state, self.settings.strategy, self.settings.privacy
         own = self.method.merger(state)
         if (own is not None) != self.method.own_merger:
@@ -129,7 +129,7 @@ class RoundLoop(Strategy):
 
     # -- Flower's Strategy ------------------------------------------------------------------------------------------
     def initial_arrays(self) -> ArrayRecord:
-        """The start as Flower wants it."""
+        """The state's arrays as a Flower record, from which the rounds start."""
         return to_record(self.state.arrays)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -248,7 +248,7 @@ class RoundLoop(Strategy):
         self._tell({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
 
     def summary(self) -> None:
-        """Log what will happen."""
+        """Log the method's name, and how many modules, slots and numbers of the head it starts with."""
         mask, head = self.state.mask, self.spec.size("head")
         logger.info("%s: %d modules, %d slots, head of %d", self.method.name, len(mask.ranks), mask.count, head)
 
@@ -295,7 +295,7 @@ class RoundLoop(Strategy):
         return result
 
     # -- the rest ---------------------------------------------------------------------------------------------------
-    def _tell(self, line: Record) -> None:
+    def _tell(self, line: Line) -> None:
         for callback in self.callbacks:
             callback.record(line)
 
@@ -373,7 +373,7 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
-    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Record:
+    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         work, state = self.work, self.state
         assert work is not None

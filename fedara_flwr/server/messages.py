@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 POLL = (0.02, 0.25)  # seconds between looks: first, longest
-PATIENCE = 1.0  # seconds for which a look may keep the others waiting
+PULL_PATIENCE = 1.0  # seconds for which a look may keep the others waiting
 
 
 class _Look(threading.Thread):
@@ -19,13 +19,13 @@ class _Look(threading.Thread):
     def __init__(self, grid: Grid, message_id: str) -> None:
         super().__init__(daemon=True)
         self.grid, self.message_id = grid, message_id
-        self.found: list[Message] | Exception = []
+        self.pulled: list[Message] | Exception = []
 
     def run(self) -> None:
         try:
-            self.found = list(self.grid.pull_messages([self.message_id]))
+            self.pulled = list(self.grid.pull_messages([self.message_id]))
         except Exception as error:  # whatever a reply does to the parser is that node's failure alone
-            self.found = error
+            self.pulled = error
 
 
 def replies(
@@ -53,7 +53,7 @@ def replies(
     repeated: set[int] = set()
     looks: dict[str, _Look] = {}
     while pending:
-        found = False
+        any_came = False
         for message_id in list(pending):
             if time.monotonic() > deadline:
                 return
@@ -61,17 +61,17 @@ def replies(
                 look = looks[message_id] = _Look(grid, message_id)
                 if beside:
                     look.start()
-                    look.join(PATIENCE)
+                    look.join(PULL_PATIENCE)
                 else:
                     look.run()
             if looks[message_id].is_alive():
                 continue
-            pulled = looks.pop(message_id).found
+            pulled = looks.pop(message_id).pulled
             if isinstance(pulled, Exception):
                 yield pending.pop(message_id), pulled
                 continue
             for reply in pulled[:1]:
-                found = True
+                any_came = True
                 index = pending.pop(message_id)
                 try:
                     more = again(index, reply) if index not in repeated else None
@@ -85,6 +85,6 @@ def replies(
                     pending[new_id] = index
                 else:
                     yield index, ConnectionError("the message could not be sent")
-        wait = POLL[0] if found else min(wait * 1.5, POLL[1])
+        wait = POLL[0] if any_came else min(wait * 1.5, POLL[1])
         if pending:
             time.sleep(wait)

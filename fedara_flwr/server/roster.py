@@ -54,7 +54,7 @@ class Node:
 
 
 class Roster:
-    """Nodes by client key."""
+    """The run's nodes by client key, and what each one said of itself."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Roster:
 
     # -- who is there -----------------------------------------------------------------------------------------------
     def wait(self, grid: Grid) -> None:
-        """Until as many nodes are there as the first one says there are, or `node-timeout` is over.
+        """Wait until as many nodes are there as most of them say there are, or `node-timeout` is over.
 
         Raises:
             ConfigError: a term or a part of the run is missing on a node.

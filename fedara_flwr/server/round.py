@@ -27,7 +27,7 @@ from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import lacks_delta, says_busy, update_from_content
 
 logger = logging.getLogger(__name__)
-Record = dict[str, object]
+Line = dict[str, object]
 ACTOR_DIED, BUSY = "actor-died", "busy"
 
 
@@ -79,18 +79,18 @@ class Round:
     read: Callable[[TrainPlan, str, bytes], Any]
     cap: float = math.inf
     private: bool = False
-    coding: Record = field(default_factory=dict)
+    coding: Line = field(default_factory=dict)
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[Line] = field(default_factory=list)
     sizes: list[Sizes] = field(default_factory=list)
-    merging: Record = field(default_factory=dict)
+    merging: Line = field(default_factory=dict)
     answered: list[str] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    _results: dict[int, tuple[Update, Record] | None] = field(default_factory=dict)
+    _results: dict[int, tuple[Update, Line] | None] = field(default_factory=dict)
     _next: int = 0
-    _held: list[tuple[Node, Update, Record, Sizes]] = field(default_factory=list)
+    _held: list[tuple[Node, Update, Line, Sizes]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
@@ -124,9 +124,9 @@ class Round:
                 self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
                 self._results[index] = None
         self._feed(merger)
-        beside = [found for *_, found in self._held]
-        for node, update, record, found in self._held:
-            self._judge(node, update, record, found, beside, merger)
+        beside = [moved for *_, moved in self._held]
+        for node, update, record, moved in self._held:
+            self._judge(node, update, record, moved, beside, merger)
         self._held.clear()
         self.norms.learn(self.sizes)
         place = {node.key: i for i, node in enumerate(self.asked)}
@@ -134,22 +134,22 @@ class Round:
         self.drops.sort(key=lambda drop: (place.get(drop.client, len(place)), drop.client, drop.reason))
 
     def refuse(self, index: int, reason: str, detail: str) -> None:
-        """A reply that does not reach `collect`: Flower could not read or deliver it, or it is forged."""
+        """Drop a reply that does not reach `collect`: Flower could not read or deliver it, or it is forged."""
         self._drop(self.asked[index].key, reason, detail)
         self._results[index] = None
 
     def drop_busy(self, busy: Mapping[str, str]) -> None:
-        """Clients that were drawn and said why they do not train now, before anything was sent to them."""
+        """Drop clients that were drawn and said why they do not train now, before anything was sent to them."""
         for client, why in busy.items():
             self._drop(client, BUSY, why)
 
     def _feed(self, merger: Merger) -> None:
         while self._next in self._results:
-            found, node, plan = self._results.pop(self._next), self.asked[self._next], self.plans[self._next]
+            checked, node, plan = self._results.pop(self._next), self.asked[self._next], self.plans[self._next]
             self._next += 1
-            if found is None:
+            if checked is None:
                 continue
-            update, record = found
+            update, record = checked
             moved = self._moved(plan, update)
             if self.norms.known(moved):
                 self._judge(node, update, record, moved, (), merger)
@@ -161,7 +161,7 @@ class Round:
             return {}
         return root_mean_squares(difference(update.arrays, self.start(plan, update.mask)))
 
-    def _judge(self, node: Node, update: Update, record: Record, moved: Sizes, beside: Sequence[Sizes], merger: Merger) -> None:
+    def _judge(self, node: Node, update: Update, record: Line, moved: Sizes, beside: Sequence[Sizes], merger: Merger) -> None:
         """Let an update count unless it moved too far."""
         if excess := self.norms.excess(moved, beside):
             self._drop(node.key, "norm", excess)
@@ -174,7 +174,7 @@ class Round:
         if not self.private:  # a private update is for the merger alone
             self.replies.append(Reply(self.client(node), weight, update.mask, update.metrics, update.reports))
 
-    def _check(self, index: int, reply: Message) -> tuple[Update, Record] | None:
+    def _check(self, index: int, reply: Message) -> tuple[Update, Line] | None:
         node, plan = self.asked[index], self.plans[index]
         if reply.has_error():
             detail = last_line(reply.error.reason)
@@ -200,7 +200,7 @@ class Round:
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))
             return None
-        said: Record = {**update.metrics, "num-examples": update.num_examples}
+        said: Line = {**update.metrics, "num-examples": update.num_examples}
         if self.private:
             update, said = replace(update, num_examples=1, metrics={}), {}
         return update, {

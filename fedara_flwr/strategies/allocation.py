@@ -53,7 +53,7 @@ class Vote:
 
 
 def vote_shares(votes: Sequence[Vote], slots: int) -> np.ndarray:
-    """Σ n_k·vote_k per alive slot, whole numbers; shape (slots,)."""
+    """The weight of the votes for each alive slot, Σ n_k·vote_k, in whole numbers; shape (slots,)."""
     total = np.zeros(slots, dtype=np.int64)
     for vote in votes:
         total += vote.weight * vote.keep.astype(np.int64)
@@ -113,7 +113,7 @@ class Capacity:
     depth: float
 
     def seconds(self, depth: int, steps: int, sent: int) -> float:
-        """t(k) for `sent` bytes."""
+        """t(k): seconds of a round of `steps` steps with k = `depth` trained blocks and `sent` bytes sent back."""
         return steps * (self.forward + depth * self.backward) + self.upload * sent
 
 

@@ -185,7 +185,7 @@ class Method:
 
     @property
     def calibration(self) -> Mapping[str, int]:
-        """Added to the question whether a node is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
+        """Numbers to ask a node with whether it is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
         return {}
 
     # -- the model --------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Method:
         return arrays
 
     def start_delta(self, state: State) -> Piece | None:
-        """What is added to the backbone before round 1."""
+        """What is added to the backbone before round 1; None = nothing."""
         return None
 
     def draw(self, part: str, mask: RankMask) -> NDArray[np.float32]:
@@ -234,7 +234,7 @@ class Method:
         return {"head": np.concatenate(pieces).astype(np.float32)} if pieces else {}
 
     def scales(self, mask: RankMask) -> tuple[float, ...]:
-        """S of each module: alpha / r_m for the whole run, pruning or not."""
+        """The scale s of each module: alpha / r_m for the whole run, pruning or not."""
         return tuple(self.settings.adapter.alpha / max(r, 1) for r in mask.ranks)
 
     # -- the round --------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Method:
 
     # -- the result -------------------------------------------------------------------------------------------------
     def weights(self, state: State) -> Weights:
-        """The global model."""
+        """The global model as numbers, which the server evaluates."""
         return Weights(state.arrays, state.mask, self.scales(state.mask), state.delta.composed())
 
     def exported(self, state: State) -> Weights:

@@ -15,7 +15,7 @@ from fedara_flwr.strategies.fedlora import FedLoRA
 
 
 class RankOptions(Group):
-    """Who gets which rank."""
+    """Keys of every method whose clients have ranks of their own: which ranks, and who gets which."""
 
     ranks: list[int] = Field(
         default_factory=list, description="ranks that clients get, each up to adapter.rank; [] = adapter.rank for all"
@@ -40,7 +40,7 @@ class ClientRanks(FedLoRA):
 
     @classmethod
     def check(cls, settings: Settings) -> BaseModel:
-        """As every method; and no client's rank may be above the global one."""
+        """The checked options; beside what every method checks, no client's rank may be above the global one."""
         options = super().check(settings)
         assert isinstance(options, RankOptions)
         rank = settings.adapter.rank

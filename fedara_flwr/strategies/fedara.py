@@ -27,7 +27,7 @@ VOTE = "slot-vote"
 
 
 class FedARAOptions(Group):
-    """Keys of fedara."""
+    """Keys of `strategy.options` for fedara."""
 
     final_rank: float = Field(3.0, gt=0, description="rank slots per module, on average, when the budget has fallen")
     warmup_rounds: int = Field(-1, ge=-1, description="rounds before the budget falls; -1 = a tenth")
@@ -54,7 +54,7 @@ class FedARA(Method):
 
     @classmethod
     def check(cls, settings: Settings) -> BaseModel:
-        """As every method; and the budget must be able to fall within the run."""
+        """The checked options; beside what every method checks, the budget must be able to fall within the run."""
         options = super().check(settings)
         assert isinstance(options, FedARAOptions)
         rank, rounds = settings.adapter.rank, settings.num_server_rounds
@@ -74,7 +74,7 @@ class FedARA(Method):
         return options
 
     def start_mask(self) -> RankMask:
-        """As every method; refused where the slots' ranks would not fit the vote's 16 bits."""
+        """All slots of every module; ConfigError where the slots' ranks would not fit the vote's 16 bits."""
         mask = super().start_mask()
         if mask.count > MAX_SLOTS:
             allowed = MAX_SLOTS // len(mask.ranks)
@@ -93,7 +93,7 @@ class FedARA(Method):
         return budget(server_round, rounds, sum(state.mask.ranks), self.final_budget, warmup, final)
 
     def all_terms(self) -> frozenset[str]:
-        """The vote too, but in a private run."""
+        """Every method's terms and the vote; without the vote in a private run."""
         return super().all_terms() | (frozenset() if self.settings.privacy.on else {VOTE})
 
     def plan(self, state: State, client: Client) -> TrainPlan:
@@ -111,7 +111,7 @@ class FedARA(Method):
         return unpack_order(report, plan.mask.count)
 
     def next_mask(self, state: State, replies: Sequence[Reply]) -> RankMask:
-        """Arbitrate; dead slots stay dead, and never fewer than the final budget live.
+        """The mask that the votes decide; dead slots stay dead, and never fewer than the final budget live.
 
         In a private run the largest slots of the merged, noised arrays survive, which tells nothing beyond those.
         """

@@ -29,7 +29,7 @@ class FeDeRA(FedLoRA):
     learning_rate = 5e-4
 
     def start_arrays(self, mask: RankMask) -> Arrays:
-        """B0 and A0 of every module."""
+        """The head, and B0 and A0 of every module, split from its pre-trained weight."""
         scale = self.settings.adapter.alpha / self.settings.adapter.rank
         pairs = []
         for module, rank in zip(self.spec.modules, mask.ranks, strict=True):
@@ -39,7 +39,7 @@ class FeDeRA(FedLoRA):
         return self.start_head() | pack_factors(pairs)
 
     def start_delta(self, state: State) -> Piece:
-        """-s·B0·A0."""
+        """The piece -s·B0·A0, which takes the adapters' start out of the backbone."""
         start, scales = module_factors(self.spec, state.mask, state.arrays), self.scales(state.mask)
         return from_factors([(-scale * left, right) for scale, (left, right) in zip(scales, start, strict=True)])
 

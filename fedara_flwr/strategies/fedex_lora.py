@@ -21,7 +21,7 @@ from fedara_flwr.strategies.registry import register
 
 @register
 class FedExLoRA(ClientRanks):
-    """FedLoRA and the exact residual."""
+    """FedLoRA, and after each round the residual that makes its average exact."""
 
     name = "fedex-lora"
     title = "LoRA, FedAvg of A and B, and the exact residual of that average in the backbone"
@@ -30,11 +30,11 @@ class FedExLoRA(ClientRanks):
     own_merger = True
 
     def merger(self, state: State) -> FactorStack:
-        """Means, and all factors for the residual."""
+        """A merger that averages factors, and keeps all of them for the residual."""
         return FactorStack(self.spec, state.mask, state.arrays, self.scales(state.mask))
 
     def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
-        """The residual joins the delta."""
+        """The means are the next arrays; the residual joins the delta."""
         assert isinstance(merger, FactorStack)
         state.arrays = merged
         state.delta.add(from_factors(merger.residual(merged)))

@@ -21,7 +21,7 @@ class FedLoRA(Method):
     trained = LORA
 
     def start_arrays(self, mask: RankMask) -> Arrays:
-        """ΔW = 0 since B = 0."""
+        """The head, a random A, and B = 0, so that ΔW = 0."""
         return self.start_head() | {
             "A": lora_a(self.spec, mask, self.settings.seed),
             "B": np.zeros(self.spec.length("B", mask), dtype=np.float32),

@@ -16,7 +16,7 @@ from fedara_flwr.wire.plan import TrainPlan
 
 @register
 class FedSALoRA(FedLoRA):
-    """FedLoRA with B on the clients."""
+    """FedLoRA in which each client keeps its own B."""
 
     name = "fedsa-lora"
     title = "LoRA, A averaged and B kept by each client; at the end the mean B"

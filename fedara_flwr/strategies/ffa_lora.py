@@ -24,5 +24,5 @@ class FFALoRA(FedLoRA):
     trained = frozenset({"B", "head"})
 
     def plan(self, state: State, client: Client) -> TrainPlan:
-        """A is drawn, not sent."""
+        """A is neither trained nor carried: clients draw it from the run's seed."""
         return replace(super().plan(state, client), drawn=frozenset({"A"}), draw_seed=self.settings.seed)

@@ -32,7 +32,7 @@ class SplitStack(FactorStack):
         self.seed = seed
 
     def result(self) -> Arrays:
-        """B and A by SVD, the rest averaged."""
+        """B and A split by SVD from the sum of products, the other parts averaged."""
         mask, spec = self.mean.mask, self.spec
         fresh = module_factors(
             spec, mask, {"B": np.zeros(spec.length("B", mask), dtype=np.float32), "A": lora_a(spec, mask, self.seed)}
@@ -50,7 +50,7 @@ class SplitStack(FactorStack):
 
 @register
 class FlexLoRA(ClientRanks):
-    """FedLoRA with another merger."""
+    """FedLoRA whose merger averages products of factors and splits them again."""
 
     name = "flexlora"
     title = "LoRA with a rank per client; the server averages products and splits them by SVD"
@@ -59,5 +59,5 @@ class FlexLoRA(ClientRanks):
     own_merger = True
 
     def merger(self, state: State) -> SplitStack:
-        """Products are merged, not factors."""
+        """A merger of products, not of factors."""
         return SplitStack(self.spec, state.mask, state.arrays, self.scales(state.mask), self.settings.seed)

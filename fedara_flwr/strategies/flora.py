@@ -38,7 +38,7 @@ class FLoRA(ClientRanks):
     own_merger = True
 
     def plan(self, state: State, client: Client) -> TrainPlan:
-        """A and B are drawn, not sent."""
+        """A and B do not travel down: clients draw the round's A, and B is 0."""
         plan = super().plan(state, client)
         return replace(plan, drawn=frozenset({"A", "B"}), draw_seed=self._draw_seed(plan.server_round))
 
@@ -46,7 +46,7 @@ class FLoRA(ClientRanks):
         return seeds.derive(self.settings.seed, "flora", server_round)
 
     def merger(self, state: State) -> FactorStack:
-        """All factors are kept."""
+        """A merger that keeps the factors of all clients side by side."""
         return FactorStack(self.spec, state.mask, state.arrays, self.scales(state.mask))
 
     def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:

@@ -29,14 +29,14 @@ class Full(Method):
     trained = frozenset({"backbone", "head"})
 
     def start_mask(self) -> RankMask:
-        """Masks of length 0."""
+        """No slot in any module: masks of length 0."""
         return RankMask.full([0] * len(self.spec.modules))
 
     def start_arrays(self, mask: RankMask) -> Arrays:
-        """No difference from the pre-trained backbone."""
+        """The head, and differences from the pre-trained backbone that are all 0."""
         return self.start_head() | {"backbone": np.zeros(self.spec.size("backbone"), dtype=np.float32)}
 
     def plan(self, state: State, client: Client) -> TrainPlan:
-        """Before round 1 the differences are zeros, which need not travel."""
+        """In round 1 the differences are zeros, which need not travel."""
         plan = super().plan(state, client)
         return plan if state.server_round else replace(plan, drawn=frozenset({"backbone"}))

@@ -24,7 +24,7 @@ from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan
 
 
 class HetLoRAOptions(RankOptions):
-    """Keys of hetlora."""
+    """Keys of `strategy.options` for hetlora."""
 
     penalty: float = Field(5e-3, ge=0, description="λ, weight of the tail's norm in the loss; 0 = no self-pruning")
     gamma: float = Field(0.85, gt=0, lt=1, description="γ, share of its slots that a client keeps when its tail shrank")
@@ -42,14 +42,14 @@ class HetLoRA(ClientRanks):
     options: HetLoRAOptions
 
     def terms(self) -> Terms:
-        """The tail's penalty."""
+        """Every method's terms and the tail's penalty."""
         options = self.options
         if not options.penalty:
             return super().terms()
         return {**super().terms(), "tail-penalty": {"weight": options.penalty, "gamma": options.gamma}}
 
     def client_rank(self, state: State, client: Client) -> int:
-        """What pruning has left of r_k."""
+        """The client's rank r_k, or what self-pruning has left of it."""
         left = state.clients.get(client.key, {}).get("rank", self.settings.adapter.rank)
         return min(super().client_rank(state, client), left)
 
@@ -59,7 +59,7 @@ class HetLoRA(ClientRanks):
         return replace(plan, report=frozenset({KEPT_SLOTS})) if "tail-penalty" in plan.terms else plan
 
     def merger(self, state: State) -> PaddedMean:
-        """Weights ∝ ‖B_k·A_k‖_F."""
+        """A zero-padded mean in which a client weighs ‖B_k·A_k‖_F."""
         return PaddedMean(self.spec, state.mask, state.arrays, lambda update: delta_norm(self.spec, update))
 
     def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:

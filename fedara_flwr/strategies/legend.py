@@ -37,7 +37,7 @@ POLLING = 3.0  # seconds; a stock SuperNode sleeps so long after an empty pull
 
 
 class LegendOptions(Group):
-    """Keys of legend."""
+    """Keys of `strategy.options` for legend."""
 
     rank_step: float = Field(
         2.0, ge=0, description="ranks added from block to block, λ; smaller where rank 1 would not be reached"
@@ -60,11 +60,11 @@ class Legend(FedLoRA):
 
     @property
     def calibration(self) -> Mapping[str, int]:
-        """One batch as in training."""
+        """Ask for one timed batch, as large as in training."""
         return {"calibrate-batch": self.settings.train.batch_size, "calibrate-rank": self.settings.adapter.rank}
 
     def start_mask(self) -> RankMask:
-        """Rising ranks, the same for all modules of a block."""
+        """All slots, in ranks that rise from block to block and are the same for all modules of a block."""
         ranks = rank_distribution(self.spec.blocks, self.settings.adapter.rank, self.options.rank_step)
         return RankMask.full([ranks[module.block] for module in self.spec.modules])
 
@@ -73,7 +73,7 @@ class Legend(FedLoRA):
         return (self.settings.adapter.alpha / self.settings.adapter.rank,) * len(self.spec.modules)
 
     def ready(self, state: State, client: Client, metrics: Mapping[str, float]) -> None:
-        """The calibration batch: memory of a block, and a first report where there is none yet (nodes are asked again)."""
+        """Take from the calibration batch the memory of a block, and a first report where there is none yet."""
         device, known = client.device, state.clients.setdefault(client.key, {"uploads": []})
         known["block"] = max(1.0, metrics.get("bytes-block", 0.0))
         known["free"] = float(device.memory) if device is not None else metrics.get("bytes-free", 0.0)
@@ -96,7 +96,7 @@ class Legend(FedLoRA):
             self._report(known, reply.client, metrics, steps, self.spec.blocks - self.spec.lowest(reply.mask))
 
     def _report(self, known: dict[str, Any], client: Client, metrics: Mapping[str, float], steps: float, blocks: int) -> None:
-        """Seconds per step; of a simulated device counted FLOPs over its profile's speed, never this machine's clock.
+        """Average in seconds per step; a simulated device's are counted FLOPs over its speed, never this machine's clock.
 
         A report with anything but finite numbers above 0 does not count: as 0 it would make its device the fastest.
         """
@@ -111,7 +111,7 @@ class Legend(FedLoRA):
             self._smooth(known, way, max(value, known[way] / LEAP) if way in known else value)
 
     def _smooth(self, known: dict[str, Any], name: str, value: float) -> None:
-        """One more value of a moving average."""
+        """Take one more value into a moving average."""
         share = self.options.smoothing
         known[name] = (1 - share) * known[name] + share * value if name in known else value
 
@@ -166,5 +166,5 @@ class Legend(FedLoRA):
         return sum(nbytes(self.settings.wire.up, self.spec.row_lengths(part, mask)) for part in self.parts)
 
     def client_mask(self, state: State, client: Client) -> RankMask:
-        """The last k_i blocks, whole."""
+        """All slots of the client's last k_i blocks."""
         return last_blocks(self.spec, state.mask, state.clients.get(client.key, {}).get("depth", 1))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedara_flwr.strategies.base import Method
 
 GROUP = "fedara_flwr.strategies"
-PACKAGE = f"{__name__.rpartition('.')[0]}."
+BUILT_IN_PREFIX = f"{__name__.rpartition('.')[0]}."
 _REGISTERED: dict[str, type[Method]] = {}
 S = TypeVar("S", bound="type[Method]")
 Plugin = packages.Plugin["type[Method]"]
@@ -53,7 +53,7 @@ def built_in() -> dict[str, type[Method]]:
         slora,
     )
 
-    return {name: cls for name, cls in sorted(_REGISTERED.items()) if cls.__module__.startswith(PACKAGE)}
+    return {name: cls for name, cls in sorted(_REGISTERED.items()) if cls.__module__.startswith(BUILT_IN_PREFIX)}
 
 
 def plugins(name: str | None = None) -> list[Plugin]:

@@ -15,7 +15,7 @@ from fedara_flwr.wire.plan import TrainPlan
 
 @register
 class RoLoRA(FedLoRA):
-    """FedLoRA with one factor at a time."""
+    """FedLoRA that trains one factor at a time."""
 
     name = "rolora"
     title = "LoRA, A and B trained in turn: averaging is exact, half is sent back"

@@ -28,7 +28,7 @@ from fedara_flwr.wire.plan import TrainPlan
 
 
 class SLoRAOptions(Group):
-    """Keys of slora."""
+    """Keys of `strategy.options` for slora."""
 
     sparse_rounds: float = Field(0.2, gt=0, lt=1, description="share of the rounds that the sparse phase takes")
     sparse_learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate of the weights in the sparse phase")
@@ -36,7 +36,7 @@ class SLoRAOptions(Group):
 
 @register
 class SLoRA(FedLoRA):
-    """The backbone's drawn entries first, then FedLoRA."""
+    """Trains drawn entries of the backbone first, then goes on as FedLoRA."""
 
     name = "slora"
     title = "sparse full fine-tuning first, then LoRA started from the SVD of its update"
@@ -47,7 +47,7 @@ class SLoRA(FedLoRA):
 
     @classmethod
     def check(cls, settings: Settings) -> BaseModel:
-        """As every method; and there must be a round for each phase."""
+        """The checked options; beside what every method checks, there must be a round for each phase."""
         if settings.num_server_rounds < 2:
             raise ConfigError("num-server-rounds = 1: slora needs at least 2, one in each of its phases")
         return super().check(settings)
@@ -59,7 +59,7 @@ class SLoRA(FedLoRA):
         return min(max(1, round(options.sparse_rounds * rounds)), rounds - 1)
 
     def start_arrays(self, mask: RankMask) -> Arrays:
-        """No difference from the pre-trained weights at the drawn positions; no adapter yet."""
+        """The head, and differences from the pre-trained weights at the drawn positions, all 0; no adapter yet."""
         entries = self._entries(mask)
         if entries > dense_size(self.spec):
             rank = self.settings.adapter.rank
@@ -68,7 +68,7 @@ class SLoRA(FedLoRA):
         return self.start_head() | {"backbone": np.zeros(entries, dtype=np.float32)}
 
     def _entries(self, mask: RankMask) -> int:
-        """As many numbers as LoRA would train."""
+        """How many numbers the sparse phase trains: as many as LoRA would in the adapted modules."""
         full = RankMask.full(mask.ranks)
         return self.spec.length("B", full) + self.spec.length("A", full)
 
@@ -77,15 +77,15 @@ class SLoRA(FedLoRA):
 
     @staticmethod
     def _sparse(state: State) -> bool:
-        """Whether the first phase goes on."""
+        """Whether the run is still in its sparse phase."""
         return "backbone" in state.arrays
 
     def client_mask(self, state: State, client: Client) -> RankMask:
-        """No slot in the sparse phase."""
+        """All alive slots; none in the sparse phase."""
         return _no_slots(state.mask) if self._sparse(state) else state.mask
 
     def plan(self, state: State, client: Client) -> TrainPlan:
-        """In the sparse phase, the drawn entries and the head."""
+        """Orders to train, in the sparse phase, the drawn entries and the head in place of adapters."""
         plan = super().plan(state, client)
         if not self._sparse(state):
             return plan
@@ -115,7 +115,7 @@ class SLoRA(FedLoRA):
         state.arrays |= pack_factors(pairs)
 
     def weights(self, state: State) -> Weights:
-        """In the sparse phase, the backbone's entries in place of adapters."""
+        """The global model; in the sparse phase the backbone's entries take the place of adapters."""
         if not self._sparse(state):
             return super().weights(state)
         return Weights(state.arrays, _no_slots(state.mask), self.scales(state.mask), positions=self._positions(state))

@@ -83,7 +83,7 @@ class LearnerPort(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The backbone's own, of transformers."""
+        """The backbone's tokenizer, of transformers."""
 
 
 class Evaluation(Protocol):

@@ -24,7 +24,7 @@ class TextTask(Task):
     pipeline = "text-classification"
 
     def is_head(self, module: str) -> bool:
-        """BERT, RoBERTa: classifier; DistilBERT: and pre_classifier; DeBERTa: and pooler; decoders: score."""
+        """True for `classifier` and what goes with it: `pre_classifier` (DistilBERT), `pooler` (DeBERTa); decoders: `score`."""
         return module in ("classifier", "pre_classifier", "score", "pooler")
 
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
@@ -71,7 +71,7 @@ class Classification(TextTask):
         return Counts(len(names))
 
     def snippet(self) -> list[str]:
-        """Prints the label of one text."""
+        """Python lines that print the label of one text."""
         return [
             'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
             "print(labels[int(logits.argmax())])",
@@ -95,7 +95,7 @@ class Counts:
         self.loss += float(cross_entropies(logits, truth).sum())
 
     def result(self) -> dict[str, float]:
-        """F1 of a label that occurs and is never hit is 0."""
+        """The metrics by name; F1 of a label that occurs and is never hit is 0."""
         rows, occurs = int(self.true.sum()), self.predicted + self.true > 0
         scores = f1(self.hits[occurs], self.predicted[occurs], self.true[occurs])
         return {

@@ -29,7 +29,7 @@ class MultiLabel(TextTask):
     metrics = ("micro-f1", "macro-f1", "loss")
 
     def columns(self) -> Sequence[Column]:
-        """As ever, but for the label column, which holds lists."""
+        """The columns that every task reads, but that the label column holds lists."""
         *others, label = super().columns()
         return [*others, Column(label.role, label.key, label.name, "lists of label names, which may be empty")]
 
@@ -44,7 +44,7 @@ class MultiLabel(TextTask):
         return Example(main, 1 + min(places, default=-1), optional_text(row, "pair"), tuple(sorted(places)))
 
     def group_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """No label, then the labels."""
+        """The name of the group without a label, then the label names."""
         return ("(none)", *names)
 
     def model_config(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class MultiLabel(TextTask):
         return []
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Binary cross-entropy of each row, the mean over all labels."""
+        """Binary cross-entropy of each row, the mean over all labels; shape (rows,)."""
         import torch
 
         logits = outputs.logits.float()
@@ -72,7 +72,7 @@ class MultiLabel(TextTask):
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        """One for each row, however many labels it has."""
+        """One for each row, however many labels it has; shape (rows,)."""
         return batch["labels"].new_ones(len(batch["labels"]))
 
     def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Decisions:
@@ -80,7 +80,7 @@ class MultiLabel(TextTask):
         return Decisions(self, len(names))
 
     def snippet(self) -> list[str]:
-        """The labels of one text."""
+        """Python lines that print the labels of one text."""
         return [
             'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
             "print([label for label, logit in zip(labels, logits[0]) if logit > 0])",
@@ -88,7 +88,7 @@ class MultiLabel(TextTask):
 
 
 def hot(places: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """1 where a row has a label, else 0; as `logits`, from places that are filled up with -1."""
+    """1 where a row has a label, else 0, in the shape of `logits`; a row's `places` are filled up with -1."""
     wanted = logits.new_zeros(len(logits), logits.shape[1] + 1)
     return wanted.scatter(1, places + 1, 1.0)[:, 1:]
 
@@ -112,7 +112,7 @@ class Decisions:
         self.rows += len(logits)
 
     def result(self) -> dict[str, float]:
-        """F1 of a label that occurs and is never hit is 0."""
+        """The metrics by name; F1 of a label that occurs and is never hit is 0."""
         occurs = self.predicted + self.true > 0
         scores = f1(self.hits[occurs], self.predicted[occurs], self.true[occurs])
         micro = float(f1(self.hits.sum(), self.predicted.sum(), self.true.sum()))

@@ -55,7 +55,7 @@ class Regression(TextTask):
         return pad(tokenizer, ids) | {"labels": torch.tensor(labels, dtype=torch.float32)}
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Squared error of each row."""
+        """Squared error of each row, shape (rows,)."""
         return (outputs.logits.float().squeeze(1) - batch["labels"]).square()
 
     def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Correlation:
@@ -63,7 +63,7 @@ class Regression(TextTask):
         return Correlation()
 
     def snippet(self) -> list[str]:
-        """The number of one text."""
+        """Python lines that print the number of one text."""
         return ['logits = model(**tokenizer("some text", return_tensors="pt")).logits', "print(float(logits))"]
 
 
@@ -84,7 +84,7 @@ class Correlation:
         self.true += batch["labels"].tolist()
 
     def result(self) -> dict[str, float]:
-        """The rank correlation is the linear one of the ranks."""
+        """The metrics by name; the rank correlation is the linear one of the ranks."""
         predicted, true = np.array(self.predicted), np.array(self.true)
         loss = float(np.square(predicted - true).mean())
         return {"spearman": pearson(ranks(predicted), ranks(true)), "pearson": pearson(predicted, true), "loss": loss}
@@ -98,6 +98,6 @@ def pearson(a: Values, b: Values) -> float:
 
 
 def ranks(values: Values) -> Values:
-    """1 for the smallest; equal values share the mean of their ranks."""
+    """The rank of each value, 1 for the smallest; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

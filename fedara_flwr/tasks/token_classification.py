@@ -80,15 +80,15 @@ class TokenClassification(Task):
             )
 
     def group_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """No entity, then the types, as `main_type` numbers them."""
+        """The name of the group without an entity, then the types, as `main_type` numbers them."""
         return (OUTSIDE, *types(names))
 
     def is_head(self, module: str) -> bool:
-        """Encoders call it classifier, decoders score."""
+        """True for the name that the layer has in encoders, `classifier`, or in decoders, `score`."""
         return module in ("classifier", "score")
 
     def made_up(self, length: int) -> list[int]:
-        """A tag on every token."""
+        """The first tag for each of the row's tokens."""
         return [0] * length
 
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
@@ -122,7 +122,7 @@ class TokenClassification(Task):
         return batch | {"labels": pad_labels(batch, labels)}
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of each row's words, summed; 0 for a row that has none."""
+        """Cross-entropy of each row's words, summed; 0 for a row that has none; shape (rows,)."""
         import torch
 
         logits, labels = outputs.logits.flatten(0, 1).float(), batch["labels"]
@@ -134,7 +134,7 @@ class TokenClassification(Task):
         return Entities(names)
 
     def snippet(self) -> list[str]:
-        """Tags the tokens of one text."""
+        """Python lines that print a tag for each token of one text."""
         return [
             'logits = model(**tokenizer("some text", return_tensors="pt")).logits',
             "print([labels[int(i)] for i in logits[0].argmax(-1)])",

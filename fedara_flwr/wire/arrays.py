@@ -55,13 +55,13 @@ def read_vector(array: Array, length: int, name: str, dtype: np.dtype[Any] = FLO
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise Rejected("format", f"{name} has npy version {version}, allowed is (1, 0)")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, stored = np.lib.format.read_array_header_1_0(stream)
     except Rejected:
         raise
     except Exception as error:  # numpy parses the header as Python literals: whatever goes wrong there is one reason
         raise Rejected("format", f"{name} has no readable npy header ({str(error)[:80]})") from None
-    if shape != (length,) or fortran or found != dtype:
-        raise Rejected("shape", f"{name}'s header says {found} {shape[:4]}, expected {expected}")
+    if shape != (length,) or fortran or stored != dtype:
+        raise Rejected("shape", f"{name}'s header says {stored} {shape[:4]}, expected {expected}")
     start = stream.tell()
     size = dtype.itemsize * length
     if len(array.data) - start != size:

@@ -40,7 +40,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, values: Vector, rows: Ints, rng: np.random.Generator) -> Numbers:
-        """`values` as they travel."""
+        """`values` as they travel; `rng` decides where numbers are rounded at random."""
         ...
 
     def decode(self, coded: Numbers, rows: Ints) -> Vector:
@@ -55,16 +55,16 @@ class Float:
         self.dtype = np.dtype(dtype)
 
     def length(self, rows: Ints) -> int:
-        """One for one."""
+        """As many numbers as the vector has."""
         return int(rows.sum())
 
     def encode(self, values: Vector, rows: Ints, rng: np.random.Generator) -> Numbers:
-        """No chance in it."""
+        """The values rounded to the nearest of the format; `rng` is not used."""
         largest = np.finfo(self.dtype).max
         return np.clip(values, -largest, largest).astype(self.dtype)
 
     def decode(self, coded: Numbers, rows: Ints) -> Vector:
-        """Exact."""
+        """The numbers as float32, which loses nothing."""
         return coded.astype(np.float32, copy=False)
 
 
@@ -84,7 +84,7 @@ class Integer:
         return 4 * len(rows) + (int(rows.sum()) * self.bits + 7) // 8
 
     def encode(self, values: Vector, rows: Ints, rng: np.random.Generator) -> Numbers:
-        """Rounded by one draw of `rng` per number."""
+        """The rows' scales, then the codes; each number is rounded by one draw of `rng`."""
         starts = np.cumsum(rows) - rows
         largest = np.maximum.reduceat(np.abs(values), starts) if len(rows) else np.empty(0, dtype=np.float32)
         # a scale must not vanish where a number does not
@@ -96,7 +96,7 @@ class Integer:
         return np.concatenate([scales.view(np.uint8), codes if self.bits == 8 else _pairs(codes)])
 
     def decode(self, coded: Numbers, rows: Ints) -> Vector:
-        """Code times scale."""
+        """Each code's multiple times its row's scale."""
         scales = coded[: 4 * len(rows)].copy().view("<f4")
         if not (np.isfinite(scales) & (scales >= 0)).all():
             raise ValueError("a scale is negative or not finite")
@@ -149,7 +149,7 @@ class Broadcast:
         return {part: self._coded[part, plan.mask] for part in arrays}
 
     def report(self) -> dict[str, object]:
-        """`coding-error`, where anything was encoded."""
+        """`coding-error`, the value of CodingError; {} where nothing was encoded."""
         return {"coding-error": self._error.value} if self._coded else {}
 
 
@@ -160,12 +160,12 @@ class CodingError:
         self._off, self._size = 0.0, 0.0
 
     def add(self, exact: Vector, decoded: Vector) -> None:
-        """One more vector."""
+        """Take one more vector into the error."""
         change, values = decoded.astype(np.float64) - exact, exact.astype(np.float64)
         self._off += float(change @ change)
         self._size += float(values @ values)
 
     @property
     def value(self) -> float:
-        """0 where all is zero."""
+        """The relative error over all vectors; 0 where all of them are zero."""
         return math.sqrt(self._off / self._size) if self._size else 0.0

@@ -68,7 +68,7 @@ class TrainPlan:
 
     @property
     def trained(self) -> frozenset[str]:
-        """Parts that get gradients."""
+        """Parts that are trained, whether they are sent back or kept."""
         return self.sent | self.kept
 
     @property

@@ -83,7 +83,7 @@ def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
     Raises:
         Rejected: a piece does not fit the model, or is not what its digest says.
     """
-    found = []
+    pieces = []
     for name, record in content.array_records.items():
         if not name.startswith(PIECE):
             continue
@@ -100,8 +100,8 @@ def read_pieces(content: RecordDict, spec: ModelSpec) -> list[Piece]:
         piece = Piece(ranks, {part: read_vector(record[part], length, part) for part, length in lengths.items()})
         if piece.digest != digest:
             raise Rejected("delta", f"a piece has sha256 {piece.digest[:16]}, announced was {digest[:16]!r}")
-        found.append(piece)
-    return found
+        pieces.append(piece)
+    return pieces
 
 
 def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:

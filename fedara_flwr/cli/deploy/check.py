@@ -36,7 +36,7 @@ NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulati
 EXPIRES_SOON = timedelta(days=30)
 # what Flower's node authentication allows: a node's clock may be behind the server's, hardly ahead of it
 BEHIND_SECONDS, AHEAD_SECONDS = 300, 5
-SECONDS = 5.0  # for an answer
+ANSWER_SECONDS = 5.0  # to wait for one answer
 LABELS = 20  # that a line names
 CONTROL = "/v1/control/list-nodes"  # of the SuperLink: for users, none of nodes' business
 
@@ -116,25 +116,25 @@ def permissions(folder: Path) -> Finding:
 
 
 def read_settings(folder: Path) -> dict[str, str]:
-    """settings.env.
+    """Keys and values of a machine's settings.env, its ports checked.
 
     Raises:
         ConfigError: a line is no KEY=VALUE, or a key is missing or no port where one is meant.
     """
-    file, found = folder / "settings.env", {}
+    file, settings = folder / "settings.env", {}
     for line in file.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             key, equals, value = line.partition("=")
             if not equals or not key.isidentifier() or " " in value:
                 raise ConfigError(f"{file}: {line!r} is no KEY=VALUE without spaces")
-            found[key] = value
+            settings[key] = value
     ports = ("PORT", "SUPERLINK_PORT") if (folder / "server.pem").exists() else ("SUPERLINK", "RUNTIME_PORT")
     for key in ports:
-        number = found.get(key, "").rpartition(":")[2]
+        number = settings.get(key, "").rpartition(":")[2]
         if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
             wanted = "HOST:PORT" if key == "SUPERLINK" else "a port, 1 to 65535"
-            raise ConfigError(f"{file}: {key}={found.get(key, '')}, allowed is {wanted}")
-    return found
+            raise ConfigError(f"{file}: {key}={settings.get(key, '')}, allowed is {wanted}")
+    return settings
 
 
 def _certificate(path: Path) -> x509.Certificate:
@@ -213,9 +213,9 @@ def packages(device: bool) -> Finding:
     for requirement in requirements:
         requirement.extras = set()
     wanted = [str(one) for one in requirements if not (device and one.name in NOT_ON_DEVICES)]
-    if found := list(unmet(wanted, "")):
-        needed = " ".join(f"'{requirement}'" for requirement, _ in found)
-        return Finding("problem", "; ".join(reason for _, reason in found), f"pip install {needed}")
+    if lacking := list(unmet(wanted, "")):
+        needed = " ".join(f"'{requirement}'" for requirement, _ in lacking)
+        return Finding("problem", "; ".join(reason for _, reason in lacking), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in (PACKAGE, "flwr", "torch", "transformers", "peft")))
 
 
@@ -225,7 +225,9 @@ def _ask(folder: Path, host: str, port: int, path: str = "/health", method: str 
     Raises:
         OSError, HTTPException: nothing answers, or not as it should.
     """
-    connection = HTTPSConnection(host, port, timeout=SECONDS, context=ssl.create_default_context(cafile=str(folder / "ca.crt")))
+    connection = HTTPSConnection(
+        host, port, timeout=ANSWER_SECONDS, context=ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    )
     with contextlib.closing(connection):
         connection.connect()
         shown = connection.sock.getpeercert(binary_form=True)
@@ -269,7 +271,7 @@ def reach(folder: Path, port: int) -> Finding:
 def runtime_port(port: int) -> Finding:
     """Whether the SuperNode's own port is free."""
     if _listening(port):
-        connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+        connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
         with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
@@ -303,10 +305,10 @@ def clock(folder: Path, host: str, port: int) -> Finding:
     except (OSError, HTTPException, ValueError) as error:
         return Finding("warning", f"not compared, the server does not answer ({first_line(error)})")
     ahead = (datetime.now(UTC) - date).total_seconds()
-    found = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    offset = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if ahead > AHEAD_SECONDS or ahead < -BEHIND_SECONDS:
-        return Finding("problem", found, f"set it: allowed are {AHEAD_SECONDS} s ahead, {BEHIND_SECONDS} s behind")
-    return Finding("ok", found)
+        return Finding("problem", offset, f"set it: allowed are {AHEAD_SECONDS} s ahead, {BEHIND_SECONDS} s behind")
+    return Finding("ok", offset)
 
 
 def _listening(port: int) -> bool:
@@ -364,14 +366,14 @@ def data(node: NodeSettings) -> Finding:
     order = sorted(tasks(), key=lambda name: (name != usual, name))
     try:
         # of which task the run will be nobody says here, so the columns tell; options are the run's business, too
-        found = look(settings, [tasks()[name](settings.model_copy(update={"task": name})) for name in order])
+        contents = look(settings, [tasks()[name](settings.model_copy(update={"task": name})) for name in order])
     except ConfigError as error:
         return Finding("problem", str(error), "see node.toml")
-    rows = ", ".join(f"{count} {name} rows" for name, count in found.rows.items())
-    said = f"{node.data_path}: {rows}, columns {', '.join(found.columns)}"
-    if not found.task:
+    rows = ", ".join(f"{count} {name} rows" for name, count in contents.rows.items())
+    said = f"{node.data_path}: {rows}, columns {', '.join(contents.columns)}"
+    if not contents.task:
         advice = "name the columns of text and label (text-column, label-column) unless the run does"
         return Finding("warning", f"{said}; no labels read", advice)
-    labels = ", ".join(found.labels[:LABELS]) + (", …" if len(found.labels) > LABELS else "")
-    words = (said, f"fit for {found.task}", labels and f"labels {labels}", str(found.skipped))
+    labels = ", ".join(contents.labels[:LABELS]) + (", …" if len(contents.labels) > LABELS else "")
+    words = (said, f"fit for {contents.task}", labels and f"labels {labels}", str(contents.skipped))
     return Finding("ok", "; ".join(filter(None, words)))

@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 MAX_MB = 64  # Flower cuts arrays into objects of 5 MiB
-SECONDS = 60.0  # for one answer of the SuperLink
+SUPERLINK_SECONDS = 60.0  # for one answer of the SuperLink
 # headers of one connection, and those that tell where a message comes from and goes to
 NOT_PASSED = {
     *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
@@ -45,7 +45,7 @@ def application(superlink: str, ca: Path, max_mb: float = MAX_MB) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with httpx.AsyncClient(verify=context, timeout=SECONDS, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(verify=context, timeout=SUPERLINK_SECONDS, limits=limits, trust_env=False) as client:
             yield {"client": client}
 
     async def fleet(request: Request) -> Response:
@@ -64,7 +64,7 @@ def application(superlink: str, ca: Path, max_mb: float = MAX_MB) -> Starlette:
 
 
 async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The request's body; it may be longer than it said, or not have said."""
+    """The request's body, refused once it is longer than `limit`: the length that it states may be wrong or missing."""
     length = 0
     async for part in request.stream():
         length += len(part)
@@ -89,7 +89,7 @@ async def _pass_on(request: Request, url: str, body: AsyncIterator[bytes] | None
 
 
 def serve(superlink: str, ca: Path, certificate: Path, key: Path, host: str, port: int, max_mb: float) -> None:
-    """Serve until stopped.
+    """Run the gateway until the process is stopped.
 
     Args:
         superlink, ca, max_mb: as `application`.

@@ -100,7 +100,7 @@ def _usage(digital_signature: bool = False, key_cert_sign: bool = False, crl_sig
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """A certificate as PEM."""
+    """A certificate as PEM, the text that files of certificates hold."""
     return certificate.public_bytes(Encoding.PEM)
 
 

@@ -29,7 +29,7 @@ SECRETS = {"server.key", "superexec.secret", "node.key", "ca.key"}
 def create(
     out: Path, host: str, port: int, names: tuple[str, ...], days: int, superlink_port: int, say: Callable[[str], None]
 ) -> None:
-    """Write a new site.
+    """Write the folders of a new site: its authority, its server and its nodes.
 
     Args:
         out: folder that does not exist yet, or is empty.
@@ -129,7 +129,7 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
 
 
 def _render(source: str, target: Path, **values: object) -> None:
-    """Write one of the files beside this module; scripts and compose files have no places for values, their $ is their own."""
+    """Write one of the templates in files/; scripts and compose files are copied as they are, their $ is the shell's."""
     text = (files("fedara_flwr.cli.deploy") / "files" / source).read_text()
     if target.suffix in (".env", ".toml", ".md"):
         owner = {"uid": os.getuid() or 1000, "gid": os.getgid() or 1000}
