@@ -18,7 +18,7 @@ from runs_helper import SMALL, WALL_CLOCK
 
 from fedara_flwr.runs.directory import read_facts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FEDARA = [sys.executable, "-m", "fedara_flwr.cli"]
 
 

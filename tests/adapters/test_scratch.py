@@ -143,7 +143,7 @@ def test_nothing_is_left_of_a_killed_process(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     ) as process:
         try:
             assert int(process.stdout.readline()) == 20 << 20

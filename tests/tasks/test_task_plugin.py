@@ -31,7 +31,7 @@ from fedara_flwr.report.series import to_target
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Task, registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-task.md").read_text()
 
 

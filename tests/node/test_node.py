@@ -28,7 +28,7 @@ from fedara_flwr.server import roster
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.wire.records import says_busy
 
-DOCS = Path(__file__).parent.parent / "docs" / "deploy.md"
+DOCS = Path(__file__).parents[2] / "docs" / "deploy.md"
 ALL = {"num_server_rounds": 3, "method": "fedara-static", "strategy__fraction_train": 1.0}
 
 

@@ -33,7 +33,7 @@ from fedara_flwr.strategies.base import Client, Method, Reply, State
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.records import plan_from_content
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-strategy.md").read_text()
 CLIENT_HALF, PART, HOOKS = "## A half on the client", "## A part of the model's own parameters", "## The hooks"
 CLIENT_HALF_AT, PART_AT, HOOKS_AT = (PAGE.index(heading) for heading in (CLIENT_HALF, PART, HOOKS))

@@ -288,7 +288,7 @@ def test_regression_learns(tiny_bert, tmp_path):
 
 def test_a_default_partition_that_does_not_suit_is_said_before_anything_starts(tmp_path):
     override = f"data.task='regression' data.path='{data_of('regression', tmp_path)}'"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert "data.partition = 'dirichlet': rows of data.task = 'regression'" in problem(lambda: read_config(root, [override]))
     read_config(root, [f"{override} data.partition='iid'"])
     assert "data.name = 'docstrings': its rows are a text and the name of an area" in problem(

@@ -29,7 +29,7 @@ from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.server.evaluate import ServerModel
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 COLOURS = ("red", "green", "blue")
 
 

@@ -25,7 +25,7 @@ from fedara_flwr.cli.findings import Finding, print_findings
 from fedara_flwr.config import Settings
 from fedara_flwr.strategies import Plugin
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 

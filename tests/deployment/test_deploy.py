@@ -44,7 +44,7 @@ from fedara_flwr.cli.deploy import check, gateway, keys
 from fedara_flwr.cli.deploy.site import SECRETS
 from fedara_flwr.config import Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = ROOT / "fedara_flwr/cli/deploy/files"
 DOCKER = ROOT / "docker"
 SCRIPTS = sorted([*FILES.glob("*.sh"), *DOCKER.glob("*.sh")])

@@ -155,7 +155,7 @@ from fedara_flwr.runs import trackers as track
 track.check("")
 sys.exit(any(name in sys.modules for name in ("torch", *track.TRACKERS)))
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 # the lines
@@ -486,7 +486,7 @@ assert logs[-1]["test/accuracy"] == 0.6
     # trackio reads its folder from the environment when it is imported
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={"PATH": "", "TRACKIO_DIR": str(run.parent / "trackio"), "HF_HUB_OFFLINE": "1", "HOME": str(run.parent)},
         capture_output=True,
         text=True,
