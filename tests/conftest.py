@@ -65,6 +65,11 @@ CONFIGS = {
 }
 
 
+def some_fast(names: Sequence[str], fast: set[str]) -> list[Any]:
+    """Parameters of which only `fast` ones run in `make test`: the others differ in what other tests look at."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def flower_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Runs and stores of the tests go where they do not meet the user's."""

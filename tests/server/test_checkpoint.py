@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import some_fast
 from runs_helper import CLIENTS, WALL_CLOCK, config, prepare, stopped_in_round
 from safetensors.numpy import load_file
 
@@ -70,7 +71,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
     assert sum(facts[0]["bytes"].values()) == sum(facts[1]["bytes"].values()) + extra
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_fast(METHODS, {"fedara", "slora", "flora"}))
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tiny_bert, tmp_path, monkeypatch, method):
     """Stopped after round 2: masks, clients' reports, deltas and what nodes hold of them are all in the checkpoint."""
     engine.run(settings(tiny_bert, tmp_path, "whole", method), CLIENTS)
@@ -102,7 +103,7 @@ engine.run(flat, int(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize("moment, known", [("before", 1), ("during", 1), ("after", 2)])
+@pytest.mark.parametrize("moment, known", [pytest.param("before", 1, marks=pytest.mark.slow), ("during", 1), ("after", 2)])
 def test_killed_while_a_checkpoint_is_written(tiny_bert, tmp_path, moment, known):
     """kill -9 with half of the file written, with all of it written but not renamed, and right after renaming."""
     engine.run(settings(tiny_bert, tmp_path, "whole"), CLIENTS)
