@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import some_fast
 from peft import PeftModel
 from rich.console import Console
 from test_plugin import fedara, install, python
