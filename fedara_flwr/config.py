@@ -226,7 +226,7 @@ class Settings(Group):
 
     num_server_rounds: int = Field(20, ge=1, description="rounds")
     seed: int = Field(42, ge=0, lt=2**62, description="seed of every random stream")
-    method: str = Field("fedara", min_length=1, description="strategy: fedara, fedara-static, fedlora, head, …")
+    method: str = Field("fedara", min_length=1, description="federated method: fedara, fedara-static, fedlora, head, …")
     model: ModelSettings = Field(default_factory=ModelSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     strategy: StrategySettings = Field(default_factory=StrategySettings)
@@ -247,7 +247,9 @@ class Settings(Group):
         known = describe()
         for key, value in flat.items():
             if key not in known:
-                raise ConfigError(f"{key} = {value!r}: there is no such key{nearest(key, known)}")
+                own = key.startswith(("adapter.", "strategy.")) and not nearest(key, known)
+                hint = "; keys of one method alone go into strategy.options (`fedara methods` lists them)" if own else ""
+                raise ConfigError(f"{key} = {value!r}: there is no such key{nearest(key, known)}{hint}")
         nested: dict[str, Any] = {}
         for key, value in flat.items():
             group, _, name = key.rpartition(".")
@@ -356,12 +358,13 @@ def tracker_names(names: str) -> tuple[str, ...]:
 
 
 def nearest(word: str, words: Any) -> str:
-    """'; did you mean …?' for the closest of `words`, else ''."""
-    words = [str(w) for w in words]
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if not close:  # the last part may be right in the wrong group
-        close = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """'; did you mean …?' for the closest of `words`, else ''. Of keys with dots the last parts must be alike, too."""
+    words, last = [str(w) for w in words], word.rpartition(".")[2]
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
+    alike = [w for w in close if difflib.SequenceMatcher(None, last, w.rpartition(".")[2]).ratio() >= 0.7]
+    if not alike:  # the last part may be right in the wrong group
+        alike = [w for w in words if w.rpartition(".")[2] == last][:1]
+    return f"; did you mean {alike[0]!r}?" if alike else ""
 
 
 def one_line(error: ValidationError, known: Mapping[str, Any], prefix: str = "") -> str:

@@ -41,20 +41,22 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     from fedara_flwr.runs.trackers import check
     from fedara_flwr.server.evaluate import ServerModel
     from fedara_flwr.server.loop import RoundLoop
+    from fedara_flwr.server.state import ServerState
 
     check(settings.run.track)
     if settings.privacy.on:
         accounting()
     model = ServerModel(settings)
     method = strategies.find(settings.method)(settings, model)
-    state = None if resumed else method.start()
+    start = None if resumed else ServerState(**vars(method.start()))
     directory = resumed or RunDirectory.create(settings)
     keeper = Keeper(directory, method, model)
     try:
-        expected = model.expected(method.all_terms(), method.parts)
-        loop = RoundLoop(settings, method, state or keeper.restored(), expected, run_id=directory.facts["id"])
+        state = start or keeper.restored()
         logger.info("run directory: %s", directory.path)
         try:
+            expected = model.expected(method.all_terms(), method.parts)
+            loop = RoundLoop(settings, method, state, expected, keeper.callbacks(state), directory.facts["id"])
             keeper.begin(loop)
             loop.start(grid, loop.initial_arrays(), settings.num_server_rounds)
         except Exception as error:

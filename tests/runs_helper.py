@@ -99,10 +99,10 @@ def stopped_in_round(monkeypatch, number: int) -> Iterator[None]:
     """The run inside is interrupted when clients have trained this round and it is about to be written down."""
     record = RoundLoop._record
 
-    def stop(self, server_round, *rest):
-        if server_round == number:
+    def stop(self, *rest):
+        if self.work.number == number:
             raise KeyboardInterrupt
-        return record(self, server_round, *rest)
+        return record(self, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RoundLoop, "_record", stop)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
 LAYERS = """config seeds files log plugins model data tasks adapters wire merging strategies node client server
 report runs client_app server_app engine cli""".split()
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
-NUMPY_ONLY = ("model", "merging", "strategies", "wire", "node", "data")
+NUMPY_ONLY = ("model", "merging", "strategies", "wire", "node", "data", "report")
 FORBIDDEN = dict.fromkeys(NUMPY_ONLY, {"torch"}) | {"adapters": {"flwr"}, "tasks": {"flwr"}}
 FORBIDDEN |= dict.fromkeys(("model", "merging", "strategies"), {"torch", "flwr"})
 NEVER_MEET = {("server", "client"), ("server", "node")}

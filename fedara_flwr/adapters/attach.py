@@ -24,7 +24,7 @@ from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
 from fedara_flwr.config import ConfigError
 from fedara_flwr.model.deltas import Piece, factors
-from fedara_flwr.model.parts import is_slot_part, of_backbone
+from fedara_flwr.model.parts import in_order, is_slot_part, of_backbone
 from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import SLOT_PARTS, Arrays, Vector
 from fedara_flwr.tasks.base import Batch
@@ -263,7 +263,7 @@ class AdaptedModel:
     def collect(self, parts: frozenset[str]) -> Arrays:
         """The inverse of `load`: packed float32 vectors of `parts` under the present mask."""
         out: Arrays = {}
-        for part in parts:
+        for part in in_order(parts):
             if of_backbone([part]):
                 out[part] = self._backbone_change(part)
                 continue

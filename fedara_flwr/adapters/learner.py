@@ -13,7 +13,7 @@ import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
-from fedara_flwr.config import Settings
+from fedara_flwr.config import ConfigError, Settings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch, Encoded, Task
@@ -85,7 +85,12 @@ class Learner:
             for rows in cut(order[start : start + BATCH], lengths, batch_tokens):
                 batch = self.batch(data, rows)
                 evaluation.add(task.outputs(self, batch, adapted.below(batch)), batch)
-        return evaluation.result()
+        values: dict[str, float] = evaluation.result()
+        if values.keys() != set(self.task.metrics):
+            given, announced = (", ".join(sorted(names)) for names in (values, self.task.metrics))
+            line = f"its evaluation gives {given}; announced are {announced}"
+            raise ConfigError(f"data.task = {self.task.name!r}: {line}")
+        return values
 
 
 def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Learner:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedara_flwr.plugins import offered
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,14 +80,7 @@ def register(name: str) -> Callable[[type[Term]], type[Term]]:
 
 def names() -> list[str]:
     """Names of all terms of this node, built in and from installed packages."""
-    return sorted(set(_known()) | set(_installed()))
-
-
-def _known() -> dict[str, type[Term]]:
-    """Built-in terms, and those that were loaded or registered before."""
-    from fedara_flwr.client import vote  # noqa: F401 (registers itself)
-
-    return TERMS
+    return sorted(set(TERMS) | set(_installed()))
 
 
 @lru_cache
@@ -95,12 +90,19 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def find(name: str) -> type[Term]:
-    """The term `name`; ValueError where this node has none."""
-    if name not in _known():
-        if name not in _installed():
-            raise ValueError(f"unknown term {name!r}, this node has {names()}")
-        TERMS[name] = _installed()[name].load()
+    """The term `name`; ValueError where this node has none, or a broken one."""
+    for plugin in offered(GROUP, "term", (), _unfit, name) if name not in TERMS else ():
+        if plugin.offer is None:
+            raise ValueError(f"term {name!r}: the plug-in of {plugin.package} is broken: {plugin.reason}")
+        TERMS.setdefault(name, plugin.offer)
+    if name not in TERMS:
+        raise ValueError(f"unknown term {name!r}, this node has {names()}")
     return TERMS[name]
+
+
+def _unfit(cls: object, point: EntryPoint) -> str:
+    """Why what an entry point names is no term; '' where it is one."""
+    return "" if isinstance(cls, type) and issubclass(cls, Term) else f"{point.value} is no subclass of Term"
 
 
 @register("prox")
@@ -186,3 +188,6 @@ def _norm(values: torch.Tensor) -> torch.Tensor:
     """Frobenius norm; its gradient at 0, where B starts, is 0 and not NaN."""
     squares = values.square().sum()
     return squares.clamp_min(1e-24).sqrt() if squares > 0 else squares
+
+
+from fedara_flwr.client import vote  # noqa: E402, F401 (a term in a file of its own, which needs what stands above)

@@ -248,7 +248,10 @@ def load(adapted: AdaptedModel, plan: TrainPlan, arrays: Arrays, stayed: Kept | 
     positions = sparse_positions(spec, plan.entries, plan.draw_seed) if plan.entries else None
     drawn = draw(spec, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
     received = arrays | drawn
-    own = stayed.only(plan.kept).over(received, plan.mask, spec) if stayed is not None else received
+    whole = spec.complete(received, plan.mask)
+    if missing := plan.trained - whole.keys():
+        raise ValueError(f"the plan trains {', '.join(sorted(missing))}, which it neither brings nor draws")
+    own = stayed.only(plan.kept).over(whole, plan.mask, spec) if stayed is not None else received
     adapted.load(own, plan.mask, plan.scales, plan.trained, positions)
     return received
 

@@ -95,8 +95,8 @@ class FactorError:
             ends["E"] = before
             self._cuts = mask, {i: {p: slice(int(e[i]), int(e[i + 1])) for p, e in ends.items()} for i in self._modules}
         cuts, count = self._cuts[1][m], self._counts[m]
-        inner = arrays["A"][cuts["A"]].reshape(count, -1) @ self._probes[m]
-        inner = inner * arrays["E"][cuts["E"]] if "E" in arrays else inner
+        arrays = self._spec.complete(arrays, mask)
+        inner = arrays["A"][cuts["A"]].reshape(count, -1) @ self._probes[m] * arrays["E"][cuts["E"]]
         return inner @ arrays["B"][cuts["B"]].reshape(count, -1)
 
     def add(self, update: Update, weight: int) -> None:

@@ -9,7 +9,7 @@ from fedara_flwr.wire.plan import Update
 
 
 class Merger(Protocol):
-    """Takes updates in sampling order, one at a time.
+    """Takes updates in the round's order, one at a time.
 
     `memory` says what it holds: "one" a running sum, "stack" all factors, "all" all updates. One that leaves whole updates out
     names their clients in `left_out` after `result`.

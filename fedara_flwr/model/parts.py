@@ -12,6 +12,7 @@ Code asks a part what it is; a name that nobody declared is refused, never left 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 GROUP = "fedara_flwr.parts"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RESERVED = frozenset({"delta", "mask", "other"})  # what the byte meter calls something else
 
 
@@ -82,6 +84,8 @@ def _unfit(part: object, point: EntryPoint) -> str:
     """Why what an entry point names is no part that can be added; '' where it is one."""
     if not isinstance(part, Part) or part.holds is None or part.slots:
         return f"{point.value} is no Part of the backbone's parameters (with `holds`, without `width`)"
+    if not NAME.fullmatch(part.name):  # names travel in lists, joined by commas
+        return f"{point.value} has the name {part.name!r}, allowed are letters, digits, '.', '_' and '-'"
     return "" if part.name == point.name else f"{point.value} has the name {part.name!r}, its entry point {point.name!r}"
 
 
@@ -91,6 +95,8 @@ def part(name: str) -> Part:
     Raises:
         ValueError: nobody declared it.
     """
+    if name in BUILT_IN:  # without loading what packages offer
+        return BUILT_IN[name]
     try:
         return declared()[name]
     except KeyError:

@@ -1,7 +1,7 @@
 """Where a node keeps vectors from one of its rounds to the next: files, so that they outlive the process.
 
 Two things are kept so: parts of the model that stay with the node, and what rounding took from its uploads (wire/upload.py). A
-file per round, the last two of each run. A round that is trained again, after a lost attempt or when the run goes on from its
+file per round, the last three of each run. A round that is trained again, after a lost attempt or when the run goes on from its
 last checkpoint, starts from what it started from before, and so gives the same bits.
 """
 
@@ -26,7 +26,7 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.store import LIMIT
 
 logger = logging.getLogger(__name__)
-ROUNDS_KEPT = 2  # what the last round left, and what it started from
+ROUNDS_KEPT = 3  # what the last round left, what it started from, and one more should the newest checkpoint be damaged
 
 
 class KeptStore:
@@ -48,8 +48,12 @@ class KeptStore:
         What later rounds left is of a course that the run did not take. It is removed.
         """
         files = self._files()
-        for number in [number for number in files if number >= server_round]:
-            files.pop(number).unlink(missing_ok=True)
+        later = [number for number in files if number >= server_round]
+        for number in later:
+            with suppress(OSError):  # a read-only disk: it is not taken all the same
+                files.pop(number).unlink(missing_ok=True)
+        if later and not files:
+            logger.warning("%s of a client are lost: none of before round %d is left", self.root.name, server_round)
         # never an older one: what it holds is used up, an upload has it already
         return self._read(files[max(files)]) if files else None
 
@@ -69,16 +73,19 @@ class KeptStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> dict[int, Path]:
-        return {int(file.stem): file for file in self.folder.glob("*.safetensors")}
+        return {int(file.stem): file for file in self.folder.glob("*.safetensors") if file.stem.isdecimal() and file.is_file()}
 
     def _make_room(self, needed: int) -> None:
         folders = sorted(self._others())
-        total = sum(size for _, size, _ in folders) + needed
+        total, removed = sum(size for _, size, _ in folders) + needed, 0
         for _, size, folder in folders:
             if total <= self.limit:
                 break
             shutil.rmtree(folder, ignore_errors=True)
-            total -= size
+            total, removed = total - size, removed + 1
+        if removed:
+            line = "%s of %d clients or runs are removed, those written longest ago: there is room for %d bytes"
+            logger.warning(line, self.root.name, removed, self.limit)
 
     def _others(self) -> Iterator[tuple[int, int, Path]]:
         """Time of the last write, size and folder of every other client and run."""
@@ -97,11 +104,14 @@ class KeptStore:
                 raise ValueError("sha256 differs")
             facts = json.loads(header["facts"])
             mask = RankMask.from_bytes(facts["ranks"], bytes.fromhex(facts["mask"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            draw_seed, entries = int(facts["draw-seed"]), int(facts["entries"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s of a client are lost: %s is damaged (%s)", self.root.name, file.name, str(error)[:120])
             return None
         good = {part: values for part, values in arrays.items() if np.isfinite(values).all()}
-        return Kept(good, mask, facts["draw-seed"], facts["entries"])
+        if len(good) < len(arrays):
+            logger.warning("%s of a client: %s has numbers that are not finite, they are lost", self.root.name, file.name)
+        return Kept(good, mask, draw_seed, entries)
 
 
 def _packed(kept: Kept) -> bytes:

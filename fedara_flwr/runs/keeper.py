@@ -67,16 +67,18 @@ class Keeper(Callback):
         self.directory.update({"resumed": resumed, "outcome": "running", "reason": ""})
         return state
 
+    def callbacks(self, state: ServerState) -> list[Callback]:
+        """What the loop of this run, which starts from `state`, is to tell of all that comes: the keeper, and the trackers."""
+        self._state, flat = state, self.settings.to_flat()
+        self._trackers = open_trackers(self.settings.run.track, self.directory.path, flat, state.server_round)
+        return [self, Tracking(self._trackers)]
+
     def begin(self, loop: RoundLoop) -> None:
-        """Write what the run is, say what privacy all of it will have, open the trackers, and be told of all that comes."""
+        """Write what the run is, and say what privacy all of it will have."""
         self.loop = loop
         self.directory.update(self._facts() | {"outcome": "running", "reason": "", "data": self.model.federation.digest})
-        settings = self.settings
-        if settings.privacy.on:
-            logger.info("%s", in_words(settings.privacy, settings.num_server_rounds))
-        round_before = self.state.server_round
-        self._trackers = open_trackers(settings.run.track, self.directory.path, settings.to_flat(), round_before)
-        loop.callbacks += [self, Tracking(self._trackers)]
+        if self.settings.privacy.on:
+            logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
 
     def record(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -161,7 +163,10 @@ class Keeper(Callback):
         nodes = self.nodes
         if not nodes or not all(node.simulated and node.key.isdigit() for node in nodes):
             return {}
-        return self.model.partition(max(node.partitions for node in nodes))
+        try:
+            return self.model.partition(max(node.partitions for node in nodes))
+        except ConfigError:  # such as cannot be dealt out: the nodes say so, too, and the run ends by that
+            return {}
 
     def _show(self, test: dict[str, float], exported: Path) -> None:
         down, up = (

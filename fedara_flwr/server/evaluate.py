@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerModel:
-    """What strategies see of the model: `spec`, `weight` and `evaluate`; and the run's task and data."""
+    """What methods see of the model: `spec`, `weight` and `evaluate`; and the run's task and data."""
 
     def __init__(self, settings: Settings, labels: tuple[str, ...] | None = None) -> None:
         """`labels` stand for the data's own, which is then loaded only when it is needed."""

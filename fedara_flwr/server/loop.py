@@ -87,7 +87,7 @@ class RoundLoop(Strategy):
         self.settings, self.method, self.spec, self.callbacks = settings, method, method.spec, list(callbacks)
         self.state = state if isinstance(state, ServerState) else ServerState(**vars(state))
         self.meter = ByteMeter(Counter(self.state.bytes_total))
-        asked = {**method.calibration, **({"changes-backbone": 1} if method.changes_backbone else {})}
+        asked = {**method.calibration, **({"changes-backbone": 1} if method.touches_backbone() else {})}
         self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self._ready, asked)
         self.fleet = read_profiles(settings.fleet.profiles)
         self._speeds = sorted({profile.flops for profile in self.fleet})
@@ -285,7 +285,7 @@ class RoundLoop(Strategy):
                 result.train_metrics_clientapp[server_round] = metrics
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
-            record = self._record(server_round, evaluated, trained - began, time.monotonic() - trained)
+            record = self._record(evaluated, trained - began, time.monotonic() - trained)
             for callback in self.callbacks:
                 callback.after_round(self)
             logger.info("%s", progress.line(record))  # a round that is shown is kept
@@ -373,7 +373,7 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
-    def _record(self, server_round: int, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
+    def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         work, state = self.work, self.state
         assert work is not None

@@ -1,4 +1,4 @@
-"""One round's replies: checked as they come, merged in sampling order as the gaps close."""
+"""One round's replies: checked as they come, merged in the round's order as the gaps close."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Round:
     """The work of one round from sampling to the last reply.
 
     Attributes:
-        asked: nodes in sampling order, those with more to do before the others; `plans` and `messages` go with them.
+        asked: nodes in the round's order: those with more to do first, equal ones as they were drawn; `plans` and `messages`
+            go with them.
         limits: examples that each node declared first.
         norms: judges how far an update may move; `start` gives the values that it started from, under its mask.
         client: what the method may know of a node; `read` is its reading of terms' reports.
@@ -98,7 +99,7 @@ class Round:
         return len(self.answered)
 
     def collect(self, replies: Iterable[Message], merger: Merger) -> None:
-        """Feed every good update to `merger`, in sampling order, whatever order the replies come in.
+        """Feed every good update to `merger`, in the round's order, whatever order the replies come in.
 
         While there is no history to judge lengths by, updates are held until the last one is there.
         """

@@ -7,6 +7,7 @@ every hook is given, so a method can be called, and tested, without a server. Th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,12 +20,13 @@ from fedara_flwr import seeds
 from fedara_flwr.config import QUANTISED, ConfigError, Group, Scalar, Settings, check_options
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
-from fedara_flwr.model.parts import SVD, in_order, of_backbone
+from fedara_flwr.model.parts import SVD, in_order, is_slot_part, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.plan import TrainPlan
 
+logger = logging.getLogger(__name__)
 Terms = Mapping[str, Mapping[str, Scalar]]
 
 
@@ -147,10 +149,26 @@ class Method:
             ConfigError: a setting that this method cannot do, or a model of which it would train nothing.
         """
         self.settings, self.model, self.spec, self.options = settings, model, model.spec, self.check(settings)
-        self.parts = frozenset(part for part in self.trained if part != "head" or self.spec.head)
+        self.parts = frozenset(part for part in self.trained if is_slot_part(part) or self.spec.size(part))
+        for part in sorted(self.trained - self.parts - {"head"}):
+            logger.warning("method %s: part %r holds nothing of this model and is left out", self.name, part)
+        self._check_overlap()
         if not self.parts:
             task = settings.data.task
             raise ConfigError(f"method = {self.name!r}: data.task = {task!r} has no head, and nothing else would be trained")
+
+    def _check_overlap(self) -> None:
+        owners: dict[str, str] = {}
+        for part in (part for part in in_order(self.parts) if not is_slot_part(part)):
+            for parameter in self.spec.parameters(part):
+                if (other := owners.setdefault(parameter.name, part)) != part:
+                    line = f"parts {other!r} and {part!r} both hold {parameter.name!r}, allowed are parts that share nothing"
+                    raise ConfigError(f"method = {self.name!r}: {line}")
+
+    @classmethod
+    def touches_backbone(cls) -> bool:
+        """Whether the frozen weights change on the nodes: by a delta, or because parts of them are trained."""
+        return cls.changes_backbone or of_backbone(cls.trained)
 
     @classmethod
     def check(cls, settings: Settings) -> BaseModel:
@@ -161,14 +179,21 @@ class Method:
         """
         strategy, privacy, dtype = settings.strategy, settings.privacy, settings.model.dtype
         try:
-            in_order(cls.trained)
+            in_order(cls.trained | cls.kept | cls.remade)
         except ValueError as error:
             raise ConfigError(f"method = {cls.name!r}: {error}") from None
+        if not cls.kept <= cls.trained:
+            raise ConfigError(f"method = {cls.name!r}: it keeps {min(cls.kept - cls.trained)!r}, which it does not train")
+        if cls.kept and settings.run.checkpoint_every > 1:  # nodes have what they kept in the last rounds alone
+            every = settings.run.checkpoint_every
+            raise ConfigError(
+                f"run.checkpoint-every = {every!r}: method {cls.name!r} keeps trained parts on the clients, allowed are 1 and 0"
+            )
         if strategy.robust != "mean" and cls.own_merger:
             raise ConfigError(
                 f"strategy.robust = {strategy.robust!r}: method {cls.name!r} merges in its own way, allowed is 'mean'"
             )
-        if dtype in QUANTISED and (cls.changes_backbone or of_backbone(cls.trained)):
+        if dtype in QUANTISED and cls.touches_backbone():
             line = f"method {cls.name!r} changes the backbone, allowed are 'float32' and 'bfloat16'"
             raise ConfigError(f"model.dtype = {dtype!r}: {line}")
         ways = {
@@ -256,7 +281,7 @@ class Method:
         """See what a client reports of itself when it is first drawn (with `calibration`, see client/capacity.py)."""
 
     def prepare(self, state: State, clients: Sequence[Client]) -> None:
-        """See all clients of a round, in sampling order, before the first plan is made."""
+        """See all clients of a round, in the round's order, before the first plan is made."""
 
     def client_mask(self, state: State, client: Client) -> RankMask:
         """Slots that one client gets; the global mask covers them."""
@@ -272,7 +297,7 @@ class Method:
             scales=self.scales(state.mask),
             train=settings.train.local(find_task(settings.data.task).learning_rate or self.learning_rate),
             sent=self.parts - self.kept,
-            kept=self.kept,
+            kept=self.parts & self.kept,
             terms=self.terms(),
             evaluate=settings.data.client_validation > 0,
             down=settings.wire.down,
@@ -299,7 +324,7 @@ class Method:
 
         Args:
             merged: what `merger.result()` gave, packed under `state.mask`.
-            replies: the good ones in sampling order, without those that a robust rule left out; none in a private run.
+            replies: the good ones in the round's order, without those that a robust rule left out; none in a private run.
         """
         state.arrays = merged
         mask = self.next_mask(state, replies)

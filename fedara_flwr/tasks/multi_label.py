@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedara_flwr.config import ConfigError
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, LeftOut, UnknownLabel, absent, optional_text, text
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, f1, pad
@@ -42,6 +43,14 @@ class MultiLabel(TextTask):
         if -1 in places:
             raise UnknownLabel(next(labels.value(value) for value in row["label"] if absent(value) or labels.place(value) < 0))
         return Example(main, 1 + min(places, default=-1), optional_text(row, "pair"), tuple(sorted(places)))
+
+    def check_labels(self, names: tuple[str, ...]) -> None:
+        """Refuse data in which no row has a label, and nobody says which there are."""
+        if not names:
+            column = self.settings.label_column
+            raise ConfigError(
+                f"data.label-column = {column!r}: no row has a label, allowed are such rows with names in data.labels"
+            )
 
     def group_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The name of the group without a label, then the label names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -15,6 +16,13 @@ from fedara_flwr.config import ConfigError, DataSettings, nearest
 from fedara_flwr.tasks.base import Metric, Task
 
 GROUP = "fedara_flwr.tasks"
+METRIC, MOST_METRICS = re.compile(r"[a-z0-9][a-z0-9-]{0,39}"), 24
+# what a round's line says under these names is something else (server/lines.py)
+RESERVED = frozenset(
+    "type round good dropped sampled slots alive alive-sent alive-per-module dead-modules bytes bytes-total bytes-kept seconds "
+    "seconds-evaluate examples coding-error factor-error feedback-norm planned noise clipped left-out-by-krum clients".split()
+)
+PREFIXES = ("client-", "modelled-", "eval-", "test-")
 Plugin = packages.Plugin[type[Task]]
 
 
@@ -52,6 +60,10 @@ def _unfit(cls: object, point: EntryPoint) -> str:
         return f"{point.value}: title and auto_class must be texts, metrics a tuple of texts"
     if not (isinstance(cls.metric, Metric) and cls.metric.name in cls.metrics):
         return f"{point.value}: metric must be a Metric whose name is among metrics"
+    for word in cls.metrics:
+        if not METRIC.fullmatch(word) or word in RESERVED or word.startswith(PREFIXES) or len(cls.metrics) > MOST_METRICS:
+            rule = f"up to {MOST_METRICS} names of small letters, digits and hyphens that no line of a run has already"
+            return f"{point.value}: metric {word!r:.80} cannot be used, allowed are {rule}"
     if cls.head not in ("new", "none"):
         return f"{point.value}: head is {cls.head!r}, allowed are 'new' and 'none'"
     return ""

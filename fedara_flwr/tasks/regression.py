@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Values = NDArray[np.float64]
+LARGEST_LABEL = 1e18  # its square must be finite in float32
 
 
 class Regression(TextTask):
@@ -37,11 +38,11 @@ class Regression(TextTask):
         if absent(row["label"]):
             raise LeftOut("without label")
         try:
-            number = float(row["label"])
+            number = math.nan if "_" in str(row["label"]) else float(row["label"])  # Python takes 1_000 for a number
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
-            raise LeftOut("with a label that is no finite number")
+        if not abs(number) <= LARGEST_LABEL:
+            raise LeftOut(f"with a label that is no number up to {LARGEST_LABEL:g}")
         return Example(main, pair=optional_text(row, "pair"), target=number)
 
     def model_config(self, names: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fedara_flwr.model.parts import is_slot_part, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 
-KEPT_SLOTS = "kept"
+KEPT_SLOTS = "kept-slots"
 """A report that is no term's: which of the plan's slots the client's terms want sent back; the others are not."""
 
 

@@ -494,7 +494,7 @@ def test_a_free_rider_counts_and_lowers_no_bound(tiny_bert):
 
 
 def test_replies_in_any_order_give_the_same_bits(tiny_bert):
-    """Held, judged and merged in sampling order, in the first round, which its own median judges, and in the second."""
+    """Held, judged and merged in the round's order, in the first round, which its own median judges, and in the second."""
     flat = config(tiny_bert, **TWO, method="fedara")
     found = []
     for seed in range(2):

@@ -30,7 +30,7 @@ from fedara_flwr.strategies import find
 from fedara_flwr.strategies.allocation import first_slots
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire.arrays import Rejected
-from fedara_flwr.wire.plan import Update
+from fedara_flwr.wire.plan import KEPT_SLOTS, Update
 from fedara_flwr.wire.records import update_from_content, update_to_content
 
 laws = hypothesis_settings(deadline=None, max_examples=50)
@@ -213,7 +213,7 @@ def test_what_a_client_keeps_when_its_tail_shrank(adapted, rank, gamma, cut):
 
 def penalised(weight):
     terms = {"tail-penalty": {"weight": weight, "gamma": 0.5}}
-    return {"terms": terms, "report": frozenset({"kept"}), "vote": None, "sent": LORA, "dropout": False}
+    return {"terms": terms, "report": frozenset({KEPT_SLOTS}), "vote": None, "sent": LORA, "dropout": False}
 
 
 def test_a_heavy_penalty_prunes_and_fewer_slots_are_sent(adapted):
@@ -244,13 +244,13 @@ FULL = RankMask.full([RANK, RANK])
 
 def kept_reply(kept, mask=FULL, **config_changes):
     """A reply under `mask` that says it kept `kept` (bytes; None = says nothing)."""
-    orders = plan(FULL, vote=None, report=frozenset({"kept"}), sent=LORA)
+    orders = plan(FULL, vote=None, report=frozenset({KEPT_SLOTS}), sent=LORA)
     parts = ("B", "A", "head") if mask.count else ("head",)
     arrays = {part: np.ones(SPEC.length(part, mask), dtype=np.float32) for part in parts}
     content = update_to_content(Update(arrays, mask, 3, {}), orders)
     reply = dict(content.config_records["reply"]) | config_changes
-    reply.pop("kept")
-    content["reply"] = ConfigRecord(reply if kept is None else reply | {"kept": kept})
+    reply.pop(KEPT_SLOTS)
+    content["reply"] = ConfigRecord(reply if kept is None else reply | {KEPT_SLOTS: kept})
     return update_from_content(content, SPEC, orders, 10)
 
 
@@ -276,10 +276,10 @@ def test_kept_bits_are_checked(kept, mask, reason):
 def test_kept_padding_is_checked():
     """Of three slots a module, six in all, two bits are padding."""
     granted = first_slots(FULL, 3)
-    orders = plan(granted, vote=None, report=frozenset({"kept"}), sent=frozenset({"head"}))
+    orders = plan(granted, vote=None, report=frozenset({KEPT_SLOTS}), sent=frozenset({"head"}))
     content = update_to_content(Update({"head": np.ones(2, dtype=np.float32)}, granted, 3, {}), orders)
     assert update_from_content(content, SPEC, orders, 10).mask == granted
-    content["reply"] = ConfigRecord(dict(content.config_records["reply"]) | {"kept": b"\xfd"})
+    content["reply"] = ConfigRecord(dict(content.config_records["reply"]) | {KEPT_SLOTS: b"\xfd"})
     with pytest.raises(Rejected, match="padding"):
         update_from_content(content, SPEC, orders, 10)
 
@@ -326,7 +326,7 @@ def test_no_penalty_no_pruning():
     assert method.plan(state, Client("0")).report == frozenset() and "tail-penalty" not in method.terms()
     method, state = started("hetlora", "penalty = 0.5\ngamma = 0.25")
     plan = method.plan(state, Client("0"))
-    assert plan.terms["tail-penalty"] == {"weight": 0.5, "gamma": 0.25} and plan.report == {"kept"}
+    assert plan.terms["tail-penalty"] == {"weight": 0.5, "gamma": 0.25} and plan.report == {KEPT_SLOTS}
 
 
 # -- flexlora ------------------------------------------------------------
@@ -516,7 +516,7 @@ def nothing_kept(reply):
     head = reply.content.array_records["arrays"]["head"].numpy()
     reply.content["arrays"] = ArrayRecord({"head": Array(head)})
     bits = np.zeros(18 * 4, dtype=bool)
-    reply.content["reply"] = ConfigRecord(dict(reply.content.config_records["reply"]) | {"kept": pack_bits(bits)})
+    reply.content["reply"] = ConfigRecord(dict(reply.content.config_records["reply"]) | {KEPT_SLOTS: pack_bits(bits)})
     return reply
 
 
