@@ -360,8 +360,12 @@ def tracker_names(names: str) -> tuple[str, ...]:
 def nearest(word: str, words: Any) -> str:
     """'; did you mean …?' for the closest of `words`, else ''. Of keys with dots the last parts must be alike, too."""
     words, last = [str(w) for w in words], word.rpartition(".")[2]
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
-    alike = [w for w in close if difflib.SequenceMatcher(None, last, w.rpartition(".")[2]).ratio() >= 0.7]
+
+    def like(other: str) -> bool:
+        within = f"{other}.".startswith(f"{word}.") or f"{word}.".startswith(f"{other}.")
+        return "." not in word or within or difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio() >= 0.7
+
+    alike = [w for w in difflib.get_close_matches(word, words, n=3, cutoff=0.6) if like(w)]
     if not alike:  # the last part may be right in the wrong group
         alike = [w for w in words if w.rpartition(".")[2] == last][:1]
     return f"; did you mean {alike[0]!r}?" if alike else ""

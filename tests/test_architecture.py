@@ -43,6 +43,13 @@ def test_imports_point_one_way(path):
             assert (own, other) not in NEVER_MEET
 
 
+def test_one_idea_a_file():
+    """A file of more than 400 lines holds several."""
+    assert {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if len(path.read_text().splitlines()) > 400
+    } == set()
+
+
 @pytest.mark.parametrize("module", ["fedara_flwr.client_app", "fedara_flwr.server_app", "fedara_flwr.strategies.fedara"])
 def test_apps_load_without_torch(module):
     """A node answers `whoami` in a fresh process per message: no torch, no transformers."""

@@ -235,7 +235,7 @@ def test_a_tenth_by_default(rounds, tenth):
     """The budget begins to fall after the first tenth, and has fallen where the last tenth begins."""
     flat = {"num-server-rounds": rounds, "adapter.rank": 12, "strategy.options": toml(final_rank=1.0)}
     modules = 10**5  # so many that no two rounds between have one budget
-    spec = SimpleNamespace(modules=range(modules), head=())
+    spec = SimpleNamespace(modules=range(modules), head=(), size=lambda part: 0)
     method = find("fedara")(Settings.from_flat(flat), SimpleNamespace(spec=spec))
     state = SimpleNamespace(mask=SimpleNamespace(ranks=[12] * modules))
     budgets = [method.budget(state, server_round) for server_round in range(1, rounds + 1)]

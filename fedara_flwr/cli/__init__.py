@@ -136,7 +136,9 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders or names, as for `fedara report`")],
-    target: Annotated[float | None, typer.Option(help="rounds, MB and seconds to the first 3-evaluation mean so good")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="rounds, MB, seconds until 3 evaluations in a row have this mean")
+    ] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("comparison.html"),
 ) -> None:
     """Compare runs: a table here, and a page with their curves over each other."""

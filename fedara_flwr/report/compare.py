@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedara_flwr.config import ConfigError
 from fedara_flwr.report.read import Run, number
-from fedara_flwr.report.series import Reached, final, to_target, total_megabytes, total_modelled, total_seconds
+from fedara_flwr.report.series import TARGET_WINDOW, Reached, final, to_target, total_megabytes, total_modelled, total_seconds
 
 Differences = dict[str, list[str]]
 OWN = ("seed", "method")  # every row says these
@@ -88,7 +88,7 @@ def tables(groups: Sequence[Group], target: float | None) -> list[Table]:
         note = f"Up to the last of the first three evaluations in a row whose mean is {reached} that."
         headings = ["run", "method", "seed", "rounds", "MB", "wall", "modelled"]
         rows = [[*_named(label, run), *_taken(to_target(run, target))] for label, run in labelled]
-        shown.append(Table(f"To {metric} {target:g}", note, headings, rows))
+        shown.append(Table(f"To {metric} {target:g} (mean of {TARGET_WINDOW} evaluations in a row)", note, headings, rows))
     return shown
 
 

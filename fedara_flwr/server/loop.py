@@ -251,6 +251,8 @@ class RoundLoop(Strategy):
         """Log the method's name, and how many modules, slots and numbers of the head it starts with."""
         mask, head = self.state.mask, self.spec.size("head")
         logger.info("%s: %d modules, %d slots, head of %d", self.method.name, len(mask.ranks), mask.count, head)
+        if kept := ", ".join(sorted(self.method.kept)):
+            logger.info("%s: each client keeps its own; the server's figures and export are of what was last sent of it", kept)
 
     def start(
         self,

@@ -286,7 +286,7 @@ def test_checkpoint_with_a_hole_in_a_block_is_refused(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("config, slot, megabytes", [("DistilBertConfig", 82_980, 3.98), ("BertConfig", 165_960, 7.97)])
 def test_sizes_of_the_published_models(config, slot, megabytes):
-    """methods.md: one slot of B·E·A on every linear layer, and twelve of them in float32."""
+    """By hand: one slot of B·E·A on every linear layer, and twelve of them in float32."""
     import transformers
 
     from fedara_flwr.adapters.backbone import _block_list, _linear_modules

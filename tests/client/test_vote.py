@@ -243,7 +243,7 @@ def test_terms_that_change_gradients_or_values_afterwards_do_not_change_the_scor
 
 def test_parameters_of_the_plan_reach_the_term(adapted):
     first, second, third = (
-        updated(adapted, vote={"budget": 9.0, "importance": i}, report=frozenset({"slot-vote", "kept"}))
+        updated(adapted, vote={"budget": 9.0, "importance": i}, report=frozenset({"slot-vote", "kept-slots"}))
         for i in (*IMPORTANCES, IMPORTANCES[0])
     )
     assert first.reports == third.reports != second.reports
@@ -270,7 +270,7 @@ def test_private_report_depends_on_the_released_arrays_alone(adapted, seed):
 
 def test_behind_noise_a_client_tells_what_follows_from_its_noised_arrays(adapted):
     mask, guard = some(adapted.spec), Guard(clip=1.0, noise=0.5)
-    update = updated(adapted, guard, report=frozenset({"slot-vote", "kept"}))
+    update = updated(adapted, guard, report=frozenset({"slot-vote", "kept-slots"}))
     expected = rank_order(adapted.spec.slot_sizes(update.arrays, mask))
     assert np.array_equal(unpack_order(update.reports["slot-vote"], mask.count), expected)
     assert update.mask == mask, "nor does it choose what it sends"

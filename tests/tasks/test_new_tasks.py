@@ -56,7 +56,7 @@ def test_numbers_and_what_is_none(tmp_path):
     assert found == {"t0": 1.0, "t1": 2.5, "t2": -0.3}
     assert data.labels == () and data.train.groups is None
     (line,) = data.skipped
-    assert line.endswith("train: 4 of 7 rows skipped: 3 with a label that is no finite number, 1 without label")
+    assert line.endswith("train: 4 of 7 rows skipped: 3 with a label that is no number up to 1e+18, 1 without label")
 
 
 def test_numbers_of_a_csv(tmp_path):

@@ -162,6 +162,7 @@ NAMES = [
     *PARTS,
     "report.slot-vote",
     "report.",
+    "kept-slots",
     "kept",
     "sent",
     "run",

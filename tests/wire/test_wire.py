@@ -1051,7 +1051,7 @@ def test_payload_by_the_formula(bits):
 
 @pytest.mark.parametrize("name, blocks, per_slot", [("DistilBERT", 6, 82_980), ("BERT-base", 12, 165_960)])
 def test_sizes_of_real_models(name, blocks, per_slot):
-    """methods.md: one slot on all six layers of a block, 4·(768 + 768 + 1) + 2·(768 + 3072 + 1) = 13,830; 12 slots, fp32."""
+    """By hand: one slot on all six layers of a block, 4·(768 + 768 + 1) + 2·(768 + 3072 + 1) = 13,830; 12 slots, fp32."""
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     modules = tuple(ModuleSpec(f"{b}.{i}", *shape, b) for b in range(blocks) for i, shape in enumerate(shapes))
     spec = ModelSpec("f" * 64, modules, ())
