@@ -3,8 +3,7 @@
 Stated by the paper: both factors are trained, only A is shared; what a client uses is the shared A with its own B.
 This project's reading: the head is shared like A; a client's B starts at 0 and is kept in the node's store. Clients evaluate
 with their own B (`data.client-validation`). The server has none: in the last round B is sent, too, and the mean of that
-round's B is the global model that it tests and exports. Before, its own figures are those of B = 0, or, where a run goes on
-after its end, of the B of that end.
+round's B is the global model that it tests and exports. Before, its own figures are those of B = 0, or of an earlier end's B.
 """
 
 import logging
