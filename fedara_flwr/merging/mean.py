@@ -18,8 +18,8 @@ class SlotMean:
     """Weighted mean of every number over the clients that sent it (FedAvg, arXiv 1602.05629, factor by factor).
 
     A slot that nobody sent, and a part that nobody trained, keeps its value. Needs the memory of one model, however many
-    clients there are; the result depends on the order of `add` only in float64's last bits, and callers add in sampling
-    order.
+    clients there are; the result depends on the order of `add` only in float64's last bits, and callers add in the
+    round's order.
     """
 
     memory = "one"
@@ -87,7 +87,7 @@ class FactorError:
         self._cuts: tuple[RankMask, dict[int, dict[str, slice]]] | None = None
 
     def _apply(self, arrays: Arrays, mask: RankMask, m: int) -> np.ndarray:
-        """B·diag(E)·A·z of one module."""
+        """B·diag(E)·A·z of one module; `arrays` have all three."""
         if self._cuts is None or self._cuts[0] is not mask:
             alive = mask.alive
             before = np.concatenate([[0], np.cumsum(alive)])
@@ -95,7 +95,6 @@ class FactorError:
             ends["E"] = before
             self._cuts = mask, {i: {p: slice(int(e[i]), int(e[i + 1])) for p, e in ends.items()} for i in self._modules}
         cuts, count = self._cuts[1][m], self._counts[m]
-        arrays = self._spec.complete(arrays, mask)
         inner = arrays["A"][cuts["A"]].reshape(count, -1) @ self._probes[m] * arrays["E"][cuts["E"]]
         return inner @ arrays["B"][cuts["B"]].reshape(count, -1)
 
@@ -105,10 +104,11 @@ class FactorError:
             self._modules = [] if update.mask.count else self._modules
             return
         mask = self._mask if update.mask == self._mask else update.mask  # the very one, whose cuts are known
+        arrays = self._spec.complete(update.arrays, mask)
         for m in list(self._modules):
             if mask is self._mask or np.array_equal(mask.module(m), self._mask.module(m)):
                 with np.errstate(over="ignore", invalid="ignore"):  # an absurd update must not do more than spoil this figure
-                    self._sums[m] += weight * self._apply(update.arrays, mask, m).astype(np.float64)
+                    self._sums[m] += weight * self._apply(arrays, mask, m).astype(np.float64)
                 self._weights[m] += weight
             elif mask.module(m).any():
                 self._modules.remove(m)
@@ -116,6 +116,7 @@ class FactorError:
     def compare(self, merged: Arrays) -> None:
         """Set `value`; it stays None where not both of B and A are trained, or clients hold parts of the probed modules."""
         exact, off = 0.0, 0.0
+        merged = self._spec.complete(merged, self._mask)
         for m in self._modules:
             if self._weights[m]:
                 mean = self._sums[m] / self._weights[m]
