@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedara_flwr.client import terms
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import declared
 from fedara_flwr.node import power, worker
 from fedara_flwr.node.settings import NodeSettings
@@ -147,6 +148,38 @@ def ready(message: Message, context: Context) -> Message:
     except ConfigError as error:
         answer = ConfigRecord({"error": str(error)})
     return Message(RecordDict({"ready": answer, "metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+@app.query("statistics")
+@_resident
+def statistics(message: Message, context: Context) -> Message:
+    """Sums of this client's features by class, from which the server solves the head; or why it does not tell them."""
+    from fedara_flwr.client.statistics import gather
+    from fedara_flwr.node.store import NodeStore
+    from fedara_flwr.seeds import generator
+    from fedara_flwr.wire import statistics as wire
+
+    question: Any = message.content.config_records[wire.STATISTICS]
+    node, simulated = NodeSettings.read(context.node_config), in_simulation(context)
+    why, settings = node.silent or node.busy(), Settings.from_flat(context.run_config)
+    if why:
+        return Message(wire.refusal(why), reply_to=message)
+    try:
+        resident, data = _open(context, node)
+        resident.set_delta((), NodeStore(node.store))
+        least = 1 if simulated else node.statistics_least
+        seed, tokens = question["seed"], settings.train.batch_tokens
+        told = gather(resident.learner, data.train, seed, question[wire.SCATTER], least, tokens, simulated)
+    except ConfigError as error:
+        return Message(wire.refusal(str(error)), reply_to=message)
+    if told.left_out:
+        logger.info("%d rows of classes with fewer than %d are in no sum (node-config statistics-least)", told.left_out, least)
+    if not told.statistics.rows:
+        return Message(wire.refusal(f"no class has {least} rows (node-config statistics-least)"), reply_to=message)
+    rng = generator(seed, "statistics", client_key(context))
+    metrics = {"num-examples": len(data.train), **node.guard.let_out(told.metrics)}
+    content = wire.to_content(told.statistics, question["up"], rng, metrics)
+    return Message(content, reply_to=message)
 
 
 @dataclass(frozen=True)

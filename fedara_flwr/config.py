@@ -6,37 +6,19 @@ pyproject.toml (`[tool.flwr.app.config]`), which a test compares.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-Scalar = str | int | float | bool
-OptionsModel = type[BaseModel]
+from fedara_flwr.keys import ConfigError, Group, Scalar, nearest, one_line, read_options, walk
+
 Format = Literal["float32", "float16", "int8", "int4"]
+SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/methods, benchmarks/defaults)
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 QUANTISED = ("int8", "int4")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-class ConfigError(ValueError):
-    """A setting that the user must change; one line that names key, value and what is allowed."""
-
-
-class Group(BaseModel):
-    """Base of every group of keys: kebab-case names, unknown keys and wrong types refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        populate_by_name=True,
-        allow_inf_nan=False,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
 
 
 class ModelSettings(Group):
@@ -62,6 +44,15 @@ class AdapterSettings(Group):
     target_modules: str = Field(
         "", description="name endings of the linear layers to adapt, comma-separated; '' = all inside the blocks"
     )
+
+
+class HeadSettings(Group):
+    start: Literal["statistics", "means", "random"] = Field(
+        "statistics",
+        description="where the task has classes: solved from sums that every node tells once, of its classes' features and of "
+        "how these spread (statistics), or of the features alone (means); random = drawn, as for tasks without classes",
+    )
+    clients: int = Field(0, ge=0, description="nodes that are asked for these sums, drawn by seed; 0 = all")
 
 
 class StrategySettings(Group):
@@ -132,7 +123,7 @@ class LocalTraining(Group):
         0.0, ge=0, description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults)"
     )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
-    head_learning_rate: float = Field(1e-2, gt=0, description="AdamW learning rate of the head")
+    head_learning_rate: float = Field(1e-2, ge=0, description="AdamW learning rate of the head")
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")
     clip_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0 = not clipped")
     dropout: bool = Field(
@@ -151,6 +142,12 @@ class LocalTraining(Group):
 class TrainSettings(LocalTraining):
     """Training: what travels in the plan (LocalTraining), and what a process reads once from the run configuration."""
 
+    head_learning_rate: float = Field(
+        -1.0,
+        ge=-1,
+        description="AdamW learning rate of the head; 0 = fixed: neither trained nor sent back; -1 = 1e-3 for a head that was "
+        "solved (head.start), 1e-2 for one that was drawn",
+    )
     cache: Literal["off", "exact", "half"] = Field(
         "exact",
         description="the output of the blocks below the lowest living adapter: run at every step, or once for each example and "
@@ -164,10 +161,17 @@ class TrainSettings(LocalTraining):
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
-    def local(self, learning_rate: float) -> LocalTraining:
-        """What travels in a plan; `learning_rate` is the method's own, used where the configuration leaves it open."""
+    def local(self, learning_rate: float, solved: bool = False) -> LocalTraining:
+        """What travels in a plan.
+
+        Args:
+            learning_rate: the method's own, used where the configuration leaves it open.
+            solved: whether the head started from statistics, which its own default rate depends on.
+        """
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
-        return LocalTraining.model_construct(**values | {"learning_rate": self.learning_rate or learning_rate})
+        head = self.head_learning_rate if self.head_learning_rate >= 0 else SOLVED_HEAD if solved else DRAWN_HEAD
+        rates = {"learning_rate": self.learning_rate or learning_rate, "head_learning_rate": head}
+        return LocalTraining.model_construct(**values | rates)
 
 
 class DataSettings(Group):
@@ -224,11 +228,12 @@ class OutputSettings(Group):
 class Settings(Group):
     """The run configuration: what a run does follows from it and the data alone."""
 
-    num_server_rounds: int = Field(20, ge=1, description="rounds")
+    num_server_rounds: int = Field(20, ge=0, description="rounds; 0 = the solved head alone (head.start)")
     seed: int = Field(42, ge=0, lt=2**62, description="seed of every random stream")
     method: str = Field("fedara", min_length=1, description="federated method: fedara, fedara-static, fedlora, head, …")
     model: ModelSettings = Field(default_factory=ModelSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    head: HeadSettings = Field(default_factory=HeadSettings)
     strategy: StrategySettings = Field(default_factory=StrategySettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     wire: WireSettings = Field(default_factory=WireSettings)
@@ -267,6 +272,11 @@ class Settings(Group):
                 f"run.dir = {self.run.dir!r}: allowed is an absolute path (Flower runs apps from a folder of its own)"
             )
         tracker_names(self.run.track)
+        if not self.num_server_rounds and self.head.start == "random":
+            raise ConfigError("num-server-rounds = 0: with head.start = 'random' nothing would be learnt, allowed is 1 or more")
+        rate = self.train.head_learning_rate
+        if -1 < rate < 0:
+            raise ConfigError(f"train.head-learning-rate = {rate!r}: allowed are -1.0, 0.0 and more")
         if self.data.partition == "natural" and not self.data.id_column:
             raise ConfigError("data.id-column = '': data.partition = 'natural' needs the column that names the owner")
         if self.wire.feedback and self.wire.up == "float32":
@@ -286,6 +296,7 @@ class Settings(Group):
             raise ConfigError(f"privacy.noise-multiplier = {noise!r}: with privacy.clip = {clip!r} {hint}")
         strategy = self.strategy
         bound: list[tuple[str, object, bool, str]] = [
+            ("head.start", self.head.start, self.head.start == "random", "'random'"),  # sums without noise
             ("strategy.weighting", strategy.weighting, strategy.weighting == "uniform", "'uniform'"),
             ("strategy.robust", strategy.robust, strategy.robust == "mean", "'mean'"),
             ("data.client-validation", self.data.client_validation, not self.data.client_validation, "0.0"),
@@ -305,42 +316,7 @@ class Settings(Group):
 
     def to_flat(self) -> dict[str, Scalar]:
         """The inverse of `from_flat`, every key present."""
-        return {key: value for key, (value, _) in _walk(self).items()}
-
-
-def read_options(key: str, text: str) -> dict[str, Any]:
-    """The text of a key such as `strategy.options` as a dictionary: lines of TOML, or one inline table.
-
-    Raises:
-        ConfigError: it is no TOML.
-    """
-    text = text.strip()
-    try:
-        parsed = tomllib.loads(f"options = {text}" if text.startswith("{") else text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{key} = {text!r}: not TOML ({error})") from None
-    if not text.startswith("{"):
-        return parsed
-    if set(parsed) != {"options"}:
-        raise ConfigError(f"{key} = {text!r}: nothing may follow the inline table")
-    return parsed["options"]
-
-
-def check_options(
-    model: OptionsModel, options: dict[str, Any], owner: str, key: str = "strategy.options", kind: str = "method"
-) -> BaseModel:
-    """The keys of `strategy.options` or `data.options`, checked by the model of the method or task that owns them.
-
-    Raises:
-        ConfigError: for a key or value that the owner does not allow.
-    """
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    try:
-        return model.model_validate(options)
-    except ValidationError as error:
-        known = {f"{key}.{name}": field for name, field in fields.items()}
-        line = one_line(error, known, prefix=f"{key}.")
-        raise ConfigError(f"{line} ({kind} {owner!r})") from None
+        return {key: value for key, (value, _) in walk(self).items()}
 
 
 def tracker_names(names: str) -> tuple[str, ...]:
@@ -357,43 +333,6 @@ def tracker_names(names: str) -> tuple[str, ...]:
     return trackers
 
 
-def nearest(word: str, words: Any) -> str:
-    """'; did you mean …?' for the closest of `words`, else ''. Of keys with dots the last parts must be alike, too."""
-    words, last = [str(w) for w in words], word.rpartition(".")[2]
-
-    def like(other: str) -> bool:
-        within = f"{other}.".startswith(f"{word}.") or f"{word}.".startswith(f"{other}.")
-        return "." not in word or within or difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio() >= 0.7
-
-    alike = [w for w in difflib.get_close_matches(word, words, n=3, cutoff=0.6) if like(w)]
-    if not alike:  # the last part may be right in the wrong group
-        alike = [w for w in words if w.rpartition(".")[2] == last][:1]
-    return f"; did you mean {alike[0]!r}?" if alike else ""
-
-
-def one_line(error: ValidationError, known: Mapping[str, Any], prefix: str = "") -> str:
-    """The first problem of a ValidationError as 'key = value: what is allowed; nearest name'."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key} = {first['input']!r}: there is no such key{nearest(key, known)}{more}"
-    hint = ""
-    if key in known and get_origin(known[key].annotation) is Literal:
-        hint = nearest(str(first["input"]), get_args(known[key].annotation))
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key} = {first['input']!r}: {message}{hint}{more}"
-
-
-def _walk(group: Group, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    keys: dict[str, tuple[Any, Any]] = {}
-    for name, field in type(group).model_fields.items():
-        value, key = getattr(group, name), prefix + (field.alias or name)
-        keys |= _walk(value, key + ".") if isinstance(value, Group) else {key: (value, field)}
-    return keys
-
-
 def describe() -> dict[str, Any]:
     """Every key with its pydantic field (default, description, constraints)."""
-    return {key: field for key, (_, field) in _walk(Settings()).items()}
+    return {key: field for key, (_, field) in walk(Settings()).items()}

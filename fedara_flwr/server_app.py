@@ -8,7 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedara_flwr import log, strategies
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import accounting
 from fedara_flwr.runs.directory import RunDirectory
 

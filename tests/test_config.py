@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 from runs_helper import options as toml
 
-from fedara_flwr.config import ConfigError, Group, Settings, check_options, describe, nearest
+from fedara_flwr.config import Settings, describe
+from fedara_flwr.keys import ConfigError, Group, check_options, nearest
 from fedara_flwr.strategies import find
 
 laws = settings(deadline=None, max_examples=150)

@@ -22,7 +22,7 @@ from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Piece, factors
 from fedara_flwr.model.parts import in_order, is_slot_part, of_backbone
 from fedara_flwr.model.ranks import Ints, RankMask

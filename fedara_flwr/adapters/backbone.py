@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from fedara_flwr.adapters.quantise import library, quantise
-from fedara_flwr.config import QUANTISED, ConfigError
+from fedara_flwr.config import QUANTISED
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import first_line
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.tasks.base import Task

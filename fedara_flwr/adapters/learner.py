@@ -13,8 +13,9 @@ import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data.examples import Examples
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch, Encoded, Task
 

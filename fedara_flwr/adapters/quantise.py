@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 
 OUTLIER = 6.0  # of LLM.int8(): features that some input of the batch takes beyond it are multiplied in 16 bits
 

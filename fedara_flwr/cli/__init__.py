@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedara_flwr.cli import deploy, worker
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(deploy.app, name="deploy")

@@ -24,7 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedara_flwr.config import ConfigError, Scalar, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.runs.directory import PACKAGES
 
 ADDRESS = "RAY_ADDRESS"

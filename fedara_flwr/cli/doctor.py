@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
-from fedara_flwr.config import QUANTISED, ConfigError, Settings
+from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
 from fedara_flwr.strategies import methods, plugins

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from fedara_flwr.config import ConfigError, nearest
+from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.log import first_line
 from fedara_flwr.runs.card import base_name, has_card, is_hub_id, write_card
 from fedara_flwr.runs.directory import read_facts

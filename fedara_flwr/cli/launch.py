@@ -30,8 +30,9 @@ from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
-from fedara_flwr.config import ConfigError, Scalar, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data.partitions import check_partition
+from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import find_run
 
 WIDE = 240  # columns where nobody looks at a terminal: lines of a file must not be folded

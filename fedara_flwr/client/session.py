@@ -13,10 +13,11 @@ import torch
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.train import ClientData
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.sources import load_own
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import compose
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.node.store import NodeStore

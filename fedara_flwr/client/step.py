@@ -121,6 +121,7 @@ def _cost(learner: Learner, length: int) -> tuple[int, int]:
     with FlopCounter() as forward:
         loss = task.losses(task.outputs(learner, batch, below), batch).sum()
     with FlopCounter() as backward_pass:
-        loss.backward()
+        if loss.requires_grad:  # nothing is trained where features alone are asked for
+            loss.backward()
     adapted.model.zero_grad(set_to_none=True)
     return forward.total, backward_pass.total

@@ -8,11 +8,12 @@ from functools import lru_cache
 import numpy as np
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.partitions import partition, split
 from fedara_flwr.data.reading import Reader
 from fedara_flwr.data.sources import load
+from fedara_flwr.keys import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 
 MAX_LABELS = 10_000
 

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
+from fedara_flwr.keys import ConfigError
 
 Index = NDArray[np.int64]
 BY_GROUP = ("dirichlet", "pathological")

@@ -11,12 +11,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from fedara_flwr.config import ConfigError, DataSettings, nearest
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.labels import Labels, names_in, read_names
 from fedara_flwr.data.partitions import split
 from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, Reader, Skipped, absent
+from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.log import first_line
 
 datasets.disable_progress_bars()

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fedara_flwr.config import ConfigError, PrivacySettings
+from fedara_flwr.config import PrivacySettings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.difference import difference, share_within
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec

@@ -24,6 +24,18 @@ def lora_a(spec: ModelSpec, mask: RankMask, seed: int) -> Vector:
     return full.slice((noise * bound).astype(np.float32), spec.widths("A"), mask)
 
 
+def drawn_head(spec: ModelSpec, seed: int) -> Vector:
+    """The head before it is solved or trained: weights N(0, 0.02²) as in BERT, biases 0, norms 1; empty where there is none."""
+    rng = generator(seed, "start", "head")
+    pieces = []
+    for parameter in spec.head:
+        if len(parameter.shape) > 1:
+            pieces.append(rng.normal(0.0, 0.02, parameter.size))
+        else:
+            pieces.append(np.full(parameter.size, 0.0 if parameter.name.endswith("bias") else 1.0))
+    return np.concatenate(pieces).astype(np.float32) if pieces else np.empty(0, dtype=np.float32)
+
+
 def sparse_positions(spec: ModelSpec, count: int, seed: int) -> Ints:
     """`count` positions, ascending, among the weights of all adapted modules laid one after another, row by row."""
     total = dense_size(spec)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GROUP = "fedara_flwr.parts"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-RESERVED = frozenset({"delta", "mask", "other"})  # what the byte meter calls something else
+RESERVED = frozenset({"delta", "mask", "statistics", "other"})  # what the byte meter calls something else
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fedara_flwr.config import QUANTISED, ConfigError, Dtype, Group, ModelSettings, nearest, one_line
+from fedara_flwr.config import QUANTISED, Dtype, ModelSettings
+from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
 from fedara_flwr.node.guard import Guard, known_metrics
 
@@ -55,6 +56,10 @@ class NodeSettings(Group):
         description="share of own rows held out for local evaluation; unset = the run's data.client-validation",
     )
     metrics: str | None = Field(None, description="metrics that may leave, comma-separated; '' = none, unset = all")
+    statistics: bool = Field(True, description="whether it tells sums of its features, from which the head is solved")
+    statistics_least: int = Field(
+        5, ge=1, description="rows of a class below which its sums are not told; in a simulation every class's are"
+    )
     update_clip: float = Field(0.0, ge=0, description="length to which an update's difference is cut; 0 = not cut")
     update_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on it, over update-clip")
     worker: bool = Field(True, description="keep model and data in a process between messages")
@@ -114,6 +119,15 @@ class NodeSettings(Group):
             return Guard(clip=self.update_clip, noise=self.update_noise)
         names = tuple(name.strip() for name in self.metrics.split(",") if name.strip())
         return Guard(names, self.update_clip, self.update_noise)
+
+    @property
+    def silent(self) -> str:
+        """Why this node tells no sums of its features; '' where it does."""
+        if not self.statistics:
+            return "node-config statistics = False"
+        if self.update_clip:  # whoever has updates cut or noised does not mean sums to leave as they are
+            return f"node-config update-clip = {self.update_clip!r}"
+        return ""
 
     @property
     def backbones(self) -> dict[str, str]:

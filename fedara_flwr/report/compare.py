@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.report.read import Run, number
 from fedara_flwr.report.series import TARGET_WINDOW, Reached, final, to_target, total_megabytes, total_modelled, total_seconds
 

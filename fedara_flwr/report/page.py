@@ -11,8 +11,9 @@ import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.files import write_whole
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.report import plots, templates
 from fedara_flwr.report.compare import (
     check_target,

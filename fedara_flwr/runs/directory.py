@@ -19,8 +19,9 @@ from typing import Any
 
 import psutil
 
-from fedara_flwr.config import ConfigError, Settings, nearest
+from fedara_flwr.config import Settings
 from fedara_flwr.files import write_whole
+from fedara_flwr.keys import ConfigError, nearest
 
 PACKAGES = ("fedara-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 # what may change when a run goes on: nothing that its rounds so far depend on

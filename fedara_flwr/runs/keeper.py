@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedara_flwr import strategies
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card

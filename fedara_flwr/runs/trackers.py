@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedara_flwr import tasks
-from fedara_flwr.config import ConfigError, Scalar, tracker_names
+from fedara_flwr.config import tracker_names
+from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.log import error_line
 
 logger = logging.getLogger(__name__)

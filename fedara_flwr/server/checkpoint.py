@@ -114,6 +114,7 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
         "norms": state.norms,
         "bytes-total": state.bytes_total,
         "failed-rounds": state.failed_rounds,
+        "solved": state.solved,
     }
     return tensors, facts
 
@@ -149,4 +150,5 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         server_round=facts["round"],
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],
+        solved=facts["solved"],
     )

@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
+from fedara_flwr.adapters.features import features
 from fedara_flwr.adapters.learner import open_learner
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import Federation, federation, shares
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.draws import drawn_head
 from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.server.roster import Expected
+from fedara_flwr.strategies.base import Places
 from fedara_flwr.tasks import Encoded, open_task
 
 Kind = Literal["peft", "lora", "merged"]
@@ -68,11 +72,32 @@ class ServerModel:
 
     def evaluate(self, weights: Weights, split: Literal["validation", "test"] = "validation") -> dict[str, float]:
         """The task's metrics of a global model on one of the server's splits."""
+        data = self._split(split)
+        self._load(weights)
+        return self.learner.evaluate(data, self.settings.train.batch_tokens)
+
+    def _split(self, split: str) -> Encoded:
+        """One of the server's splits, tokenised, and torch set to the server's threads."""
         if split not in self._encoded:
             self._encoded[split] = self.learner.encode(getattr(self.federation, split), self.settings.data.max_length)
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
-        self._load(weights)
-        return self.learner.evaluate(self._encoded[split], self.settings.train.batch_tokens)
+        return self._encoded[split]
+
+    def places(self) -> Places:
+        """The head's last layer, and what enters it of the validation rows.
+
+        Raises:
+            ConfigError: the model's outputs are not those of a linear layer that can be found.
+        """
+        data = self._split("validation")
+        rows = list(features(self.learner, data, drawn_head(self.spec, self.settings.seed), self.settings.train.batch_tokens))
+        found, classes = (np.concatenate([getattr(one, name) for one in rows]) for name in ("features", "classes"))
+        name, places, start = self.backbone.last_linear, {}, 0
+        for parameter in self.spec.head:
+            places[parameter.name] = slice(start, start + parameter.size)
+            start += parameter.size
+        per_row = self.settings.data.max_length if self.task.word_places else 1
+        return Places(self.labels, places[f"{name}.weight"], places.get(f"{name}.bias"), found, classes, per_row)
 
     def expected(self, terms: frozenset[str], parts: frozenset[str]) -> Expected:
         """What every node must agree on with this server."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import fsum, isfinite
 
-from fedara_flwr.config import ConfigError, nearest
+from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.seeds import generator
 
 

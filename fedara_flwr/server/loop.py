@@ -29,12 +29,13 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.server.dispatch import Dispatch
 from fedara_flwr.server.fleet import Profile, assign, read_profiles
-from fedara_flwr.server.lines import client_evaluation, client_means, round_line
+from fedara_flwr.server.lines import client_evaluation, client_means, modelled, round_line
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import ACTOR_DIED, BUSY, Line, Round, weight_cap
+from fedara_flwr.server.round import BUSY, Line, Round, weight_cap
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.server.statistics import solve_head
 from fedara_flwr.strategies.base import Client, Method, State
 from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.arrays import read_vector, to_record
@@ -273,10 +274,14 @@ class RoundLoop(Strategy):
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         evaluate = evaluate_fn or self._validate
-        if self.state.server_round:
+        if self.state.server_round or self.state.solved:
             self._rejoin(grid)
         else:
-            self._tell({"type": "start", **(self._evaluate(0, arrays, evaluate, result) or {})})
+            lines = solve_head(self.settings, self.method.model, self.state, self.roster, grid)
+            arrays = result.arrays = self.initial_arrays()
+            self._record_start(self._evaluate(0, arrays, evaluate, result), lines)
+            for callback in self.callbacks if self.state.solved else ():
+                callback.after_round(self)
         progress = Progress(self.settings.num_server_rounds, find_task(self.settings.data.task).metric)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
@@ -291,7 +296,8 @@ class RoundLoop(Strategy):
             for callback in self.callbacks:
                 callback.after_round(self)
             logger.info("%s", progress.line(record))  # a round that is shown is kept
-            if failure := self._failure():
+            assert self.work is not None
+            if failure := self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy):
                 raise RunFailed(failure)
         self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), result)
         return result
@@ -300,24 +306,6 @@ class RoundLoop(Strategy):
     def _tell(self, line: Line) -> None:
         for callback in self.callbacks:
             callback.record(line)
-
-    def _failure(self) -> str:
-        """Why the run cannot go on after this round; '' where it can."""
-        work, strategy = self.work, self.settings.strategy
-        if work is not None and any(drop.reason == ACTOR_DIED for drop in work.drops):
-            return (
-                "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
-                "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
-            )
-        if (work is None or not work.asked) and self.roster.unfit and not self.roster.busy:
-            client, reason = next(iter(self.roster.unfit.items()))
-            return f"no node can train; client {client}: {reason}"
-        if self.state.failed_rounds >= strategy.max_failed_rounds:
-            return (
-                f"{self.state.failed_rounds} rounds in a row had fewer than strategy.min-replies = "
-                f"{strategy.min_replies} good replies (strategy.max-failed-rounds)"
-            )
-        return ""
 
     def _receive(self, grid: Grid, timeout: float) -> Iterator[Message]:
         """Replies of the present round as they come, until its deadline."""
@@ -375,18 +363,29 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
+    def _record_start(self, evaluated: MetricRecord | None, clients: Sequence[Line]) -> None:
+        """Record what was before round 1: metrics, what the head was solved from, and what that took."""
+        profiles = {key: self.profile(node) for key, node in self.roster.nodes.items()}
+        line = {"type": "start", **(evaluated or {}), **(modelled(clients, profiles) if clients else {})}
+        self._tell({**line, "head": self.state.solved, **self._count_bytes()})
+        for client in clients:
+            self._tell(client)
+
+    def _count_bytes(self) -> Line:
+        """Bytes since they were last counted, and all, which the state then has, with what nodes said of themselves."""
+        sent, state = self.meter.take_round(), self.state
+        state.bytes_total = dict(self.meter.total)
+        state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
+        return {"bytes": sent, "bytes-total": sum(self.meter.total.values())}
+
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         work, state = self.work, self.state
         assert work is not None
-        sent = self.meter.take_round()
-        state.bytes_total = dict(self.meter.total)
-        state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
         profiles = {node.key: self.profile(node) for node in work.asked}
         record = {
             **round_line(work, state, dict(evaluated or {}), profiles),
-            "bytes": sent,
-            "bytes-total": sum(self.meter.total.values()),
+            **self._count_bytes(),
             "seconds": seconds,
             "seconds-evaluate": evaluation,
         }

@@ -18,7 +18,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, StrategySettings
+from fedara_flwr.config import StrategySettings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import printable
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import replies

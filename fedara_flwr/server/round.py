@@ -14,12 +14,13 @@ from typing import Any
 
 from flwr.app import Message
 
+from fedara_flwr.config import StrategySettings
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms, Sizes
 from fedara_flwr.model.difference import difference, root_mean_squares
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.server.roster import Node, last_line
+from fedara_flwr.server.roster import Node, Roster, last_line
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter
@@ -143,6 +144,23 @@ class Round:
         """Drop clients that were drawn and said why they do not train now, before anything was sent to them."""
         for client, why in busy.items():
             self._drop(client, BUSY, why)
+
+    def failure(self, roster: Roster, failed_rounds: int, strategy: StrategySettings) -> str:
+        """Why the run cannot go on after this round; '' where it can."""
+        if any(drop.reason == ACTOR_DIED for drop in self.drops):
+            return (
+                "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
+                "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
+            )
+        if not self.asked and roster.unfit and not roster.busy:
+            client, reason = next(iter(roster.unfit.items()))
+            return f"no node can train; client {client}: {reason}"
+        if failed_rounds >= strategy.max_failed_rounds:
+            return (
+                f"{failed_rounds} rounds in a row had fewer than strategy.min-replies = "
+                f"{strategy.min_replies} good replies (strategy.max-failed-rounds)"
+            )
+        return ""
 
     def _feed(self, merger: Merger) -> None:
         while self._next in self._results:

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedara_flwr import seeds
-from fedara_flwr.config import QUANTISED, ConfigError, Group, Scalar, Settings, check_options
+from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.keys import ConfigError, Group, Scalar, check_options
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.deltas import DeltaLog, Piece, Weights
+from fedara_flwr.model.draws import drawn_head
 from fedara_flwr.model.parts import SVD, in_order, is_slot_part, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
@@ -28,6 +30,27 @@ from fedara_flwr.wire.plan import TrainPlan
 
 logger = logging.getLogger(__name__)
 Terms = Mapping[str, Mapping[str, Scalar]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the head's last layer is, and the server's own rows for the scale of its outputs.
+
+    Attributes:
+        labels: label names, one for each output.
+        weight: where its weight, shape (labels, d), lies in the packed head.
+        bias: where its bias lies; None where it has none.
+        features: what enters it, of the predictions of the server's validation rows, shape (n, d).
+        classes: their labels' numbers, shape (n,).
+        per_row: most predictions that one row can have.
+    """
+
+    labels: tuple[str, ...]
+    weight: slice
+    bias: slice | None
+    features: NDArray[np.float64]
+    classes: NDArray[np.int64]
+    per_row: int
 
 
 class ModelPort(Protocol):
@@ -41,6 +64,10 @@ class ModelPort(Protocol):
 
     def evaluate(self, weights: Weights, split: Literal["validation", "test"] = ...) -> dict[str, float]:
         """The task's metrics of a global model on data that the server holds."""
+        ...
+
+    def places(self) -> Places:
+        """What is needed to solve the head's last layer; ConfigError where it cannot be solved."""
         ...
 
 
@@ -101,6 +128,7 @@ class State:
         mask: the global rank mask.
         delta: what has been added to the backbone.
         clients: what the method remembers of each client, by its key: numbers and lists of numbers by name.
+        solved: what the head was solved from before round 1 (server/statistics.py); {} where it was drawn.
     """
 
     arrays: Arrays
@@ -108,6 +136,7 @@ class State:
     delta: DeltaLog
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     server_round: int = 0
+    solved: dict[str, Any] = field(default_factory=dict)
 
 
 class NoOptions(Group):
@@ -149,11 +178,14 @@ class Method:
             ConfigError: a setting that this method cannot do, or a model of which it would train nothing.
         """
         self.settings, self.model, self.spec, self.options = settings, model, model.spec, self.check(settings)
-        self.parts = frozenset(part for part in self.trained if is_slot_part(part) or self.spec.size(part))
+        fixed = {"head"} if settings.train.head_learning_rate == 0 else set()
+        self.parts = frozenset(part for part in self.trained - fixed if is_slot_part(part) or self.spec.size(part))
         for part in sorted(self.trained - self.parts - {"head"}):
             logger.warning("method %s: part %r holds nothing of this model and is left out", self.name, part)
         self._check_overlap()
-        if not self.parts:
+        if not self.parts and fixed and settings.num_server_rounds:
+            raise ConfigError(f"train.head-learning-rate = 0.0: method {self.name!r} trains nothing else, allowed is above 0")
+        if not self.parts and not fixed:
             task = settings.data.task
             raise ConfigError(f"method = {self.name!r}: data.task = {task!r} has no head, and nothing else would be trained")
 
@@ -248,15 +280,8 @@ class Method:
         return (noise * np.repeat(1.0 / np.sqrt(per_slot), per_slot)).astype(np.float32)
 
     def start_head(self) -> Arrays:
-        """The head, from the run's seed: weights N(0, 0.02²) as in BERT, biases 0, norms 1; {} where the task has none."""
-        rng = seeds.generator(self.settings.seed, "start", "head")
-        pieces = []
-        for parameter in self.spec.head:
-            if len(parameter.shape) > 1:
-                pieces.append(rng.normal(0.0, 0.02, parameter.size))
-            else:
-                pieces.append(np.full(parameter.size, 0.0 if parameter.name.endswith("bias") else 1.0))
-        return {"head": np.concatenate(pieces).astype(np.float32)} if pieces else {}
+        """The head as it is drawn from the run's seed; {} where the task has none."""
+        return {"head": drawn_head(self.spec, self.settings.seed)} if self.spec.head else {}
 
     def scales(self, mask: RankMask) -> tuple[float, ...]:
         """The scale s of each module: alpha / r_m for the whole run, pruning or not."""
@@ -295,7 +320,7 @@ class Method:
             seed=settings.seed,
             mask=self.client_mask(state, client),
             scales=self.scales(state.mask),
-            train=settings.train.local(find_task(settings.data.task).learning_rate or self.learning_rate),
+            train=settings.train.local(find_task(settings.data.task).learning_rate or self.learning_rate, bool(state.solved)),
             sent=self.parts - self.kept,
             kept=self.parts & self.kept,
             terms=self.terms(),

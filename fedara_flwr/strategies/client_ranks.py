@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator
 
 from fedara_flwr import seeds
-from fedara_flwr.config import ConfigError, Group, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import first_slots
 from fedara_flwr.strategies.base import Client, State

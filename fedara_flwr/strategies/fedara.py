@@ -17,7 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from fedara_flwr.config import ConfigError, Group, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.model.ranks import Ints, RankMask, select_top, unpack_order
 from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitrate_threshold, budget
 from fedara_flwr.strategies.base import Client, Method, Reply, State

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedara_flwr.config import Group
+from fedara_flwr.keys import Group
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel
 
 from fedara_flwr import plugins as packages
-from fedara_flwr.config import ConfigError, nearest
+from fedara_flwr.keys import ConfigError, nearest
 
 if TYPE_CHECKING:
     from fedara_flwr.strategies.base import Method

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 from pydantic import BaseModel, Field
 
-from fedara_flwr.config import ConfigError, Group, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.merging.factors import split_svd
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.model.deltas import Weights, dense_size, pack_factors

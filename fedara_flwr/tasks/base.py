@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from fedara_flwr.config import ConfigError, DataSettings, Group, check_options, read_options
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example
+from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,9 @@ class Task:
     """What an error's line calls them."""
     bare_ids: ClassVar[bool] = True
     """Whether a column of whole numbers without names will do: the numbers are the names then."""
+    classes: ClassVar[bool] = False
+    """Whether every prediction is one of the label names, chosen by the head's last layer; "labels" in a batch are their
+    numbers, UNLABELLED where there is nothing to predict."""
     grouped: ClassVar[bool] = True
     """Whether `read` gives every row a group, which partitions by label go by."""
     docstrings: ClassVar[str] = "its rows are a text and the name of an area"

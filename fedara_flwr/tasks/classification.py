@@ -40,6 +40,7 @@ class Classification(TextTask):
 
     name = "classification"
     title = "one label for a text or a pair of texts"
+    classes = True
     docstrings = ""
     metric = Metric("accuracy")
     metrics = ("accuracy", "macro-f1", "loss")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedara_flwr.config import ConfigError
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, LeftOut, UnknownLabel, absent, optional_text, text
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, f1, pad
 from fedara_flwr.tasks.classification import TextTask
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fedara_flwr import plugins as packages
-from fedara_flwr.config import ConfigError, DataSettings, nearest
+from fedara_flwr.config import DataSettings
+from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.tasks.base import Metric, Task
 
 GROUP = "fedara_flwr.tasks"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedara_flwr.config import ConfigError
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, UnknownLabel, absent
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, cross_entropies, pad, pad_labels
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
     word_places = True
+    classes = True
     label_word = "tags"
     bare_ids = False
     docstrings = "its words have no tags"

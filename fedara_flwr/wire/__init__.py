@@ -1,4 +1,4 @@
 """What crosses the wire: TrainPlan and Update as Flower records, the checks on arrival and the byte meter."""
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the messages; a node that speaks another one is dropped with that reason."""

@@ -10,28 +10,30 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedara_flwr.model.parts import declared
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.records import KEPT_SLOTS, PIECE, REPORT
+from fedara_flwr.wire.statistics import STATISTICS, SUMS
 
 Direction = Literal["down", "up"]
-_ITEM = {codec.dtype.name: codec.dtype.itemsize for codec in CODECS.values()}
+_ITEM = {codec.dtype.name: codec.dtype.itemsize for codec in CODECS.values()} | {"int64": 8}
 _MASKS = ("mask", KEPT_SLOTS)
 
 
 def counted() -> tuple[str, ...]:
     """What bytes are counted apart: every declared part, pieces of the delta, masks with what terms report, and the rest."""
-    return (*declared(), "delta", "mask", "other")
+    return (*declared(), "delta", "mask", STATISTICS, "other")
 
 
 def payload(content: RecordDict) -> Counter[str]:
     """Bytes of one message by part; the sum is what Flower's own `count_bytes()` says of its records.
 
-    Parts and delta count what their numbers take on the wire (wire/codec.py); mask the packed bits and terms' reports; other
+    Parts and delta count what their numbers take on the wire (wire/codec.py); mask the packed bits and terms' reports;
+    statistics the sums that a head is solved from; other
     is what remains: npy headers, names and the settings in the plan.
     """
     parts: Counter[str] = Counter()
     total = sum(_size(record) for record in content.values())
     for record_name, arrays in content.array_records.items():
         for name, array in arrays.items():
-            part = "delta" if record_name.startswith(PIECE) else name if name in declared() else "other"
+            part = _part(record_name, name)
             # what a header claims is not believed beyond the bytes that are there, nor multiplied: all parts are vectors, and
             # the product of a long shape takes minutes
             claimed = _ITEM.get(array.dtype, 4) * array.shape[0] if len(array.shape) == 1 else 0
@@ -42,6 +44,13 @@ def payload(content: RecordDict) -> Counter[str]:
                 parts["mask"] += len(value)
     parts["other"] += total - sum(parts.values())
     return parts
+
+
+def _part(record: str, name: str) -> str:
+    """As what the numbers of an array are counted."""
+    if record == SUMS:
+        return STATISTICS
+    return "delta" if record.startswith(PIECE) else name if name in declared() else "other"
 
 
 def _size(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedara_flwr.config import LocalTraining, Scalar
+from fedara_flwr.config import LocalTraining
+from fedara_flwr.keys import Scalar
 from fedara_flwr.model.draws import draw
 from fedara_flwr.model.parts import is_slot_part, of_backbone
 from fedara_flwr.model.ranks import RankMask

@@ -15,7 +15,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ValidationError
 
-from fedara_flwr.config import Format, LocalTraining, Scalar
+from fedara_flwr.config import Format, LocalTraining
+from fedara_flwr.keys import Scalar
 from fedara_flwr.log import printable
 from fedara_flwr.model import parts
 from fedara_flwr.model.deltas import Piece, piece_lengths

@@ -14,7 +14,7 @@ from peft.tuners.adalora.layer import SVDLinear
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import SLOT_PARTS

@@ -19,7 +19,8 @@ from fedara_flwr.adapters.quantise import dequantised, quantise
 from fedara_flwr.cli import doctor
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client.capacity import FlopCounter
-from fedara_flwr.config import QUANTISED, ConfigError, Settings
+from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Piece, dense_size, from_factors
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings

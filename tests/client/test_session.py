@@ -11,7 +11,8 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
-from fedara_flwr.config import ConfigError, LocalTraining, Settings
+from fedara_flwr.config import LocalTraining, Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import SVD
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings

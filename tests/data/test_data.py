@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_helper import load, load_own, look
 
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import by_hash, split
 from fedara_flwr.data.reading import Skipped, UnknownLabel
+from fedara_flwr.keys import ConfigError
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 formats = pytest.mark.parametrize("ending", ENDINGS)

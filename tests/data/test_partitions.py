@@ -12,12 +12,13 @@ from data_helper import federation, shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.federation import federation as dealing
 from fedara_flwr.data.federation import hold_out
 from fedara_flwr.data.partitions import partition
+from fedara_flwr.keys import ConfigError
 
 KINDS = ("iid", "dirichlet", "pathological", "natural")
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,7 @@ from test_flower import FEDARA, clone, leftovers, metrics, overrides
 
 from fedara_flwr.cli import cluster
 from fedara_flwr.cli.launch import NOISE, TAG, _free_port, _tagged
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import read_facts
 
 RAY = str(Path(sys.executable).parent / "ray")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from runs_helper import TamperedGrid, config, prepare, start
 
-from fedara_flwr.config import ConfigError, PrivacySettings, Settings
+from fedara_flwr.config import PrivacySettings, Settings
 from fedara_flwr.engine import run
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging import private
 from fedara_flwr.merging.private import PrivateMean, epsilon, ledger
 from fedara_flwr.model.ranks import RankMask, pack_order, rank_order

@@ -14,8 +14,9 @@ from runs_helper import config, prepare, start
 
 from fedara_flwr import client_app, log
 from fedara_flwr.client import session
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.norms import ENOUGH, LENGTHS_KEPT, Norms
 from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.difference import difference, root_mean_squares

@@ -17,9 +17,10 @@ from runs_helper import CLIENTS, config, prepare
 from fedara_flwr import client_app
 from fedara_flwr.cli.reference import toml
 from fedara_flwr.client.session import own_settings, pick_device, resident
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data.docstrings import AREAS
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import power
 from fedara_flwr.node import settings as node_module
 from fedara_flwr.node.guard import Guard

@@ -28,7 +28,7 @@ from work import work
 
 from fedara_flwr import client_app
 from fedara_flwr.cli import app as cli
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import worker
 
 NODE = 7

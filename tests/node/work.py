@@ -9,7 +9,7 @@ import sys
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import worker
 
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedara_flwr.cli import app
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.report import plots, read_run, write_comparison, write_report
 from fedara_flwr.report.compare import differences, group, tables
 from fedara_flwr.report.read import clean, natural

@@ -7,7 +7,7 @@ import pytest
 from flwr.serverapp.strategy import Strategy
 from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.strategies.base import Client
 

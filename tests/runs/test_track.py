@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fedara_flwr import config, tasks
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.trackers import Trackers, check, open_trackers, scalars
 

@@ -16,7 +16,7 @@ from runs_helper import CLIENTS, WALL_CLOCK, config, prepare, stopped_in_round
 from safetensors.numpy import load_file
 
 from fedara_flwr import engine
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import RunDirectory, read_facts
 from fedara_flwr.runs.keeper import conclude_stopped, open_run
 from fedara_flwr.server.checkpoint import BadCheckpoint, Checkpoints, decode, encode

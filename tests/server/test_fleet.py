@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.server.fleet import PROFILES, DeviceCost, Profile, RoundCost, assign, device_cost, read_profiles, round_cost
 
 laws = settings(deadline=None, max_examples=200)

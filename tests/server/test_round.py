@@ -12,8 +12,8 @@ from runs_helper import CLIENTS, TamperedGrid, config, prepare, start
 
 from fedara_flwr.client import train
 from fedara_flwr.client.terms import TERMS
-from fedara_flwr.config import ConfigError
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import store
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.allocation import last_blocks

@@ -18,7 +18,8 @@ from test_session import run as train_client
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client.terms import TailPenalty
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.factors import delta_norm, module_factors, split_svd
 from fedara_flwr.model.deltas import dense
 from fedara_flwr.model.parts import LORA

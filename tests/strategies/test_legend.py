@@ -16,8 +16,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from runs_helper import config, prepare, start
 
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.server.fleet import PROFILES
 from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution

@@ -11,7 +11,8 @@ import pytest
 from runs_helper import config, options, prepare
 
 from fedara_flwr import strategies
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.mean import SlotMean
 from fedara_flwr.model.ranks import RankMask, pack_order
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
@@ -173,7 +174,8 @@ ALONE = """
 import sys
 import numpy as np
 from fedara_flwr import strategies
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.base import Client, Reply
 

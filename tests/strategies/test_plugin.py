@@ -25,8 +25,9 @@ from fedara_flwr import strategies
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_methods
 from fedara_flwr.client import terms
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid, run
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model import parts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.strategies.base import Client, Method, Reply, State
@@ -455,7 +456,7 @@ BROKEN = {
 MODULES = {
     "stranger": """
 from pydantic import Field
-from fedara_flwr.config import Group
+from fedara_flwr.keys import Group
 from fedara_flwr.strategies.base import Method
 def function(): ...
 class Unrelated: ...

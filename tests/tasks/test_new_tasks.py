@@ -19,8 +19,9 @@ from runs_helper import config, start
 from fedara_flwr import engine
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.cli.launch import read_config
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Encoded
 from fedara_flwr.tasks.regression import pearson, ranks

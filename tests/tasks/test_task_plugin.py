@@ -23,7 +23,8 @@ from fedara_flwr import strategies, tasks
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_tasks
-from fedara_flwr.config import ConfigError, DataSettings, Settings
+from fedara_flwr.config import DataSettings, Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import guard
 from fedara_flwr.report import read_run, write_report
 from fedara_flwr.report.compare import check_target, tables

@@ -28,9 +28,10 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer
 from fedara_flwr.adapters.export import save_peft
 from fedara_flwr.adapters.learner import Learner
-from fedara_flwr.config import ConfigError, DataSettings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import partition
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import Encoded

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_wire import LOCAL, MASK, MOST, PARTS, PLAN, PLANS, SPEC, changed_plan, plan_reason, random_arrays, reason, update_for
 
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.wire.arrays import Rejected, read_arrays
 from fedara_flwr.wire.codec import CODECS, Broadcast, nbytes

@@ -15,7 +15,8 @@ from test_checkpoint import assert_same_end, lines
 from test_wire import MASK, PARTS, PLAN, SPEC, random_arrays
 
 from fedara_flwr import engine, strategies
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import PrivateMean
 from fedara_flwr.model.kept import Kept
 from fedara_flwr.model.parts import SLOT_PARTS

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -27,7 +27,8 @@ from fedara_flwr.cli.deploy.keys import CURVE
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
-from fedara_flwr.config import ConfigError, Settings
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import first_line
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import tasks

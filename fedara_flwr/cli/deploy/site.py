@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from fedara_flwr.cli.deploy import keys
-from fedara_flwr.config import ConfigError
+from fedara_flwr.keys import ConfigError
 
 NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?"

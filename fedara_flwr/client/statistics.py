@@ -1,0 +1,56 @@
+"""The sums that a client tells once, from which the server solves the head (merging/statistics.py). Only sums leave."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedara_flwr.adapters.features import features
+from fedara_flwr.adapters.learner import Learner
+from fedara_flwr.client.step import Spent, count_flops
+from fedara_flwr.merging.statistics import Statistics
+from fedara_flwr.model.draws import drawn_head
+from fedara_flwr.tasks.base import Encoded
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a client may tell.
+
+    Attributes:
+        statistics: of the classes that have rows enough.
+        left_out: rows of classes that have too few.
+        metrics: what the pass took; names as of training.
+    """
+
+    statistics: Statistics
+    left_out: int
+    metrics: dict[str, Any]
+
+
+def gather(learner: Learner, data: Encoded, seed: int, scatter: bool, least: int, batch_tokens: int, simulated: bool) -> Told:
+    """One pass over a client's rows, without gradients.
+
+    Args:
+        seed: the run's, from which the head is drawn that lies before the last layer.
+        scatter: whether to tell how the features spread.
+        least: rows below which a class is left out.
+
+    Raises:
+        ConfigError: as `features`.
+    """
+    began = time.perf_counter()
+    rows = list(features(learner, data, drawn_head(learner.adapted.spec, seed), batch_tokens))
+    found = np.concatenate([one.features for one in rows])
+    classes = np.concatenate([one.classes for one in rows])
+    counts = np.bincount(classes, minlength=len(learner.adapted.backbone.labels))
+    told = (counts >= least)[classes]
+    statistics = Statistics.of(found[told], classes[told], len(counts), scatter)
+    spent = Spent(rows=len(data), tokens=sum(one.tokens for one in rows))
+    metrics: dict[str, Any] = {"tokens": spent.tokens}
+    if simulated:
+        metrics |= {f"flops-{name}": value for name, value in count_flops(learner, frozenset(), spent).items()}
+    return Told(statistics, int((~told).sum()), metrics | {"seconds-all": time.perf_counter() - began})

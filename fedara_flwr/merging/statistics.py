@@ -1,0 +1,237 @@
+"""A head in closed form: class counts, class means and one covariance of what enters its last layer, merged over clients.
+
+Sums over clients do not depend on who holds which row, so label skew costs such a head nothing. The classes are taken as
+normal with one covariance (linear discriminant analysis); the covariance is shrunk by a published rule, the scale of the
+logits fitted. With class means alone the covariance is estimated from how the clients' means differ (FedCOF, arXiv 2412.14326).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RIDGE = 0.01  # over the mean square of a feature, as Fed3R (arXiv 2406.01116) has it over features of length 1
+FAR = 3.0  # times what is usual among clients, beyond which a robust merge leaves something out
+TINY = 1e-300
+COOLEST, HOTTEST = 1e-3, 1e2
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one client, or all of them, tell of the features of C classes, d numbers each.
+
+    Attributes:
+        counts: rows of each class, shape (C,), float64 since a client's weight may be cut.
+        means: mean feature of each class, shape (C, d); 0 where there is no row.
+        scatter: Σ over rows of (x - m)(x - m)ᵀ, m the mean of the row's class, shape (d, d); None where it is not told.
+        freedom: degrees of freedom of the scatter: rows less classes.
+    """
+
+    counts: Floats
+    means: Floats
+    scatter: Floats | None
+    freedom: float
+
+    @classmethod
+    def of(cls, features: Floats, classes: NDArray[np.int64], count: int, scatter: bool = True) -> Statistics:
+        """Of rows: `features` has shape (n, d), `classes` shape (n,) with numbers below `count`."""
+        counts = np.bincount(classes, minlength=count).astype(np.float64)
+        sums = np.zeros((count, features.shape[1]))
+        np.add.at(sums, classes, features)
+        means = sums / np.maximum(counts, 1.0)[:, None]
+        apart = features - means[classes] if scatter else None
+        freedom = float(counts.sum() - (counts > 0).sum())
+        return cls(counts, means, None if apart is None else apart.T @ apart, freedom)
+
+    @property
+    def rows(self) -> float:
+        """How many rows there are, by weight."""
+        return float(self.counts.sum())
+
+    @property
+    def variance(self) -> float:
+        """Trace of the scatter over its degrees of freedom; NaN where it tells nothing."""
+        return float(np.trace(self.scatter)) / self.freedom if self.scatter is not None and self.freedom > 0 else np.nan
+
+    @property
+    def largest(self) -> float:
+        """Largest eigenvalue of the scatter over its degrees of freedom; NaN where it tells nothing."""
+        known = self.scatter is not None and self.freedom > 0
+        return float(np.linalg.eigvalsh(self.scatter)[-1]) / self.freedom if known else np.nan  # type: ignore[arg-type]
+
+    def weighted(self, share: float) -> Statistics:
+        """The same as if `share` times as many rows had been seen."""
+        scatter = None if self.scatter is None else self.scatter * share
+        return Statistics(self.counts * share, self.means, scatter, self.freedom * share)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What all clients' statistics say of the classes.
+
+    Attributes:
+        counts: rows of each class, by weight, shape (C,).
+        means: their mean features, shape (C, d); 0 where nobody has a row.
+        covariance: within the classes, shape (d, d), positive semi-definite.
+        freedom: degrees of freedom that it was estimated with; 0 = nothing is known of it.
+    """
+
+    counts: Floats
+    means: Floats
+    covariance: Floats
+    freedom: float
+
+
+def merge(clients: Mapping[str, Statistics], robust: bool = False) -> Merged:
+    """Merge by sums, in the sorted order of the clients' keys: the bits do not depend on who answered first.
+
+    The covariance comes from what is within the clients, Σ scatter over n - C degrees of freedom, and from how their means of a
+    class differ, Σ n·(m_k - m)(m_k - m)ᵀ over the number of means less that of the classes. All of both is the exact covariance
+    within the classes; the second alone is FedCOF's.
+
+    Args:
+        robust: leave out what `believable` does not believe.
+    """
+    told = [clients[key] for key in sorted(clients, key=lambda key: (len(key), key))]
+    if robust:
+        told = believable(told)
+    counts = np.sum([one.counts for one in told], axis=0)
+    means = np.sum([one.counts[:, None] * one.means for one in told], axis=0) / np.maximum(counts, TINY)[:, None]
+    scatter, freedom = np.zeros((means.shape[1], means.shape[1])), -float((counts > 0).sum())
+    for one in told:
+        has = one.counts > 0
+        apart = (one.means - means)[has] * np.sqrt(one.counts[has])[:, None]
+        scatter += apart.T @ apart
+        freedom += float(has.sum())
+        if one.scatter is not None:
+            scatter += one.scatter
+            freedom += one.freedom
+    return Merged(counts, means, *_over(scatter, freedom))
+
+
+def believable(told: Sequence[Statistics]) -> list[Statistics]:
+    """The clients' statistics without what stands far from the others' (this project's reading).
+
+    A client's mean of a class is left out where its squared distance from the class's median, number by number over the clients
+    that have the class (Yin et al., arXiv 1803.01498), is over FAR² times the median of these, and over FAR² times what chance
+    explains of a mean of so many rows. A scatter is left out where its trace or its largest eigenvalue per degree of freedom
+    is over FAR times the clients' median, or its trace below a FAR-th of it. Of a class that only one or two clients have,
+    nothing can be told.
+    """
+    traces = np.array([one.variance for one in told])
+    tops = np.array([one.largest for one in told])
+    trace, top = (float(np.nanmedian(v)) if np.isfinite(v).any() else np.inf for v in (traces, tops))
+    chance = trace if np.isfinite(trace) else 0.0
+    counts = np.array([one.counts for one in told])
+    for label in range(counts.shape[1]):
+        having = np.flatnonzero(counts[:, label] > 0)
+        if len(having) < 3:
+            continue
+        means = np.array([one.means[label] for one in told])[having]
+        distances = ((means - np.median(means, axis=0)) ** 2).sum(axis=1)
+        bound = FAR**2 * np.maximum(np.median(distances), chance / counts[having, label])
+        counts[having[distances > bound], label] = 0.0
+    kept = []
+    for one, own, own_trace, own_top in zip(told, counts, traces, tops, strict=True):
+        sound = trace / FAR <= own_trace <= FAR * trace and own_top <= FAR * top
+        kept.append(Statistics(own, one.means, one.scatter if sound else None, one.freedom))
+    return kept
+
+
+def _over(scatter: Floats, freedom: float) -> tuple[Floats, float]:
+    """A scatter over its degrees of freedom, symmetric and without negative eigenvalues."""
+    if freedom <= 0:
+        return np.zeros_like(scatter), 0.0
+    values, vectors = np.linalg.eigh((scatter + scatter.T) / (2 * freedom))
+    return (vectors * np.maximum(values, 0.0)) @ vectors.T, freedom
+
+
+def shrunk(covariance: Floats, freedom: float) -> tuple[Floats, float]:
+    """The covariance moved towards its mean variance times the identity, and by which share.
+
+    Oracle-approximating shrinkage (Chen, Wiesel, Eldar and Hero 2010, eq. 23), which needs the covariance and the number of
+    rows alone. Where nothing is known of it, the identity.
+    """
+    width = len(covariance)
+    mean = float(np.trace(covariance)) / width
+    if freedom <= 0 or mean <= 0:
+        return np.eye(width), 1.0
+    square = float((covariance**2).sum())
+    total = (mean * width) ** 2
+    below = (freedom + 1 - 2 / width) * (square - total / width)
+    share = 1.0 if below <= 0 else min(1.0, ((1 - 2 / width) * square + total) / below)
+    return (1 - share) * covariance + share * mean * np.eye(width), share
+
+
+def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
+    """Weights (C, d), biases (C,) and the covariance's share of shrinkage of the last layer.
+
+    With a bias: linear discriminant analysis, classes weighed by how often they occur. Without one, where a layer has none:
+    least squares to the classes' indicators through the origin, every class as often as any other. A class without a row has
+    weights 0 and the lowest bias of all.
+    """
+    seen = merged.counts > 0
+    covariance, share = shrunk(merged.covariance, merged.freedom)
+    weights, biases = np.zeros_like(merged.means), np.zeros(len(seen))
+    means = merged.means[seen]
+    if bias:
+        centre = merged.counts[seen] @ means / merged.counts[seen].sum()
+        weights[seen] = np.linalg.solve(covariance, (means - centre).T).T
+        prior = np.log(merged.counts[seen] / merged.counts[seen].sum())
+        biases[seen] = prior - 0.5 * (weights[seen] * (means + centre)).sum(axis=1)
+        biases[~seen] = biases[seen].min() - 1.0
+    else:
+        second = covariance + means.T @ means / len(means)
+        second += RIDGE * np.trace(second) / len(second) * np.eye(len(second))
+        weights[seen] = np.linalg.solve(second, means.T).T / len(means)
+    return weights, biases, share
+
+
+def temperature(logits: Floats, classes: NDArray[np.int64], bias: bool) -> float:
+    """The factor on `logits`, shape (n, C), that makes the cross-entropy of `classes` smallest: golden section on its log.
+
+    With a `bias` the logits are log-probabilities already, and the factor is at most 1: few rows, all of them right, would
+    want it without end. Without rows it is 1.
+    """
+    if not len(classes):
+        return 1.0
+
+    def loss(log_factor: float) -> float:
+        scaled = logits * np.exp(log_factor)
+        scaled = scaled - scaled.max(axis=1, keepdims=True)
+        return float((np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(classes)), classes]).mean())
+
+    return float(np.exp(_golden(loss, np.log(COOLEST), np.log(1.0 if bias else HOTTEST))))
+
+
+def _golden(value: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with one minimum has it, to a thousandth of a thousandth."""
+    ratio = (5**0.5 - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = value(left), value(right)
+    while high - low > 1e-6:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = value(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = value(right)
+    return (low + high) / 2
+
+
+def upper(matrix: Floats) -> Floats:
+    """The upper triangle row by row, diagonal included: what travels of a scatter, d·(d + 1)/2 numbers."""
+    return matrix[np.triu_indices(len(matrix))]
+
+
+def from_upper(numbers: Sequence[float] | Floats, width: int) -> Floats:
+    """The symmetric matrix whose upper triangle these are."""
+    matrix = np.zeros((width, width))
+    matrix[np.triu_indices(width)] = numbers
+    return matrix + np.triu(matrix, 1).T

@@ -1,0 +1,145 @@
+"""The head before round 1: one query to the nodes, their sums merged, the last layer solved (merging/statistics.py).
+
+What is asked once decides for the whole run, so replies get what updates get: bounds, a weight cap, a robust merge where
+`strategy.robust` is not mean, and a line for every node that did not tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flwr.app import Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedara_flwr.config import Settings
+from fedara_flwr.keys import ConfigError
+from fedara_flwr.merging.statistics import Statistics, merge, solve, temperature
+from fedara_flwr.model.spec import Vector
+from fedara_flwr.server.messages import replies
+from fedara_flwr.server.roster import Node, Roster, last_line
+from fedara_flwr.server.round import Line, weight_cap
+from fedara_flwr.strategies.base import ModelPort, Places, State
+from fedara_flwr.tasks import find
+from fedara_flwr.wire.arrays import Rejected
+from fedara_flwr.wire.meter import ByteMeter
+from fedara_flwr.wire.records import check_metrics
+from fedara_flwr.wire.statistics import from_content, question
+
+logger = logging.getLogger(__name__)
+SHOWN = 5  # names in a line of the log
+
+
+def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roster, grid: Grid) -> list[Line]:
+    """Solve the state's head from sums that the nodes tell, where the run wants that and the task has classes.
+
+    Where it cannot be done, the log says why, and the head stays as it was drawn.
+
+    Returns:
+        A line for each client that told its sums.
+
+    Raises:
+        TimeoutError: too few nodes came.
+    """
+    task, wanted = find(settings.data.task), settings.head.start
+    if wanted == "random" or "head" not in state.arrays:
+        return []
+    if not task.classes:
+        logger.info("head.start = %r: data.task = %r has no classes, its head is drawn", wanted, task.name)
+        return []
+    try:
+        start = HeadStart(settings, model.places(), roster.meter)
+    except ConfigError as error:
+        logger.warning("%s; it is drawn", error)
+        return []
+    roster.wait(grid)
+    nodes = roster.sample(grid, 0, settings.head.clients or len(roster.nodes))
+    told = start.ask(grid, nodes, roster.examples)
+    if len(told) < settings.strategy.min_replies:
+        logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is drawn", len(told))
+        return []
+    state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
+    logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
+    return start.lines
+
+
+class HeadStart:
+    """Asks, merges and solves.
+
+    Attributes:
+        lines: one for each client that told its sums, in the order of the keys, for metrics.jsonl.
+    """
+
+    def __init__(self, settings: Settings, places: Places, meter: ByteMeter) -> None:
+        self.settings, self.places, self.meter = settings, places, meter
+        self.lines: list[Line] = []
+
+    def ask(self, grid: Grid, nodes: Sequence[Node], examples: Mapping[str, int]) -> dict[str, Statistics]:
+        """The nodes' sums by key; each weighs at most `strategy.weight-cap` times the median of the examples declared."""
+        settings, told = self.settings, dict[str, Statistics]()
+        timeout, scatter = settings.strategy.round_timeout, settings.head.start == "statistics"
+        contents = [question(scatter, settings.wire.up, settings.seed) for _ in nodes]
+        down = [dict(self.meter.count("down", content)) for content in contents]
+        messages = [
+            Message(content, node.node_id, "query.statistics", ttl=timeout)
+            for content, node in zip(contents, nodes, strict=True)
+        ]
+        cap = weight_cap(settings.strategy.weight_cap, [examples[node.key] for node in nodes])
+        silent = {node.key: f"no reply in {timeout:g} s" for node in nodes}
+        for index, reply in replies(grid, messages, timeout):
+            key = nodes[index].key
+            try:
+                told[key] = self._read(reply, nodes[index], down[index], examples[key])
+            except Exception as error:  # no reply may end a run, whatever it does to the checks themselves
+                silent[key] = str(error)
+                continue
+            del silent[key]
+            told[key] = told[key].weighted(min(1.0, cap / examples[key]))
+        for key, why in silent.items():
+            logger.warning("client %s tells no sums for the head: %s", key, why)
+        self.lines.sort(key=lambda line: (len(str(line["client"])), str(line["client"])))
+        return told
+
+    def _read(self, reply: Message | Exception, node: Node, down: Mapping[str, int], examples: int) -> Statistics:
+        if isinstance(reply, Exception):
+            raise Rejected("unreadable", f"{type(reply).__name__}: {reply}")
+        if reply.has_error():
+            raise Rejected(f"error-{reply.error.code}", last_line(reply.error.reason))
+        if reply.metadata.src_node_id != node.node_id:
+            raise Rejected("sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
+        up, places, start = dict(self.meter.count("up", reply.content)), self.places, self.settings.head.start
+        form, most = self.settings.wire.up, examples * places.per_row
+        classes, width = len(places.labels), places.features.shape[1]
+        one = from_content(reply.content, classes, width, form, start == "statistics", most)
+        metrics = reply.content.metric_records.get("metrics", MetricRecord())
+        check_metrics(metrics, "num-examples", examples)
+        self.lines.append({**metrics, "type": "client", "round": 0, "client": node.key, "bytes-down": down, "bytes-up": up})
+        return one
+
+    def solve(self, head: Vector, told: Mapping[str, Statistics]) -> tuple[Vector, Line]:
+        """The packed head with its last layer solved, and what is to be said of it.
+
+        Args:
+            head: as it was drawn, which the layers before the last one keep.
+        """
+        places = self.places
+        bias, labels = places.bias is not None, places.labels
+        merged = merge(told, self.settings.strategy.robust != "mean")
+        weights, biases, share = solve(merged, bias)
+        factor = temperature(places.features @ weights.T + biases, places.classes, bias)
+        head = head.copy()
+        head[places.weight] = (factor * weights).ravel()
+        if places.bias is not None:
+            head[places.bias] = factor * biases
+        if missing := [labels[i] for i in np.flatnonzero(merged.counts == 0)]:
+            shown = ", ".join(missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
+            logger.warning("head: no client told of %d of %d labels: %s", len(missing), len(labels), shown)
+        return head, {
+            "start": self.settings.head.start,
+            "clients": len(told),
+            "rows": float(merged.counts.sum()),
+            "classes": int((merged.counts > 0).sum()),
+            "shrinkage": share,
+            "temperature": factor,
+        }

@@ -1,0 +1,121 @@
+"""Statistics of a client's features ⇄ Flower records (merging/statistics.py). What comes is checked before it is believed.
+
+A reply holds `sums`, an ArrayRecord: `counts` (int64, one for each class); `means`, of the classes that have a count
+only, and `scatter`, the upper triangle row by row, both in the run's upload format. What a node does not tell it says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedara_flwr.log import printable
+from fedara_flwr.merging.statistics import Statistics, from_upper, upper
+from fedara_flwr.model.ranks import Ints
+from fedara_flwr.model.spec import Vector
+from fedara_flwr.wire.arrays import MAX_DETAIL, Rejected, read_vector, short
+from fedara_flwr.wire.codec import CODECS
+
+STATISTICS, SUMS = "statistics", "sums"
+COUNTS, MEANS, SCATTER = "counts", "means", "scatter"
+LARGEST = 1e6  # of a feature: squares and their sums stay finite
+_INT64 = np.dtype("<i8")
+
+
+def question(scatter: bool, form: str, seed: int) -> RecordDict:
+    """The query: whether the scatter is asked for, the format of the reply, and the seed of its rounding."""
+    return RecordDict({STATISTICS: ConfigRecord({SCATTER: scatter, "up": form, "seed": seed})})
+
+
+def refusal(why: str) -> RecordDict:
+    """The reply of a node that does not tell its sums."""
+    return RecordDict({STATISTICS: ConfigRecord({"refused": why})})
+
+
+def to_content(told: Statistics, form: str, rng: np.random.Generator, metrics: dict[str, Any]) -> RecordDict:
+    """The reply; `rng` rounds where the format does so at random, `metrics` are what the pass took."""
+    has, codec = told.counts > 0, CODECS[form]
+    width = told.means.shape[1]
+    arrays: dict[str, Any] = {COUNTS: told.counts.astype(_INT64)}
+    if has.any():
+        arrays[MEANS] = codec.encode(told.means[has].ravel().astype(np.float32), _rows(int(has.sum()), width), rng)
+    if told.scatter is not None:
+        arrays[SCATTER] = codec.encode(upper(told.scatter).astype(np.float32), _triangle(width), rng)
+    record = ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in arrays.items()})
+    return RecordDict({SUMS: record, "metrics": MetricRecord(metrics)})
+
+
+def from_content(content: RecordDict, classes: int, width: int, form: str, scatter: bool, most: int) -> Statistics:
+    """A client's statistics.
+
+    Args:
+        classes: C, the run's labels.
+        width: d, what enters the head's last layer.
+        scatter: whether it was asked for.
+        most: rows that the client can have, by what it declared.
+
+    Raises:
+        Rejected: the node refused, or this cannot be what was asked for.
+    """
+    if why := _refused(content):
+        raise Rejected("refused", why)
+    record = content.array_records.get(SUMS)
+    if record is None:
+        raise Rejected("records", f"array records {short(content.array_records)}, expected {SUMS!r}")
+    if COUNTS not in record:
+        raise Rejected("parts", f"arrays {short(record)}, {COUNTS!r} is missing")
+    counts = read_vector(record[COUNTS], classes, COUNTS, _INT64)
+    if (counts < 0).any() or (counts > most).any() or int(counts.sum()) > most:
+        raise Rejected("counts", f"counts from {counts.min()} to {counts.max()}, the client declared {most} rows")
+    has = counts > 0
+    expected = {COUNTS} | ({MEANS} if has.any() else set()) | ({SCATTER} if scatter else set())
+    if set(record) != expected:
+        raise Rejected("parts", f"arrays {short(record)}, expected {sorted(expected)}")
+    means = np.zeros((classes, width))
+    if has.any():
+        means[has] = _decode(record[MEANS], _rows(int(has.sum()), width), MEANS, form).reshape(-1, width)
+    triangle = _decode(record[SCATTER], _triangle(width), SCATTER, form) if scatter else None
+    freedom = float(counts.sum() - has.sum())
+    spread = None if triangle is None else _bounded(from_upper(triangle.astype(np.float64), width), freedom)
+    return Statistics(counts.astype(np.float64), means, spread, freedom)
+
+
+def _refused(content: RecordDict) -> str:
+    """Why the node tells nothing; '' where it does."""
+    why = content.config_records.get(STATISTICS, ConfigRecord()).get("refused", "")
+    return printable(str(why)[:MAX_DETAIL])
+
+
+def _bounded(scatter: np.ndarray, freedom: float) -> np.ndarray:
+    """What sums of squares can be: no negative diagonal, no product larger than its squares allow.
+
+    Rounding to few bits can break the second, so such numbers are cut and not refused.
+    """
+    squares = np.diag(scatter)
+    if (squares < 0).any() or squares.max(initial=0.0) > LARGEST**2 * max(freedom, 0.0):
+        raise Rejected("scatter", f"squares from {squares.min():g} to {squares.max():g} of {freedom:g} rows")
+    most = np.sqrt(np.outer(squares, squares))
+    return np.clip(scatter, -most, most)
+
+
+def _decode(array: Array, rows: Ints, name: str, form: str) -> Vector:
+    codec = CODECS[form]
+    try:
+        values = codec.decode(read_vector(array, codec.length(rows), name, codec.dtype), rows)
+    except ValueError as error:
+        raise Rejected("codes", f"{name}: {error}") from None
+    if not np.isfinite(values).all() or (name == MEANS and np.abs(values).max(initial=0.0) > LARGEST):
+        raise Rejected("not-finite", f"{name} has numbers that are not finite, or beyond {LARGEST:g}")
+    return values
+
+
+def _rows(count: int, width: int) -> Ints:
+    """Lengths of the rows of the means, each with a scale of its own."""
+    return np.full(count, width, dtype=np.int64)
+
+
+def _triangle(width: int) -> Ints:
+    """Lengths of the rows of an upper triangle."""
+    return np.arange(width, 0, -1, dtype=np.int64)
