@@ -18,13 +18,13 @@ def read(path: Path) -> list[dict]:
     lines = {}
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         key = [line[name] for name in ("stage", "data", "method", "setting", "seed", "round")]
-        lines[json.dumps(key, sort_keys=True)] = line
+        lines[json.dumps(key, sort_keys=True)] = {"score": line.get("accuracy"), **line}
     return list(lines.values())
 
 
 def smooth(curve: Curve, index: int) -> float:
     """Mean accuracy of the three evaluations up to `index` (fewer at the start)."""
-    return statistics.mean(line["accuracy"] for line in curve[max(0, index - 2) : index + 1])
+    return statistics.mean(line["score"] for line in curve[max(0, index - 2) : index + 1])
 
 
 def first(curve: Curve, target: float, name: str) -> float | None:

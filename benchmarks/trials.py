@@ -21,10 +21,20 @@ from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
 
 EVERY = 5  # rounds between evaluations
-DATASETS = {  # name: (clients, Dirichlet alpha)
-    "banking77": (50, 0.1),
-    "20news": (50, 1.0),
-    "docstrings": (20, 0.5),
+DATASETS: dict[str, tuple[int, dict]] = {  # name: clients, and how the set is read and dealt out
+    "banking77": (50, {"data.dirichlet-alpha": 0.1}),
+    "20news": (50, {"data.dirichlet-alpha": 0.1}),
+    "sst2": (50, {"data.dirichlet-alpha": 0.1}),
+    "docstrings": (20, {"data.dirichlet-alpha": 0.5}),
+    "wnut17": (
+        20,
+        {
+            "data.task": "token-classification",
+            "data.text-column": "tokens",
+            "data.label-column": "ner_tags",
+            "data.dirichlet-alpha": 0.1,
+        },
+    ),
 }
 BASE = {
     "strategy.min-train-nodes": 5,
@@ -53,14 +63,14 @@ class Trial(Callback):
         self, out: Path, stage: str, data: str, method: str, setting: dict, seed: int, rounds: int, dtype: str
     ) -> None:
         dataset = Path(data).name
-        self.clients, alpha = DATASETS[dataset]
+        self.clients, reading = DATASETS[dataset]
         flat = {
             **BASE,
             "model.dtype": dtype,
             "num-server-rounds": rounds,
             "method": method,
             "seed": seed,
-            "data.dirichlet-alpha": alpha,
+            **reading,
             "data.path": data if dataset != "docstrings" else "",
             "strategy.fraction-train": 5 / self.clients,
             **setting,
@@ -69,27 +79,31 @@ class Trial(Callback):
         self.out, self.rounds, self.settings = out, rounds, Settings.from_flat(flat)
         self.loop: RoundLoop | None = None
         self._modelled = {"seconds": 0.0, "joules": 0.0}
-        self._busy = 0.0
+        self._busy, self._flops = 0.0, 0.0
+        self._line: dict = {}
 
     def run(self, rounds: int) -> float:
-        """Go on to round `rounds`; returns the mean of the last two validation accuracies."""
+        """Go on to round `rounds`; returns the mean of the last two validation scores, by the task's main metric."""
         wanted = (rounds - EVERY, rounds)
-        done = {line["round"]: line["accuracy"] for line in read(self.out) if self._mine(line)}
-        if rounds not in done:
+        if rounds not in self._done():
             if self.loop is None:
                 settings = self.settings
                 self.model = server_model(settings.model, settings.data, settings.seed)
                 self.loop = new_loop(settings, self.model, self)
                 self.grid = InProcessGrid(settings.to_flat(), self.clients)
             self.loop.start(self.grid, self.loop.initial_arrays(), rounds, evaluate_fn=self._evaluate)
-            done = {line["round"]: line["accuracy"] for line in read(self.out) if self._mine(line)}
+            self._write()
+        done = self._done()
         return sum(done[r] for r in wanted) / 2
+
+    def _done(self) -> dict[int, float]:
+        return {line["round"]: line["score"] for line in read(self.out) if self._mine(line)}
 
     def _mine(self, line: dict) -> bool:
         return all(line[name] == value for name, value in self.key.items())
 
     def _evaluate(self, server_round: int, arrays: object) -> MetricRecord | None:
-        if server_round == 0 or server_round % EVERY:
+        if server_round % EVERY:
             return None
         return MetricRecord(dict(self.model.evaluate(self._weights())))
 
@@ -98,30 +112,39 @@ class Trial(Callback):
         return self.loop.method.weights(self.loop.state)
 
     def record(self, record: dict) -> None:
-        """Sum what rounds cost, and write a line for each that was evaluated."""
+        """Sum what rounds cost, and keep a line for each that was evaluated until its clients' lines have come."""
         if record["type"] == "client":
             self._busy += record["seconds-all"]
-        if record["type"] != "round":
+            self._flops += record["flops-forward"] + record["flops-backward"]
+        if record["type"] not in ("start", "round"):
             return
+        self._write()
         for name in self._modelled:
             self._modelled[name] += record.get(f"modelled-{name}", 0.0)
-        if "accuracy" not in record:
+        main, number = self.model.task.metric.name, record.get("round", 0)
+        if main not in record:
             return
-        line = {
+        names = ("accuracy", "macro-f1", "loss", "alive", "dead-modules", "factor-error")
+        self._line = {
             **self.key,
             "dtype": self.settings.model.dtype,
-            **{name: record[name] for name in ("round", "accuracy", "macro-f1", "loss", "alive", "dead-modules")},
+            "round": number,
+            "score": record[main],
+            **{name: record[name] for name in names if name in record},
             "mb": record["bytes-total"] / 1e6,
-            "mb-kept": record["bytes-kept"] / 1e6,
-            "factor-error": record.get("factor-error"),
+            "mb-kept": record.get("bytes-kept", 0) / 1e6,
             **{f"modelled-{name}": value for name, value in self._modelled.items()},
-            "client-seconds": self._busy,
         }
-        if record["round"] == self.rounds:
+        if number == self.rounds:
             test = self.model.evaluate(self._weights(), "test")
-            line |= {f"test-{name}": value for name, value in test.items()}
-        # client lines of this round are written after it; what they took counts from the next line on
+            self._line |= {f"test-{name}": value for name, value in test.items()} | {"test-score": test[main]}
+
+    def _write(self) -> None:
+        """Append the line that is kept, with what the clients have taken by then."""
+        if not self._line:
+            return
+        line, self._line = {**self._line, "client-seconds": self._busy, "client-flops": self._flops}, {}
         with self.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        shown = ("stage", "method", "setting", "seed", "round", "accuracy", "mb")
+        shown = ("stage", "data", "method", "seed", "round", "score", "mb")
         print(time.strftime("%H:%M:%S"), json.dumps({name: line[name] for name in shown}), flush=True)

@@ -170,9 +170,8 @@ def shrunk(covariance: Floats, freedom: float) -> tuple[Floats, float]:
 def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
     """Weights (C, d), biases (C,) and the covariance's share of shrinkage of the last layer.
 
-    With a bias: linear discriminant analysis, classes weighed by how often they occur. Without one, where a layer has none:
-    least squares to the classes' indicators through the origin, every class as often as any other. A class without a row has
-    weights 0 and the lowest bias of all.
+    With a bias: linear discriminant analysis. Without one, where a layer has none: least squares to the classes' indicators,
+    through the origin. Classes weigh as often as they occur. A class without a row has weights 0 and the lowest bias of all.
     """
     seen = merged.counts > 0
     covariance, share = shrunk(merged.covariance, merged.freedom)
@@ -185,9 +184,10 @@ def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
         biases[seen] = prior - 0.5 * (weights[seen] * (means + centre)).sum(axis=1)
         biases[~seen] = biases[seen].min() - 1.0
     else:
-        second = covariance + means.T @ means / len(means)
+        often = (merged.counts[seen] / merged.counts[seen].sum())[:, None]
+        second = covariance + means.T @ (often * means)
         second += RIDGE * np.trace(second) / len(second) * np.eye(len(second))
-        weights[seen] = np.linalg.solve(second, means.T).T / len(means)
+        weights[seen] = np.linalg.solve(second, (often * means).T).T
     return weights, biases, share
 
 
