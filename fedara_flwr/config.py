@@ -124,6 +124,11 @@ class LocalTraining(Group):
     )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
     head_learning_rate: float = Field(1e-2, ge=0, description="AdamW learning rate of the head")
+    loss: Literal["plain", "logit-adjusted"] = Field(
+        "plain",
+        description="logit-adjusted: where the task has classes, a client adds the log of its classes' shares to the logits as "
+        "it trains, so that it does not learn which classes it lacks (arXiv 2007.07314)",
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")
     clip_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0 = not clipped")
     dropout: bool = Field(
@@ -148,6 +153,9 @@ class TrainSettings(LocalTraining):
         description="AdamW learning rate of the head; 0 = fixed: neither trained nor sent back; -1 = 1e-3 for a head that was "
         "solved (head.start), 1e-2 for one that was drawn",
     )
+    final_rate: float = Field(
+        1.0, gt=0, le=1, description="learning rates in the last round over those in the first; linear between"
+    )
     cache: Literal["off", "exact", "half"] = Field(
         "exact",
         description="the output of the blocks below the lowest living adapter: run at every step, or once for each example and "
@@ -161,16 +169,18 @@ class TrainSettings(LocalTraining):
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
-    def local(self, learning_rate: float, solved: bool = False) -> LocalTraining:
+    def local(self, learning_rate: float, solved: bool = False, done: float = 0.0) -> LocalTraining:
         """What travels in a plan.
 
         Args:
             learning_rate: the method's own, used where the configuration leaves it open.
             solved: whether the head started from statistics, which its own default rate depends on.
+            done: share of the run that is over: 0 in the first round, 1 in the last.
         """
+        share = 1 - (1 - self.final_rate) * done
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
         head = self.head_learning_rate if self.head_learning_rate >= 0 else SOLVED_HEAD if solved else DRAWN_HEAD
-        rates = {"learning_rate": self.learning_rate or learning_rate, "head_learning_rate": head}
+        rates = {"learning_rate": share * (self.learning_rate or learning_rate), "head_learning_rate": share * head}
         return LocalTraining.model_construct(**values | rates)
 
 

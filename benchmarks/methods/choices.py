@@ -27,6 +27,15 @@ CHOICES: dict[str, tuple[str, dict]] = {
     "fedlora-random": ("fedlora", {"head.start": "random"}),
     "fedara-random": ("fedara", {"head.start": "random"}),
     "fedara-fixed": ("fedara", {"train.head-learning-rate": 0.0}),
+    "adjusted": ("fedara", {"train.loss": "logit-adjusted"}),
+    "fedlora-adjusted": ("fedlora", {"train.loss": "logit-adjusted"}),
+    "upper-half": ("fedara", {"strategy.options": "depth-slack = 0.99"}),
+    "depth-0.1": ("fedara", {"strategy.options": "depth-slack = 0.1"}),
+    "zero-b": ("fedara", {"strategy.options": "start = 'zero-b'"}),
+    "decay": ("fedara", {"train.final-rate": 0.1}),
+    "final-40%": ("fedara", {"strategy.options": "final-rounds = 8"}),
+    "int8": ("fedara", {"wire.down": "int8", "wire.up": "int8"}),
+    "int8-int4": ("fedara", {"wire.down": "int8", "wire.up": "int4"}),
     "fedlora-fixed": ("fedlora", {"train.head-learning-rate": 0.0}),
 }
 
@@ -36,22 +45,23 @@ def keep_heads(folder: Path, solve_head):
 
     def solve(settings, model, state, roster, grid):
         if settings.head.start == "random":
-            return []
+            return [], []
         name = f"{Path(settings.data.path).name or settings.data.name}-{settings.seed}-{settings.head.start}"
         path = folder / f"{name}-{settings.model.dtype}.npz"
         if not path.exists():
             before = dict(roster.meter.total)
-            lines = solve_head(settings, model, state, roster, grid)
+            lines, _ = solve_head(settings, model, state, roster, grid)
             sent = {part: size - before.get(part, 0) for part, size in roster.meter.total.items()}
             lines = [{name: line[name] for name in line if not isinstance(line[name], dict)} for line in lines]
             facts = json.dumps({"solved": state.solved, "bytes": sent, "lines": lines})
             np.savez(path, head=state.arrays["head"], facts=np.array(facts))
             roster.meter.total.subtract(sent)  # counted below, as it is every time
+        roster.wait(grid)
         kept = np.load(path)
         facts = json.loads(str(kept["facts"]))
         state.arrays["head"], state.solved = kept["head"], facts["solved"]
         roster.meter.total.update(facts["bytes"])
-        return [{**line, "bytes-down": {}, "bytes-up": {}} for line in facts["lines"]]
+        return [{**line, "bytes-down": {}, "bytes-up": {}} for line in facts["lines"]], []
 
     return solve
 

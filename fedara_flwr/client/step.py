@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack
 from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
-from fedara_flwr.tasks.base import Batch, Encoded
+from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded
 
 PASSES = ("forward", "backward")
 Passes = tuple[torch.Tensor, dict[str, float]]
@@ -36,7 +37,29 @@ class Spent:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PASSES, 0.0))
 
 
-def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent) -> torch.Tensor:
+def log_shares(learner: Learner, data: Encoded) -> torch.Tensor:
+    """Log of each class's share of a client's own predictions, each class counted once more than it occurs; shape (labels,)."""
+    labels = np.concatenate([np.atleast_1d(label) for label in data.labels])
+    counts = np.bincount(labels[labels != UNLABELLED], minlength=len(learner.adapted.backbone.labels)) + 1.0
+    return torch.tensor(np.log(counts / counts.sum()), dtype=torch.float32, device=learner.adapted.device)
+
+
+def _outputs(learner: Learner, batch: Batch, shift: torch.Tensor | None) -> Any:
+    """What the task sees of the model, with `shift` added to the logits of every prediction.
+
+    Args:
+        shift: shape (labels,), or (rows, labels) where rows have one each.
+    """
+    outputs = learner.task.outputs(learner, batch, learner.adapted.below(batch))
+    if shift is not None:
+        rows = shift if shift.dim() == 1 else shift.view(len(shift), *[1] * (outputs.logits.dim() - 2), -1)
+        outputs.logits = outputs.logits.float() + rows
+    return outputs
+
+
+def backward(
+    learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], spent: Spent, shift: torch.Tensor | None = None
+) -> torch.Tensor:
     """Add up the gradients of a batch that comes in parts: the same, to rounding, as if it came whole.
 
     The losses of all parts are summed and divided by the whole batch's number of predictions; every term's penalty counts
@@ -46,6 +69,7 @@ def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], 
     Args:
         batches: the parts, at least one.
         spent: gets what this took.
+        shift: added to every prediction's logits, shape (labels,).
 
     Returns:
         The batch's mean loss without penalties, detached.
@@ -57,8 +81,7 @@ def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], 
         spent.rows += len(batch["input_ids"])
         spent.tokens += batch["input_ids"].numel()
         before = clock(adapted.device)
-        below = adapted.below(batch)
-        loss = task.losses(task.outputs(learner, batch, below), batch).sum() / total
+        loss = task.losses(_outputs(learner, batch, shift), batch).sum() / total
         spent.seconds["forward"] += clock(adapted.device) - before
         mean += loss.detach()
         for penalty in (term.penalty() for term in terms if i == 0):
@@ -69,24 +92,28 @@ def backward(learner: Learner, batches: Sequence[Batch], terms: Sequence[Term], 
     return mean
 
 
-def backward_together(learner: Learner, stack: Stack, batch: Batch, counts: Sequence[int]) -> Passes:
+def backward_together(
+    learner: Learner, stack: Stack, batch: Batch, counts: Sequence[int], shifts: Sequence[torch.Tensor | None]
+) -> Passes:
     """Gradients of one step of several clients, each of its own mean loss.
 
     Args:
         batch: each client's rows in turn, as many of every client.
         counts: of each client, how many of its first rows count.
+        shifts: of each client, as in `backward`; of all or of none.
 
     Returns:
         Mean losses, shape (clients,), detached; seconds of all clients' passes by name.
     """
     adapted, task = learner.adapted, learner.task
     before = clock(adapted.device)
-    below = adapted.below(batch)
+    own = [shift for shift in shifts if shift is not None]
+    shift = torch.stack(own).repeat_interleave(len(batch["input_ids"]) // len(counts), 0) if own else None
     with stack.whole():
-        each, predictions = task.losses(task.outputs(learner, batch, below), batch), task.counts(batch)
+        each, predictions = task.losses(_outputs(learner, batch, shift), batch), task.counts(batch)
     places = range(0, len(each), len(each) // len(counts))
-    own = [slice(start, start + count) for start, count in zip(places, counts, strict=True)]
-    losses = torch.stack([each[rows].sum() / predictions[rows].sum().clamp(min=1) for rows in own])
+    members = [slice(start, start + count) for start, count in zip(places, counts, strict=True)]
+    losses = torch.stack([each[rows].sum() / predictions[rows].sum().clamp(min=1) for rows in members])
     between = clock(adapted.device)
     losses.sum().backward()
     return losses.detach(), dict(zip(PASSES, (between - before, clock(adapted.device) - between), strict=True))

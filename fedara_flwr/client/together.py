@@ -54,7 +54,9 @@ def train_together(learner: Learner, jobs: Sequence[Job]) -> list[Update | Excep
         rows = [trainee.steps[step].tolist() for trainee in trainees]
         optimizer.zero_grad(set_to_none=False)  # what the stack shows are views of them
         batch = learner.batch(*_joined(jobs, rows))
-        losses, seconds = backward_together(learner, stack, batch, [len(own) for own in rows])
+        losses, seconds = backward_together(
+            learner, stack, batch, [len(own) for own in rows], [trainee.shift for trainee in trainees]
+        )
         for i, (trainee, own) in enumerate(zip(trainees, rows, strict=True)):
             stack.show(i)
             trainee.losses.append(losses[i])

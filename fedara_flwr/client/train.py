@@ -16,7 +16,7 @@ from fedara_flwr import seeds
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
-from fedara_flwr.client.step import Spent, backward, count_flops
+from fedara_flwr.client.step import Spent, backward, count_flops, log_shares
 from fedara_flwr.client.terms import Term, find
 from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.draws import draw, sparse_positions
@@ -121,6 +121,8 @@ class Trainee:
         self.gradient_masks = adapted.gradient_masks()
         self.lengths = [len(row) for row in self.job.data.train.ids]
         self.steps = list(batches(self.lengths, plan.train, np.random.default_rng(self.stream)))
+        adjusted = plan.train.loss == "logit-adjusted" and self.learner.task.classes
+        self.shift = log_shares(self.learner, self.job.data.train) if adjusted else None
         self.losses: list[torch.Tensor] = []
         self.spent = Spent()
 
@@ -230,7 +232,7 @@ def train(
         pieces = cut(rows.tolist(), trainee.lengths, plan.train.batch_tokens)
         batch = [learner.batch(data.train, piece) for piece in pieces]
         optimizer.zero_grad(set_to_none=True)
-        trainee.losses.append(backward(learner, batch, list(trainee.terms.values()), trainee.spent))
+        trainee.losses.append(backward(learner, batch, list(trainee.terms.values()), trainee.spent, trainee.shift))
         trainee.before_update()
         optimizer.step()
         scheduler.step()

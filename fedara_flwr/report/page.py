@@ -28,6 +28,7 @@ from fedara_flwr.report.loading import loading_code
 from fedara_flwr.report.read import Run, number, read_run
 from fedara_flwr.report.series import (
     Client,
+    before_rounds,
     cumulative_modelled,
     drops,
     drops_by_reason,
@@ -153,7 +154,7 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     figures = []
     for metric in metrics:
         value, test = final(run, metric), number(run.test.get(metric))
-        before = f"from {start:.3f} before round 1" if metric == run.metric and not np.isnan(start) else ""
+        before = f"from {start:.3f} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
         if metric == run.metric or not np.isnan(value):
             figures.append((f"{metric}, validation", figure(value), before))
         if metric == run.metric or not np.isnan(test):
@@ -180,6 +181,15 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         energy = "" if np.isnan(joules) else f", {joules / 1e3:,.1f} kJ"
         figures.append(("modelled time", duration(modelled), f"simulated devices{energy}"))
     return figures
+
+
+def _solved(run: Run) -> str:
+    """What the head was solved from; '' where it was drawn."""
+    head = run.start.get("head") or {}
+    if not head:
+        return ""
+    mb = figure(before_rounds(run, "bytes-total") / 1e6, 1)
+    return f", head from {number(head.get('rows')):.0f} rows of {number(head.get('clients')):.0f} clients, {mb} MB"
 
 
 def _picture(svg: str | None, heading: str, note: str, missing: str) -> Picture:

@@ -37,12 +37,19 @@ def cumulative_megabytes(run: Run) -> Series:
 
 def cumulative_seconds(run: Run) -> Series:
     """Wall seconds of rounds and their evaluations, up to each round."""
-    return np.cumsum(np.nan_to_num(series(run.rounds, "seconds")) + np.nan_to_num(series(run.rounds, "seconds-evaluate")))
+    return before_rounds(run, "seconds") + np.cumsum(
+        np.nan_to_num(series(run.rounds, "seconds")) + np.nan_to_num(series(run.rounds, "seconds-evaluate"))
+    )
 
 
 def cumulative_modelled(run: Run) -> Series:
     """Seconds on the modelled clock up to each round; NaN from the first round without."""
-    return np.cumsum(series(run.rounds, "modelled-seconds"))
+    return before_rounds(run, "modelled-seconds") + np.cumsum(series(run.rounds, "modelled-seconds"))
+
+
+def before_rounds(run: Run, name: str) -> float:
+    """What solving the head took before round 1; 0 where it was drawn."""
+    return float(np.nan_to_num(number(run.start.get(name)))) if run.start.get("head") else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ def curve(run: Run, metric: str, start: bool = True) -> Curve:
     )[:, ~np.isnan(values)]
     before = number(run.start.get(metric))
     if start and not math.isnan(before):
-        columns = np.concatenate([[[0.0], [before], [0.0], [0.0], [0.0]], columns], axis=1)
+        costs = [before_rounds(run, "bytes-total") / 1e6, *(before_rounds(run, n) for n in ("seconds", "modelled-seconds"))]
+        columns = np.concatenate([[[value] for value in (0.0, before, *costs)], columns], axis=1)
     return Curve(*columns)
 
 

@@ -140,12 +140,15 @@ class RunDirectory:
         return [record for line in lines if (record := json.loads(line))["type"] == kind]
 
     def modelled(self) -> dict[str, float]:
-        """Seconds, waiting and joules of all rounds by the modelled clock; {} where not every node was simulated."""
-        rounds = self.records("round")
-        names = ("seconds", "waiting", "joules")
-        if not rounds or any(f"modelled-{name}" not in record for record in rounds for name in names):
+        """Seconds, waiting and joules by the modelled clock, of all rounds and of what the head was solved from.
+
+        {} where not every node was simulated.
+        """
+        lines, names = self.records("round"), ("seconds", "waiting", "joules")
+        lines += [line for line in self.records("start") if line.get("head")]
+        if not lines or any(f"modelled-{name}" not in line for line in lines for name in names):
             return {}
-        return {name: sum(record[f"modelled-{name}"] for record in rounds) for name in names}
+        return {name: sum(line[f"modelled-{name}"] for line in lines) for name in names}
 
     @property
     def _metrics(self) -> Path:

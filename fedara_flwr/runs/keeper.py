@@ -142,6 +142,7 @@ class Keeper(Callback):
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
             "ranks": list(state.mask.ranks),
+            "head": state.solved,
             "alive-per-module": state.mask.alive.tolist(),
             "mask": state.mask.to_bytes().hex(),
             "bytes": state.bytes_total,

@@ -34,15 +34,41 @@ def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], pr
         **work.merging,
         **work.coding,
         **modelled(work.records, profiles),
-        "slots": sum(state.mask.ranks),
+        **slots(state),
         "alive-sent": sum(plan.mask.count for plan in work.plans) / max(len(work.plans), 1),
-        "alive": state.mask.count,
-        "alive-per-module": state.mask.alive.tolist(),
-        "dead-modules": state.mask.dead_modules,
         "bytes-kept": max((state.delta.nbytes(plan.delta) for plan in work.plans), default=0),
         "sampled": [node.key for node in work.asked],
         "good": work.good,
         "dropped": [vars(drop) for drop in work.drops],
+    }
+
+
+def start_line(
+    state: ServerState,
+    evaluated: Mapping[str, Any],
+    clients: Sequence[Line],
+    asked: Sequence[str],
+    profiles: Mapping[str, Profile | None],
+) -> Line:
+    """The line of what was before round 1, but for bytes and seconds: metrics, and what the head was solved from.
+
+    Args:
+        clients: lines of those that told sums, which get their modelled cost.
+        asked: keys of those that were asked for them.
+    """
+    costs = modelled(clients, profiles) if clients else {}
+    line = {"type": "start", **evaluated, **costs, **slots(state), "sampled": list(asked), "good": len(clients)}
+    return {**line, "head": state.solved} if state.solved else line
+
+
+def slots(state: ServerState) -> Line:
+    """How many rank slots there are, live, and live in each module."""
+    mask = state.mask
+    return {
+        "slots": sum(mask.ranks),
+        "alive": mask.count,
+        "alive-per-module": mask.alive.tolist(),
+        "dead-modules": mask.dead_modules,
     }
 
 

@@ -29,7 +29,7 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.server.dispatch import Dispatch
 from fedara_flwr.server.fleet import Profile, assign, read_profiles
-from fedara_flwr.server.lines import client_evaluation, client_means, modelled, round_line
+from fedara_flwr.server.lines import client_evaluation, client_means, round_line, start_line
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
@@ -57,7 +57,7 @@ class Callback:
         """A line of metrics: of the start, a round, a client's round, an evaluation."""
 
     def after_round(self, loop: RoundLoop) -> None:
-        """Called after a round, when its lines are recorded and the loop's state is the next one."""
+        """Called after a round, and once the head is solved, with lines recorded and the loop's state the next one."""
 
 
 class RoundLoop(Strategy):
@@ -274,15 +274,14 @@ class RoundLoop(Strategy):
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         evaluate = evaluate_fn or self._validate
+        progress = Progress(self.settings.num_server_rounds, find_task(self.settings.data.task).metric)
         if self.state.server_round or self.state.solved:
             self._rejoin(grid)
         else:
-            lines = solve_head(self.settings, self.method.model, self.state, self.roster, grid)
-            arrays = result.arrays = self.initial_arrays()
-            self._record_start(self._evaluate(0, arrays, evaluate, result), lines)
-            for callback in self.callbacks if self.state.solved else ():
-                callback.after_round(self)
-        progress = Progress(self.settings.num_server_rounds, find_task(self.settings.data.task).metric)
+            record = self._begin(grid, result, evaluate)
+            arrays = result.arrays
+            if self.state.solved:
+                self._keep(progress.line(record))
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)
@@ -293,9 +292,7 @@ class RoundLoop(Strategy):
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             record = self._record(evaluated, trained - began, time.monotonic() - trained)
-            for callback in self.callbacks:
-                callback.after_round(self)
-            logger.info("%s", progress.line(record))  # a round that is shown is kept
+            self._keep(progress.line(record))
             assert self.work is not None
             if failure := self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy):
                 raise RunFailed(failure)
@@ -303,6 +300,12 @@ class RoundLoop(Strategy):
         return result
 
     # -- the rest ---------------------------------------------------------------------------------------------------
+    def _keep(self, shown: str) -> None:
+        """Let the callbacks keep what the run has reached, then show its line: a round that is shown is kept."""
+        for callback in self.callbacks:
+            callback.after_round(self)
+        logger.info("%s", shown)
+
     def _tell(self, line: Line) -> None:
         for callback in self.callbacks:
             callback.record(line)
@@ -363,32 +366,31 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
-    def _record_start(self, evaluated: MetricRecord | None, clients: Sequence[Line]) -> None:
-        """Record what was before round 1: metrics, what the head was solved from, and what that took."""
+    def _begin(self, grid: Grid, result: Result, evaluate: EvaluateFn) -> Line:
+        """Solve the head where the run wants that, evaluate, and record what was before round 1."""
+        began = time.monotonic()
+        clients, asked = solve_head(self.settings, self.method.model, self.state, self.roster, grid)
+        result.arrays, solved = self.initial_arrays(), time.monotonic()
+        evaluated = self._evaluate(0, result.arrays, evaluate, result)
         profiles = {key: self.profile(node) for key, node in self.roster.nodes.items()}
-        line = {"type": "start", **(evaluated or {}), **(modelled(clients, profiles) if clients else {})}
-        self._tell({**line, "head": self.state.solved, **self._count_bytes()})
-        for client in clients:
-            self._tell(client)
+        record = start_line(self.state, evaluated or {}, clients, asked, profiles)
+        return self._tell_costs(record, clients, solved - began, time.monotonic() - solved)
 
-    def _count_bytes(self) -> Line:
-        """Bytes since they were last counted, and all, which the state then has, with what nodes said of themselves."""
+    def _tell_costs(self, record: Line, clients: Sequence[Line], seconds: float, evaluation: float) -> Line:
+        """Tell a round's line with bytes and seconds, then its clients' lines; the state has all bytes then."""
         sent, state = self.meter.take_round(), self.state
         state.bytes_total = dict(self.meter.total)
         state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
-        return {"bytes": sent, "bytes-total": sum(self.meter.total.values())}
+        record |= {"bytes": sent, "bytes-total": sum(self.meter.total.values())}
+        record |= {"seconds": seconds, "seconds-evaluate": evaluation}
+        for line in (record, *clients):
+            self._tell(line)
+        return record
 
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         work, state = self.work, self.state
         assert work is not None
         profiles = {node.key: self.profile(node) for node in work.asked}
-        record = {
-            **round_line(work, state, dict(evaluated or {}), profiles),
-            **self._count_bytes(),
-            "seconds": seconds,
-            "seconds-evaluate": evaluation,
-        }
-        for line in (record, *work.records):
-            self._tell(line)
-        return record
+        record = round_line(work, state, dict(evaluated or {}), profiles)
+        return self._tell_costs(record, work.records, seconds, evaluation)

@@ -31,16 +31,22 @@ class Progress:
     """
 
     def __init__(self, rounds: int, metric: Metric) -> None:
-        self.rounds, self.metric, self._lines, self._began = rounds, metric.name, 0, time.monotonic()
+        self.rounds, self.metric, self._began = rounds, metric.name, time.monotonic()
+        self._lines = self._done = 0
         self._widths = [max(width, len(self.metric) + 1) if not name else width for name, width in COLUMNS]
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """A round's line, with the headings above it every now and then."""
-        self._lines += 1
-        left = (time.monotonic() - self._began) / self._lines * (self.rounds - record["round"])
-        sent = record["bytes"]
+        """The line of a round, or of what was before round 1; the headings stand above it every now and then."""
+        server_round, sent = record.get("round", 0), record["bytes"]
+        left = "-"
+        if server_round:
+            self._done += 1
+            if server_round < self.rounds:
+                left = clock((time.monotonic() - self._began) / self._done * (self.rounds - server_round))
+        else:
+            self._began = time.monotonic()
         cells = (
-            f"{record['round']}/{self.rounds}",
+            f"{server_round}/{self.rounds}",
             figure(record.get(self.metric)),
             figure(record.get("loss")),
             f"{record['alive']}/{record['slots']}",
@@ -50,11 +56,12 @@ class Progress:
             f"{record['bytes-total'] / 1e6:.1f}",
             f"{record['good']}/{len(record['sampled'])}",
             f"{record['seconds'] + record['seconds-evaluate']:.1f}",
-            clock(left) if record["round"] < self.rounds else "-",
+            left,
         )
         text = self._row(cells)
-        if self._lines % HEADER_EVERY == 1:
+        if self._lines % HEADER_EVERY == 0:
             text = f"{self._row([name or self.metric for name, _ in COLUMNS])}\n{text}"
+        self._lines += 1
         return text
 
     def _row(self, cells: Sequence[str]) -> str:

@@ -31,37 +31,37 @@ logger = logging.getLogger(__name__)
 SHOWN = 5  # names in a line of the log
 
 
-def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roster, grid: Grid) -> list[Line]:
+def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roster, grid: Grid) -> tuple[list[Line], list[str]]:
     """Solve the state's head from sums that the nodes tell, where the run wants that and the task has classes.
 
     Where it cannot be done, the log says why, and the head stays as it was drawn.
 
     Returns:
-        A line for each client that told its sums.
+        A line for each client that told its sums; keys of all that were asked.
 
     Raises:
         TimeoutError: too few nodes came.
     """
     task, wanted = find(settings.data.task), settings.head.start
     if wanted == "random" or "head" not in state.arrays:
-        return []
+        return [], []
     if not task.classes:
         logger.info("head.start = %r: data.task = %r has no classes, its head is drawn", wanted, task.name)
-        return []
+        return [], []
     try:
         start = HeadStart(settings, model.places(), roster.meter)
     except ConfigError as error:
         logger.warning("%s; it is drawn", error)
-        return []
+        return [], []
     roster.wait(grid)
     nodes = roster.sample(grid, 0, settings.head.clients or len(roster.nodes))
-    told = start.ask(grid, nodes, roster.examples)
+    told, asked = start.ask(grid, nodes, roster.examples), [node.key for node in nodes]
     if len(told) < settings.strategy.min_replies:
         logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is drawn", len(told))
-        return []
+        return [], asked
     state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
     logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
-    return start.lines
+    return start.lines, asked
 
 
 class HeadStart:

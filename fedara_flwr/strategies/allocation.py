@@ -96,6 +96,31 @@ def arbitrate_threshold(mask: RankMask, votes: Sequence[Vote], threshold: float,
     return mask.keep(keep)
 
 
+def depth_values(spec: ModelSpec, mask: RankMask, votes: Sequence[Vote], slots: int) -> np.ndarray:
+    """V(k): what the `slots` best alive slots in blocks k, k + 1, … are worth, for every k; shape (blocks,).
+
+    A slot is worth its mean normalised rank among the slots of its kind of module, over the clients by their weights: 1 for the
+    best, 0 below the worst. Kinds, such as all query projections, are ranked apart, since their scores are not of one scale.
+    This project's reading, as is all of depth.
+    """
+    names = [module.name.replace(f".{module.block}.", ".") for module in spec.modules]
+    kinds = np.array([names.index(name) for name in names])[mask.modules[mask.bits]]
+    blocks = np.array([module.block for module in spec.modules])[mask.modules[mask.bits]]
+    worth = np.zeros(mask.count)
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        for vote in votes:
+            within = np.argsort(np.argsort(vote.ranks[members]))
+            worth[members] += vote.weight * (len(members) - within) / len(members)
+    worth /= sum(vote.weight for vote in votes)
+    return np.array([np.sort(worth[blocks >= k])[::-1][:slots].sum() for k in range(spec.blocks)])
+
+
+def lowest_block(values: np.ndarray, slack: float) -> int:
+    """The largest k with V(k) ≥ (1 - slack)·V(0): blocks below it can go."""
+    return int(np.flatnonzero(values >= (1 - slack) * values[0])[-1])
+
+
 @dataclass(frozen=True)
 class Capacity:
     """What a device can do, by the moving averages of its reports.

@@ -320,7 +320,11 @@ class Method:
             seed=settings.seed,
             mask=self.client_mask(state, client),
             scales=self.scales(state.mask),
-            train=settings.train.local(find_task(settings.data.task).learning_rate or self.learning_rate, bool(state.solved)),
+            train=settings.train.local(
+                find_task(settings.data.task).learning_rate or self.learning_rate,
+                bool(state.solved),
+                state.server_round / max(settings.num_server_rounds - 1, 1),
+            ),
             sent=self.parts - self.kept,
             kept=self.parts & self.kept,
             terms=self.terms(),
