@@ -24,7 +24,7 @@ EVERY = 5  # rounds between evaluations
 DATASETS: dict[str, tuple[int, dict]] = {  # name: clients, and how the set is read and dealt out
     "banking77": (50, {"data.dirichlet-alpha": 0.1}),
     "20news": (50, {"data.dirichlet-alpha": 0.1}),
-    "sst2": (50, {"data.dirichlet-alpha": 0.1}),
+    "sst2": (50, {"data.dirichlet-alpha": 0.1, "data.validation": 0.02}),
     "docstrings": (20, {"data.dirichlet-alpha": 0.5}),
     "wnut17": (
         20,

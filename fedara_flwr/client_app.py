@@ -203,7 +203,8 @@ class Received:
         from fedara_flwr.wire.arrays import read_arrays
 
         plan = self.plan
-        return read_arrays(self.message.content, self.session.adapted.spec, plan.mask, plan.carries, plan.entries, plan.down)
+        content, spec = self.message.content, self.session.adapted.spec
+        return read_arrays(content, spec, plan.mask, plan.carries, plan.entries, plan.down, down=True)
 
     def stayed(self, server_round: int) -> Kept | None:
         """What this node kept before `server_round` of the parts that stay with it."""

@@ -126,8 +126,8 @@ class LocalTraining(Group):
     head_learning_rate: float = Field(1e-2, ge=0, description="AdamW learning rate of the head")
     loss: Literal["plain", "logit-adjusted"] = Field(
         "plain",
-        description="logit-adjusted: where the task has classes, a client adds the log of its classes' shares to the logits as "
-        "it trains, so that it does not learn which classes it lacks (arXiv 2007.07314)",
+        description="logit-adjusted: where the task has classes, a client adds to the logits, as it trains, the log of its own "
+        "classes' shares over all clients', and so does not learn which classes it has (arXiv 2007.07314)",
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up within each round")
     clip_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0 = not clipped")

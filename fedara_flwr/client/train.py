@@ -122,7 +122,7 @@ class Trainee:
         self.lengths = [len(row) for row in self.job.data.train.ids]
         self.steps = list(batches(self.lengths, plan.train, np.random.default_rng(self.stream)))
         adjusted = plan.train.loss == "logit-adjusted" and self.learner.task.classes
-        self.shift = log_shares(self.learner, self.job.data.train) if adjusted else None
+        self.shift = log_shares(self.learner, self.job.data.train, plan.class_shares) if adjusted else None
         self.losses: list[torch.Tensor] = []
         self.spent = Spent()
 

@@ -42,6 +42,7 @@ class Part:
         holds: whether the backbone's parameter of this name belongs to it; None for slot parts and the head.
         absent: what each number counts as where arrays do not have the part: 1 for E, which makes LoRA of B·diag(E)·A; None
             where the part must be there.
+        coarse: whether its values may go down in four bits. Four bits of a head's are no head; differences may always.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Part:
     width: Callable[[ModuleSpec], int] | None = None
     holds: Callable[[str], bool] | None = None
     absent: float | None = None
+    coarse: bool = True
 
     @property
     def slots(self) -> bool:
@@ -59,7 +61,7 @@ class Part:
 B = Part("B", lambda train: train.learning_rate, width=lambda module: module.d_out)
 E = Part("E", lambda train: train.learning_rate * train.e_lr_factor, width=lambda module: 1, absent=1.0)
 A = Part("A", lambda train: train.learning_rate, width=lambda module: module.d_in)
-HEAD = Part("head", lambda train: train.head_learning_rate)
+HEAD = Part("head", lambda train: train.head_learning_rate, coarse=False)
 BACKBONE = Part("backbone", lambda train: train.learning_rate, holds=lambda name: True)
 BUILT_IN = {part.name: part for part in (B, E, A, HEAD, BACKBONE)}
 SLOT_PARTS = tuple(part.name for part in BUILT_IN.values() if part.slots)

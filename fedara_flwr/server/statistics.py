@@ -25,7 +25,7 @@ from fedara_flwr.tasks import find
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.records import check_metrics
-from fedara_flwr.wire.statistics import from_content, question
+from fedara_flwr.wire.statistics import format_of_sums, from_content, question
 
 logger = logging.getLogger(__name__)
 SHOWN = 5  # names in a line of the log
@@ -73,13 +73,14 @@ class HeadStart:
 
     def __init__(self, settings: Settings, places: Places, meter: ByteMeter) -> None:
         self.settings, self.places, self.meter = settings, places, meter
+        self.scatter, self.form = settings.head.start == "statistics", format_of_sums(settings.wire.up)
         self.lines: list[Line] = []
 
     def ask(self, grid: Grid, nodes: Sequence[Node], examples: Mapping[str, int]) -> dict[str, Statistics]:
         """The nodes' sums by key; each weighs at most `strategy.weight-cap` times the median of the examples declared."""
         settings, told = self.settings, dict[str, Statistics]()
-        timeout, scatter = settings.strategy.round_timeout, settings.head.start == "statistics"
-        contents = [question(scatter, settings.wire.up, settings.seed) for _ in nodes]
+        timeout = settings.strategy.round_timeout
+        contents = [question(self.scatter, self.form, settings.seed) for _ in nodes]
         down = [dict(self.meter.count("down", content)) for content in contents]
         messages = [
             Message(content, node.node_id, "query.statistics", ttl=timeout)
@@ -108,10 +109,9 @@ class HeadStart:
             raise Rejected(f"error-{reply.error.code}", last_line(reply.error.reason))
         if reply.metadata.src_node_id != node.node_id:
             raise Rejected("sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
-        up, places, start = dict(self.meter.count("up", reply.content)), self.places, self.settings.head.start
-        form, most = self.settings.wire.up, examples * places.per_row
+        up, places = dict(self.meter.count("up", reply.content)), self.places
         classes, width = len(places.labels), places.features.shape[1]
-        one = from_content(reply.content, classes, width, form, start == "statistics", most)
+        one = from_content(reply.content, classes, width, self.form, self.scatter, examples * places.per_row)
         metrics = reply.content.metric_records.get("metrics", MetricRecord())
         check_metrics(metrics, "num-examples", examples)
         self.lines.append({**metrics, "type": "client", "round": 0, "client": node.key, "bytes-down": down, "bytes-up": up})
@@ -139,7 +139,7 @@ class HeadStart:
             "start": self.settings.head.start,
             "clients": len(told),
             "rows": float(merged.counts.sum()),
-            "classes": int((merged.counts > 0).sum()),
+            "shares": (merged.counts / merged.counts.sum()).tolist(),
             "shrinkage": share,
             "temperature": factor,
         }

@@ -328,6 +328,7 @@ class Method:
             sent=self.parts - self.kept,
             kept=self.parts & self.kept,
             terms=self.terms(),
+            class_shares=tuple(state.solved.get("shares", ())) if settings.train.loss == "logit-adjusted" else (),
             evaluate=settings.data.client_validation > 0,
             down=settings.wire.down,
             up=settings.wire.up,

@@ -14,7 +14,7 @@ from fedara_flwr.model import parts
 from fedara_flwr.model.deltas import dense_size
 from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
-from fedara_flwr.wire.codec import CODECS, Coded, Numbers
+from fedara_flwr.wire.codec import CODECS, Coded, Numbers, format_of_values
 
 MAX_NAME = 64  # characters of a name that comes from outside
 MAX_DETAIL = 300  # characters of what is said about a message; its own words are among them
@@ -73,9 +73,19 @@ def read_vector(array: Array, length: int, name: str, dtype: np.dtype[Any] = FLO
 
 
 def read_arrays(
-    content: RecordDict, spec: ModelSpec, mask: RankMask, names: frozenset[str], entries: int = 0, form: str = "float32"
+    content: RecordDict,
+    spec: ModelSpec,
+    mask: RankMask,
+    names: frozenset[str],
+    entries: int = 0,
+    form: str = "float32",
+    down: bool = False,
 ) -> Arrays:
-    """Exactly the parts `names`, packed under `mask` and sent in the format `form`, decoded; Rejected otherwise."""
+    """Exactly the parts `names`, packed under `mask` and sent in the run's format `form`, decoded; Rejected otherwise.
+
+    Args:
+        down: whether they are values that the server sent, which not every part has in every format.
+    """
     records = content.array_records
     if "arrays" not in records:
         raise Rejected("records", f"array records {short(records)}, expected 'arrays'")
@@ -85,10 +95,12 @@ def read_arrays(
     if entries > (most := dense_size(spec)):
         raise Rejected("plan", f"{entries} entries of the backbone, it has {most}")
     order = parts.in_order(names)
-    return {name: _decode(record[name], spec.row_lengths(name, mask, entries), name, form) for name in order}
+    forms = {name: format_of_values(name, form) if down else form for name in order}
+    return {name: decode(record[name], spec.row_lengths(name, mask, entries), name, forms[name]) for name in order}
 
 
-def _decode(array: Array, rows: Ints, name: str, form: str) -> Vector:
+def decode(array: Array, rows: Ints, name: str, form: str) -> Vector:
+    """A vector with these rows in the format `form`, decoded; Rejected where it cannot be that, or is not finite."""
     codec = CODECS[form]
     coded = read_vector(array, codec.length(rows), name, codec.dtype)
     try:

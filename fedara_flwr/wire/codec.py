@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedara_flwr import seeds
+from fedara_flwr.model.parts import part
 from fedara_flwr.model.ranks import Ints, RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec, Vector
 from fedara_flwr.wire.plan import TrainPlan
@@ -122,6 +123,11 @@ CODECS: dict[str, Codec] = {
 }
 
 
+def format_of_values(name: str, form: str) -> str:
+    """The format in which a part's values go down where the run's is `form`; what comes back are differences, in any format."""
+    return "int8" if form == "int4" and not part(name).coarse else form
+
+
 def nbytes(name: str, rows: Ints) -> int:
     """Bytes of a vector with these rows in the format `name`, npy header aside."""
     codec = CODECS[name]
@@ -139,14 +145,13 @@ class Broadcast:
         """`arrays`, packed under the plan's mask, in its format."""
         if plan.down == "float32":
             return arrays
-        codec = CODECS[plan.down]
-        for part, values in sorted(arrays.items()):  # sums of the error must not depend on the order of a set
-            if (part, plan.mask) not in self._coded:
-                rows = self._spec.row_lengths(part, plan.mask, plan.entries)
-                rng = seeds.generator(plan.seed, "wire-down", plan.server_round, part)
-                coded = self._coded[part, plan.mask] = codec.encode(values, rows, rng)
+        for name, values in sorted(arrays.items()):  # sums of the error must not depend on the order of a set
+            if (name, plan.mask) not in self._coded:
+                codec, rows = CODECS[format_of_values(name, plan.down)], self._spec.row_lengths(name, plan.mask, plan.entries)
+                rng = seeds.generator(plan.seed, "wire-down", plan.server_round, name)
+                coded = self._coded[name, plan.mask] = codec.encode(values, rows, rng)
                 self._error.add(values, codec.decode(coded, rows))
-        return {part: self._coded[part, plan.mask] for part in arrays}
+        return {name: self._coded[name, plan.mask] for name in arrays}
 
     def report(self) -> dict[str, object]:
         """`coding-error`, the value of CodingError; {} where nothing was encoded."""

@@ -39,6 +39,7 @@ class TrainPlan:
         entries: numbers of the backbone that are trained, at positions drawn from `draw_seed`; 0 = all.
         terms: client-side terms by name, each with its parameters: numbers, or short texts.
         report: names of the terms whose report is to be sent back, and KEPT_SLOTS.
+        class_shares: each class's share of all clients' rows, for a logit-adjusted loss; () = not known.
         evaluate: whether to evaluate the received model on the client's own held-out share.
         delta: digests of the pieces whose sum the client must add to its backbone (model/deltas.py).
         down: format of the arrays that travel with the plan (wire/codec.py).
@@ -60,6 +61,7 @@ class TrainPlan:
     entries: int = 0
     terms: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
     report: frozenset[str] = frozenset()
+    class_shares: tuple[float, ...] = ()
     evaluate: bool = False
     delta: tuple[str, ...] = ()
     down: str = "float32"

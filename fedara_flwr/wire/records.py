@@ -63,6 +63,8 @@ def plan_to_content(plan: TrainPlan, arrays: Coded | Arrays, pieces: Sequence[Pi
     config |= {key: ",".join(sorted(getattr(plan, key))) for key in (*_PART_SETS, "report") if getattr(plan, key)}
     if len(plan.mask.bits):
         config["mask"] = plan.mask.to_bytes()
+    if plan.class_shares:
+        config["class-shares"] = list(plan.class_shares)
     if plan.delta:
         config["delta"] = list(plan.delta)
     if plan.run:
@@ -126,6 +128,7 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
             scales=tuple(_lengthen([_read_scalar("scales", s, "float") for s in config["scales"]], modules)),
             train=_read_training(config),
             report=_names(config, "report"),
+            class_shares=tuple(_read_scalar("class-shares", s, "float") for s in config.get("class-shares", ())),
             delta=tuple(str(digest) for digest in config.get("delta", ())),
             run=_read_run(config),
             terms=_read_terms(config),

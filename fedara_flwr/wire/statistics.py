@@ -14,8 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedara_flwr.log import printable
 from fedara_flwr.merging.statistics import Statistics, from_upper, upper
 from fedara_flwr.model.ranks import Ints
-from fedara_flwr.model.spec import Vector
-from fedara_flwr.wire.arrays import MAX_DETAIL, Rejected, read_vector, short
+from fedara_flwr.wire.arrays import MAX_DETAIL, Rejected, decode, read_vector, short
 from fedara_flwr.wire.codec import CODECS
 
 STATISTICS, SUMS = "statistics", "sums"
@@ -24,8 +23,13 @@ LARGEST = 1e6  # of a feature: squares and their sums stay finite
 _INT64 = np.dtype("<i8")
 
 
+def format_of_sums(form: str) -> str:
+    """The format of the reply where the run's for uploads is `form`: from sums in four bits no head can be solved."""
+    return "int8" if form == "int4" else form
+
+
 def question(scatter: bool, form: str, seed: int) -> RecordDict:
-    """The query: whether the scatter is asked for, the format of the reply, and the seed of its rounding."""
+    """The query: whether the scatter is asked for, the format of the reply, and the seed of the head and of rounding."""
     return RecordDict({STATISTICS: ConfigRecord({SCATTER: scatter, "up": form, "seed": seed})})
 
 
@@ -75,8 +79,11 @@ def from_content(content: RecordDict, classes: int, width: int, form: str, scatt
         raise Rejected("parts", f"arrays {short(record)}, expected {sorted(expected)}")
     means = np.zeros((classes, width))
     if has.any():
-        means[has] = _decode(record[MEANS], _rows(int(has.sum()), width), MEANS, form).reshape(-1, width)
-    triangle = _decode(record[SCATTER], _triangle(width), SCATTER, form) if scatter else None
+        values = decode(record[MEANS], _rows(int(has.sum()), width), MEANS, form)
+        if np.abs(values).max() > LARGEST:
+            raise Rejected("means", f"a feature of {np.abs(values).max():g}, allowed is up to {LARGEST:g}")
+        means[has] = values.reshape(-1, width)
+    triangle = decode(record[SCATTER], _triangle(width), SCATTER, form) if scatter else None
     freedom = float(counts.sum() - has.sum())
     spread = None if triangle is None else _bounded(from_upper(triangle.astype(np.float64), width), freedom)
     return Statistics(counts.astype(np.float64), means, spread, freedom)
@@ -98,17 +105,6 @@ def _bounded(scatter: np.ndarray, freedom: float) -> np.ndarray:
         raise Rejected("scatter", f"squares from {squares.min():g} to {squares.max():g} of {freedom:g} rows")
     most = np.sqrt(np.outer(squares, squares))
     return np.clip(scatter, -most, most)
-
-
-def _decode(array: Array, rows: Ints, name: str, form: str) -> Vector:
-    codec = CODECS[form]
-    try:
-        values = codec.decode(read_vector(array, codec.length(rows), name, codec.dtype), rows)
-    except ValueError as error:
-        raise Rejected("codes", f"{name}: {error}") from None
-    if not np.isfinite(values).all() or (name == MEANS and np.abs(values).max(initial=0.0) > LARGEST):
-        raise Rejected("not-finite", f"{name} has numbers that are not finite, or beyond {LARGEST:g}")
-    return values
 
 
 def _rows(count: int, width: int) -> Ints:
