@@ -27,11 +27,13 @@ class Rows:
         features: shape (n, d), float64.
         classes: their classes' numbers, shape (n,).
         tokens: how many tokens went through the model, padding counted.
+        many: whether one row of data can have several predictions.
     """
 
     features: NDArray[np.float64]
     classes: NDArray[np.int64]
     tokens: int
+    many: bool
 
 
 @torch.no_grad()
@@ -66,7 +68,8 @@ def features(learner: Learner, data: Encoded, head: Vector, batch_tokens: int = 
                 outputs, labels = task.outputs(learner, batch), batch["labels"]
                 found = _of_predictions(entered, layer, outputs.logits, batch, adapted.autocast())
                 labelled = labels != UNLABELLED
-                yield Rows(found[labelled].double().cpu().numpy(), labels[labelled].cpu().numpy(), batch["input_ids"].numel())
+                rows_of = found[labelled].double().cpu().numpy()
+                yield Rows(rows_of, labels[labelled].cpu().numpy(), batch["input_ids"].numel(), labels.dim() > 1)
                 entered.clear()
     finally:
         hook.remove()

@@ -11,8 +11,8 @@ import numpy as np
 from fedara_flwr.adapters.features import features
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.step import Spent, count_flops
-from fedara_flwr.merging.statistics import Statistics
 from fedara_flwr.model.draws import drawn_head
+from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.tasks.base import Encoded
 
 

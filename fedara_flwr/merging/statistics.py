@@ -13,60 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from fedara_flwr.model.statistics import Floats, Statistics
+
 RIDGE = 0.01  # over the mean square of a feature, as Fed3R (arXiv 2406.01116) has it over features of length 1
-FAR = 3.0  # times what is usual among clients, beyond which a robust merge leaves something out
+FAR = 3.0  # times what is usual among clients, beyond which a robust run leaves something out
 TINY = 1e-300
 COOLEST, HOTTEST = 1e-3, 1e2
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What one client, or all of them, tell of the features of C classes, d numbers each.
-
-    Attributes:
-        counts: rows of each class, shape (C,), float64 since a client's weight may be cut.
-        means: mean feature of each class, shape (C, d); 0 where there is no row.
-        scatter: Σ over rows of (x - m)(x - m)ᵀ, m the mean of the row's class, shape (d, d); None where it is not told.
-        freedom: degrees of freedom of the scatter: rows less classes.
-    """
-
-    counts: Floats
-    means: Floats
-    scatter: Floats | None
-    freedom: float
-
-    @classmethod
-    def of(cls, features: Floats, classes: NDArray[np.int64], count: int, scatter: bool = True) -> Statistics:
-        """Of rows: `features` has shape (n, d), `classes` shape (n,) with numbers below `count`."""
-        counts = np.bincount(classes, minlength=count).astype(np.float64)
-        sums = np.zeros((count, features.shape[1]))
-        np.add.at(sums, classes, features)
-        means = sums / np.maximum(counts, 1.0)[:, None]
-        apart = features - means[classes] if scatter else None
-        freedom = float(counts.sum() - (counts > 0).sum())
-        return cls(counts, means, None if apart is None else apart.T @ apart, freedom)
-
-    @property
-    def rows(self) -> float:
-        """How many rows there are, by weight."""
-        return float(self.counts.sum())
-
-    @property
-    def variance(self) -> float:
-        """Trace of the scatter over its degrees of freedom; NaN where it tells nothing."""
-        return float(np.trace(self.scatter)) / self.freedom if self.scatter is not None and self.freedom > 0 else np.nan
-
-    @property
-    def largest(self) -> float:
-        """Largest eigenvalue of the scatter over its degrees of freedom; NaN where it tells nothing."""
-        known = self.scatter is not None and self.freedom > 0
-        return float(np.linalg.eigvalsh(self.scatter)[-1]) / self.freedom if known else np.nan  # type: ignore[arg-type]
-
-    def weighted(self, share: float) -> Statistics:
-        """The same as if `share` times as many rows had been seen."""
-        scatter = None if self.scatter is None else self.scatter * share
-        return Statistics(self.counts * share, self.means, scatter, self.freedom * share)
 
 
 @dataclass(frozen=True)
@@ -86,7 +38,7 @@ class Merged:
     freedom: float
 
 
-def merge(clients: Mapping[str, Statistics], robust: bool = False) -> Merged:
+def merge(clients: Mapping[str, Statistics], far: float = 0.0) -> Merged:
     """Merge by sums, in the sorted order of the clients' keys: the bits do not depend on who answered first.
 
     The covariance comes from what is within the clients, Σ scatter over n - C degrees of freedom, and from how their means of a
@@ -94,11 +46,11 @@ def merge(clients: Mapping[str, Statistics], robust: bool = False) -> Merged:
     within the classes; the second alone is FedCOF's.
 
     Args:
-        robust: leave out what `believable` does not believe.
+        far: as in `believable`; 0 = all is believed.
     """
     told = [clients[key] for key in sorted(clients, key=lambda key: (len(key), key))]
-    if robust:
-        told = believable(told)
+    if far:
+        told = believable(told, far)
     counts = np.sum([one.counts for one in told], axis=0)
     means = np.sum([one.counts[:, None] * one.means for one in told], axis=0) / np.maximum(counts, TINY)[:, None]
     scatter, freedom = np.zeros((means.shape[1], means.shape[1])), -float((counts > 0).sum())
@@ -113,13 +65,13 @@ def merge(clients: Mapping[str, Statistics], robust: bool = False) -> Merged:
     return Merged(counts, means, *_over(scatter, freedom))
 
 
-def believable(told: Sequence[Statistics]) -> list[Statistics]:
+def believable(told: Sequence[Statistics], far: float = FAR) -> list[Statistics]:
     """The clients' statistics without what stands far from the others' (this project's reading).
 
     A client's mean of a class is left out where its squared distance from the class's median, number by number over the clients
     that have the class (Yin et al., arXiv 1803.01498), is over FAR² times the median of these, and over FAR² times what chance
     explains of a mean of so many rows. A scatter is left out where its trace or its largest eigenvalue per degree of freedom
-    is over FAR times the clients' median, or its trace below a FAR-th of it. Of a class that only one or two clients have,
+    is over `far` times the clients' median, or its trace below a `far`-th of it. Of a class that only one or two clients have,
     nothing can be told.
     """
     traces = np.array([one.variance for one in told])
@@ -133,11 +85,11 @@ def believable(told: Sequence[Statistics]) -> list[Statistics]:
             continue
         means = np.array([one.means[label] for one in told])[having]
         distances = ((means - np.median(means, axis=0)) ** 2).sum(axis=1)
-        bound = FAR**2 * np.maximum(np.median(distances), chance / counts[having, label])
+        bound = far**2 * np.maximum(np.median(distances), chance / counts[having, label])
         counts[having[distances > bound], label] = 0.0
     kept = []
     for one, own, own_trace, own_top in zip(told, counts, traces, tops, strict=True):
-        sound = trace / FAR <= own_trace <= FAR * trace and own_top <= FAR * top
+        sound = trace / far <= own_trace <= far * trace and own_top <= far * top
         kept.append(Statistics(own, one.means, one.scatter if sound else None, one.freedom))
     return kept
 
@@ -223,15 +175,3 @@ def _golden(value: Callable[[float], float], low: float, high: float) -> float:
             right = low + ratio * (high - low)
             at_right = value(right)
     return (low + high) / 2
-
-
-def upper(matrix: Floats) -> Floats:
-    """The upper triangle row by row, diagonal included: what travels of a scatter, d·(d + 1)/2 numbers."""
-    return matrix[np.triu_indices(len(matrix))]
-
-
-def from_upper(numbers: Sequence[float] | Floats, width: int) -> Floats:
-    """The symmetric matrix whose upper triangle these are."""
-    matrix = np.zeros((width, width))
-    matrix[np.triu_indices(width)] = numbers
-    return matrix + np.triu(matrix, 1).T

@@ -124,9 +124,9 @@ class NodeSettings(Group):
     def silent(self) -> str:
         """Why this node tells no sums of its features; '' where it does."""
         if not self.statistics:
-            return "node-config statistics = False"
+            return "node-config statistics"
         if self.update_clip:  # whoever has updates cut or noised does not mean sums to leave as they are
-            return f"node-config update-clip = {self.update_clip!r}"
+            return "node-config update-clip"
         return ""
 
     @property

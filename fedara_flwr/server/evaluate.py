@@ -96,7 +96,7 @@ class ServerModel:
         for parameter in self.spec.head:
             places[parameter.name] = slice(start, start + parameter.size)
             start += parameter.size
-        per_row = self.settings.data.max_length if self.task.word_places else 1
+        per_row = self.settings.data.max_length if any(one.many for one in rows) else 1
         return Places(self.labels, places[f"{name}.weight"], places.get(f"{name}.bias"), found, classes, per_row)
 
     def expected(self, terms: frozenset[str], parts: frozenset[str]) -> Expected:

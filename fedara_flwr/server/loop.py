@@ -268,7 +268,7 @@ class RoundLoop(Strategy):
         """Run all rounds that are left; Flower's signature. Without `evaluate_fn` the server's validation data is used.
 
         Raises:
-            RunFailed: `max-failed-rounds` rounds in a row had too few good replies.
+            RunFailed: `max-failed-rounds` rounds in a row had too few good replies; without rounds, the head was not solved.
             TimeoutError: too few nodes came.
         """
         self.summary()
@@ -282,6 +282,8 @@ class RoundLoop(Strategy):
             arrays = result.arrays
             if self.state.solved:
                 self._keep(progress.line(record))
+            elif not num_rounds:
+                raise RunFailed("num-server-rounds = 0, and the head could not be solved: nothing was learnt")
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)

@@ -15,8 +15,9 @@ from flwr.serverapp import Grid
 
 from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.merging.statistics import Statistics, merge, solve, temperature
+from fedara_flwr.merging.statistics import FAR, merge, solve, temperature
 from fedara_flwr.model.spec import Vector
+from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.server.messages import replies
 from fedara_flwr.server.roster import Node, Roster, last_line
 from fedara_flwr.server.round import Line, weight_cap
@@ -125,7 +126,7 @@ class HeadStart:
         """
         places = self.places
         bias, labels = places.bias is not None, places.labels
-        merged = merge(told, self.settings.strategy.robust != "mean")
+        merged = merge(told, FAR if self.settings.strategy.robust != "mean" else self.settings.strategy.norm_bound)
         weights, biases, share = solve(merged, bias)
         factor = temperature(places.features @ weights.T + biases, places.classes, bias)
         head = head.copy()

@@ -12,8 +12,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedara_flwr.log import printable
-from fedara_flwr.merging.statistics import Statistics, from_upper, upper
 from fedara_flwr.model.ranks import Ints
+from fedara_flwr.model.statistics import Statistics, from_upper, upper
 from fedara_flwr.wire.arrays import MAX_DETAIL, Rejected, decode, read_vector, short
 from fedara_flwr.wire.codec import CODECS
 
