@@ -170,15 +170,15 @@ def statistics(message: Message, context: Context) -> Message:
         least = 1 if simulated else node.statistics_least
         seed, tokens = question["seed"], settings.train.batch_tokens
         told = gather(resident.learner, data.train, seed, question[wire.SCATTER], least, tokens, simulated)
+        if not told.statistics.rows:
+            return Message(wire.refusal(f"no class has {least} rows (node-config statistics-least)"), reply_to=message)
+        metrics = {"num-examples": len(data.train), **node.guard.let_out(told.metrics)}
+        rng = generator(seed, "statistics", client_key(context))
+        content = wire.to_content(told.statistics, question["up"], rng, metrics)
     except ConfigError as error:
         return Message(wire.refusal(str(error)), reply_to=message)
     if told.left_out:
         logger.info("%d rows of classes with fewer than %d are in no sum (node-config statistics-least)", told.left_out, least)
-    if not told.statistics.rows:
-        return Message(wire.refusal(f"no class has {least} rows (node-config statistics-least)"), reply_to=message)
-    rng = generator(seed, "statistics", client_key(context))
-    metrics = {"num-examples": len(data.train), **node.guard.let_out(told.metrics)}
-    content = wire.to_content(told.statistics, question["up"], rng, metrics)
     return Message(content, reply_to=message)
 
 

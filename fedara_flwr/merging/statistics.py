@@ -69,29 +69,38 @@ def believable(told: Sequence[Statistics], far: float = FAR) -> list[Statistics]
     """The clients' statistics without what stands far from the others' (this project's reading).
 
     A client's mean of a class is left out where its squared distance from the class's median, number by number over the clients
-    that have the class (Yin et al., arXiv 1803.01498), is over FAR² times the median of these, and over FAR² times what chance
+    that have the class (Yin et al., arXiv 1803.01498), is over far² times the median of these, and over far² times what chance
     explains of a mean of so many rows. A scatter is left out where its trace or its largest eigenvalue per degree of freedom
     is over `far` times the clients' median, or its trace below a `far`-th of it. Of a class that only one or two clients have,
     nothing can be told.
+
+    Args:
+        far: at least 1.
     """
-    traces = np.array([one.variance for one in told])
-    tops = np.array([one.largest for one in told])
-    trace, top = (float(np.nanmedian(v)) if np.isfinite(v).any() else np.inf for v in (traces, tops))
-    chance = trace if np.isfinite(trace) else 0.0
-    counts = np.array([one.counts for one in told])
+    counts, all_means = np.array([one.counts for one in told]), np.array([one.means for one in told])
+    traces, tops = np.array([one.variance for one in told]), np.array([one.largest for one in told])
+    distances = np.full(counts.shape, np.nan)
     for label in range(counts.shape[1]):
         having = np.flatnonzero(counts[:, label] > 0)
-        if len(having) < 3:
-            continue
-        means = np.array([one.means[label] for one in told])[having]
-        distances = ((means - np.median(means, axis=0)) ** 2).sum(axis=1)
-        bound = far**2 * np.maximum(np.median(distances), chance / counts[having, label])
-        counts[having[distances > bound], label] = 0.0
+        if len(having) > 2:
+            means = all_means[having, label]
+            distances[having, label] = ((means - np.median(means, axis=0)) ** 2).sum(axis=1)
+    trace, top = _median(traces), _median(tops)
+    chance = trace if np.isfinite(trace) else _median(counts * distances)  # of a single row
+    for own, apart in zip(counts.T, distances.T, strict=True):  # views: what is set to 0 is so in `counts`
+        if np.isfinite(apart).any():
+            own[apart > far**2 * np.maximum(np.nanmedian(apart), chance / np.maximum(own, 1.0))] = 0.0
     kept = []
     for one, own, own_trace, own_top in zip(told, counts, traces, tops, strict=True):
         sound = trace / far <= own_trace <= far * trace and own_top <= far * top
         kept.append(Statistics(own, one.means, one.scatter if sound else None, one.freedom))
     return kept
+
+
+def _median(values: Floats) -> float:
+    """The median of what is known; NaN where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else np.nan
 
 
 def _over(scatter: Floats, freedom: float) -> tuple[Floats, float]:
@@ -123,7 +132,8 @@ def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
     """Weights (C, d), biases (C,) and the covariance's share of shrinkage of the last layer.
 
     With a bias: linear discriminant analysis. Without one, where a layer has none: least squares to the classes' indicators,
-    through the origin. Classes weigh as often as they occur. A class without a row has weights 0 and the lowest bias of all.
+    through the origin. Classes weigh as often as they occur. A class without a row is never chosen: it has weights 0 and
+    the lowest bias of all, or, without biases, the mean of the others' weights.
     """
     seen = merged.counts > 0
     covariance, share = shrunk(merged.covariance, merged.freedom)
@@ -140,6 +150,7 @@ def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
         second = covariance + means.T @ (often * means)
         second += RIDGE * np.trace(second) / len(second) * np.eye(len(second))
         weights[seen] = np.linalg.solve(second, (often * means).T).T
+        weights[~seen] = weights[seen].mean(axis=0)
     return weights, biases, share
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+ITERATIONS = 16
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Statistics:
 
     @property
     def largest(self) -> float:
-        """Largest eigenvalue of the scatter over its degrees of freedom; NaN where it tells nothing."""
-        known = self.scatter is not None and self.freedom > 0
-        return float(np.linalg.eigvalsh(self.scatter)[-1]) / self.freedom if known else np.nan  # type: ignore[arg-type]
+        """Largest eigenvalue of the scatter over its degrees of freedom, from below by power iteration; NaN without any."""
+        if self.scatter is None or not self.freedom > 0:
+            return np.nan
+        vector = self.scatter[:, int(np.diag(self.scatter).argmax())]
+        for _ in range(ITERATIONS):
+            vector = self.scatter @ (vector / max(float(np.linalg.norm(vector)), TINY))
+        return float(np.linalg.norm(vector)) / self.freedom
 
     def weighted(self, share: float) -> Statistics:
         """The same as if `share` times as many rows had been seen."""

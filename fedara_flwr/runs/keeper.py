@@ -111,8 +111,8 @@ class Keeper(Callback):
         self._show(test, exported)
 
     def fail(self, reason: str) -> None:
-        """The rounds ended by an error: finish with what there is; a run without a round leaves nothing."""
-        if self.state.server_round:
+        """The rounds ended by an error: finish with what there is; a run that learnt nothing yet leaves nothing."""
+        if self.state.server_round or self.state.solved:
             self.conclude("failed", reason)
         else:
             self._trackers.close()

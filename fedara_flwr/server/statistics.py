@@ -126,7 +126,9 @@ class HeadStart:
         """
         places = self.places
         bias, labels = places.bias is not None, places.labels
-        merged = merge(told, FAR if self.settings.strategy.robust != "mean" else self.settings.strategy.norm_bound)
+        strategy = self.settings.strategy
+        usual = max(strategy.norm_bound, FAR) if strategy.norm_bound else 0.0
+        merged = merge(told, usual if strategy.robust == "mean" else FAR)
         weights, biases, share = solve(merged, bias)
         factor = temperature(places.features @ weights.T + biases, places.classes, bias)
         head = head.copy()
