@@ -15,6 +15,7 @@ from fedara_flwr.keys import ConfigError, Group, Scalar, nearest, one_line, read
 
 Format = Literal["float32", "float16", "int8", "int4"]
 SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/methods, benchmarks/defaults)
+SOLVED_SHARE = 0.25  # of a method's own rate after a solved head: there is less to learn, and more to lose
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 QUANTISED = ("int8", "int4")
@@ -72,6 +73,13 @@ class StrategySettings(Group):
     norm_bound: float = Field(
         20.0, ge=0, description="an update counts if no part moved further than this many times the usual median; 0 = all count"
     )
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="the model that is evaluated and exported is a mean over rounds, in which what was before weighs so much: "
+        "single rounds swing where clients have few of the labels; 0 = the last round's. Not where a method makes factors anew",
+    )
     robust: Literal["mean", "median", "trimmed-mean", "norm-clip", "multi-krum"] = Field(
         "mean", description="rule that merges updates; all but mean withstand bad ones (docs/robustness.md)"
     )
@@ -120,12 +128,15 @@ class LocalTraining(Group):
         description="most tokens, with padding, in the model at once: a larger batch goes in parts, as one step; 0 = no bound",
     )
     learning_rate: float = Field(
-        0.0, ge=0, description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults)"
+        0.0,
+        ge=0,
+        description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults), a quarter of it "
+        "after a solved head",
     )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
     head_learning_rate: float = Field(1e-2, ge=0, description="AdamW learning rate of the head")
     loss: Literal["plain", "logit-adjusted"] = Field(
-        "plain",
+        "logit-adjusted",
         description="logit-adjusted: where the task has classes, a client adds to the logits, as it trains, the log of its own "
         "classes' shares over all clients', and so does not learn which classes it has (arXiv 2007.07314)",
     )
@@ -180,7 +191,8 @@ class TrainSettings(LocalTraining):
         share = 1 - (1 - self.final_rate) * done
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
         head = self.head_learning_rate if self.head_learning_rate >= 0 else SOLVED_HEAD if solved else DRAWN_HEAD
-        rates = {"learning_rate": share * (self.learning_rate or learning_rate), "head_learning_rate": share * head}
+        rate = self.learning_rate or learning_rate * (SOLVED_SHARE if solved else 1.0)
+        rates = {"learning_rate": share * rate, "head_learning_rate": share * head}
         return LocalTraining.model_construct(**values | rates)
 
 

@@ -113,7 +113,7 @@ def test_wrong_types(key, value, allowed):
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("num-server-rounds", 0, "greater than or equal to 1"),
+        ("num-server-rounds", -1, "greater than or equal to 0"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**62, f"less than {2**62}"),
         ("method", "", "at least 1 character"),
@@ -124,7 +124,11 @@ def test_wrong_types(key, value, allowed):
         ("strategy.fraction-train", 1.5, "less than or equal to 1"),
         ("strategy.options.threshold", 0.0, "greater than 0"),
         ("strategy.options.warmup-rounds", -2, "greater than or equal to -1"),
-        ("train.head-learning-rate", 0.0, "greater than 0"),
+        ("train.head-learning-rate", -2.0, "greater than or equal to -1"),
+        ("train.head-learning-rate", -0.5, "allowed are -1.0, 0.0 and more"),
+        ("train.final-rate", 0.0, "greater than 0"),
+        ("train.final-rate", 1.5, "less than or equal to 1"),
+        ("head.clients", -1, "greater than or equal to 0"),
         ("train.clip-norm", -1.0, "greater than or equal to 0"),
         ("data.validation", 1.0, "less than 1"),
         ("data.test", 0.0, "greater than 0"),
@@ -149,6 +153,8 @@ def test_values_out_of_range(key, value, allowed):
         ("data.partition", "dirichelet", "dirichlet"),
         ("model.dtype", "float16", "bfloat16"),
         ("model.pooling", "pretraned", "pretrained"),
+        ("head.start", "statistic", "statistics"),
+        ("train.loss", "logit-adjust", "logit-adjusted"),
     ],
 )
 def test_bad_choice_names_the_nearest(key, value, near):
@@ -210,6 +216,27 @@ def test_any_single_setting_is_taken_or_named_in_one_line(key, value):
 
 
 # -- relations ------------------------------------------------------------
+def test_without_rounds_there_must_be_a_head_to_solve():
+    assert Settings.from_flat({"num-server-rounds": 0, "head.start": "means"}).num_server_rounds == 0
+    message = problem({"num-server-rounds": 0, "head.start": "random"})
+    assert message.startswith("num-server-rounds = 0: with head.start = 'random' ") and "allowed is 1 or more" in message
+
+
+@pytest.mark.parametrize("solved, usual", [(True, 1e-3), (False, 1e-2)])
+def test_the_heads_rate(solved, usual):
+    """Left open it follows from how the head started; a rate that is set holds, 0 too."""
+    for said, expected in ((-1.0, usual), (0.0, 0.0), (0.5, 0.5)):
+        train = Settings.from_flat({"train.head-learning-rate": said}).train
+        assert train.local(2e-3, solved).head_learning_rate == expected
+
+
+def test_rates_fall_in_a_line_to_the_share_of_the_last_round():
+    train = Settings.from_flat({"train.final-rate": 0.2, "train.head-learning-rate": 1.0}).train
+    rates = [train.local(0.5, done=done) for done in (0.0, 0.5, 1.0)]
+    assert [rate.learning_rate for rate in rates] == pytest.approx([0.5, 0.3, 0.1])
+    assert [rate.head_learning_rate for rate in rates] == pytest.approx([1.0, 0.6, 0.2])
+
+
 def test_final_rank_above_the_initial():
     message = fedaras_problem(rank=4, final_rank=4.5)
     assert message == "strategy.options.final-rank = 4.5: allowed is at most adapter.rank = 4"
@@ -263,7 +290,7 @@ def test_natural_partition_needs_an_id_column():
 overrides = st.fixed_dictionaries(
     {},
     optional={
-        "num-server-rounds": st.integers(1, 500),
+        "num-server-rounds": st.integers(0, 500),
         "seed": st.integers(0, 2**62 - 1),
         "method": st.text(min_size=1, max_size=10),
         "adapter.rank": st.integers(3, 1024),

@@ -96,8 +96,8 @@ class Keeper(Callback):
         """Test once if the run is complete, export what was reached, write page and summary."""
         method, model, directory, state = self.method, self.model, self.directory, self.state
         try:
-            test = model.evaluate(method.weights(state), "test") if outcome == "completed" else {}
-            exported = model.export(directory.path, method.exported(state))
+            test = model.evaluate(method.weights(state.shown()), "test") if outcome == "completed" else {}
+            exported = model.export(directory.path, method.exported(state.shown()))
         except Exception as error:
             directory.update({"outcome": "failed", "reason": f"its results could not be written: {error}"})
             raise

@@ -23,7 +23,7 @@ from fedara_flwr.model.spec import ModelSpec
 from fedara_flwr.server.state import ServerState
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 CHECKPOINTS_KEPT = 2
 Tensors = dict[str, np.ndarray]
 
@@ -101,6 +101,7 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
     pieces, delta = state.delta.dump()
     tensors: Tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
     tensors |= {f"delta.{name}": array for name, array in pieces.items()}
+    tensors |= {f"average.{part}": vector for part, vector in state.average.items()}
     tensors["mask"] = np.packbits(state.mask.bits)
     facts = {
         "format": CHECKPOINT_FORMAT,
@@ -129,8 +130,11 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
     if len(ranks) != len(spec.modules):
         raise BadCheckpoint(f"it has {len(ranks)} modules, the model has {len(spec.modules)}")
     mask = RankMask(ranks, np.unpackbits(tensors["mask"], count=sum(ranks)).astype(bool))
-    arrays = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("arrays.")}
-    for part, vector in arrays.items():
+    arrays, average = (
+        {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        for prefix in ("arrays.", "average.")
+    )
+    for part, vector in (*arrays.items(), *average.items()):
         try:  # of the backbone a run may train drawn entries alone, whose number is the method's
             expected = spec.length(part, mask) if part != "backbone" else len(vector)
         except ValueError as error:
@@ -151,4 +155,5 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],
         solved=facts["solved"],
+        average=average,
     )

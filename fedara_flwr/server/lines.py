@@ -61,6 +61,14 @@ def start_line(
     return {**line, "head": state.solved} if state.solved else line
 
 
+def summary(name: str, state: ServerState, head: int, kept: Iterable[str]) -> str:
+    """A run's first line: the method's name, and how many modules, slots and numbers of the head it starts with."""
+    line = f"{name}: {len(state.mask.ranks)} modules, {state.mask.count} slots, head of {head}"
+    if stays := ", ".join(sorted(kept)):
+        line += f"; each client keeps its own {stays}: the server's figures and export are of what was last sent of it"
+    return line
+
+
 def slots(state: ServerState) -> Line:
     """How many rank slots there are, live, and live in each module."""
     mask = state.mask

@@ -29,7 +29,7 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.server.dispatch import Dispatch
 from fedara_flwr.server.fleet import Profile, assign, read_profiles
-from fedara_flwr.server.lines import client_evaluation, client_means, round_line, start_line
+from fedara_flwr.server.lines import client_evaluation, client_means, round_line, start_line, summary
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
@@ -95,6 +95,7 @@ class RoundLoop(Strategy):
         self.planned = 0
         self.run_id = run_id or uuid.uuid4().hex
         self.work: Round | None = None
+        self._head_asked = bool(self.state.solved)
         self._evaluators: list[tuple[Node, TrainPlan, Message]] = []
         self._dispatch = self._new_dispatch()
 
@@ -139,6 +140,8 @@ class RoundLoop(Strategy):
         lengths = {part: len(vector) for part, vector in state.arrays.items()}
         state.arrays = {part: read_vector(array, lengths[part], part) for part, array in arrays.items()}
         state.server_round = server_round - 1
+        if server_round == 1 and not self._head_asked:  # as Flower's own `Strategy.start` begins
+            self._solve_head(grid)
         if server_round == 1 or not self.roster.nodes:
             self.roster.wait(grid)
         else:
@@ -172,7 +175,7 @@ class RoundLoop(Strategy):
         )
         work.drop_busy(self.roster.busy)
         for index, node in enumerate(asked):
-            plans[index], content = self._dispatch.pack(state, plans[index], self._held_by(node))
+            plans[index], content = self._dispatch.pack(state, plans[index], state.holdings.get(node.key, Holding()))
             work.down.append(dict(self.meter.count("down", content)))
             work.messages.append(self._dispatch.message(content, node, MessageType.TRAIN))
         work.coding = self._dispatch.broadcast.report()
@@ -183,9 +186,6 @@ class RoundLoop(Strategy):
         """The values that this round's updates start from, unrounded, under any mask that the global one covers."""
         arrays, mask = self.state.arrays, self.state.mask
         return lambda plan, sub: plan.start(self.spec, arrays, mask, sub)
-
-    def _held_by(self, node: Node) -> Holding:
-        return self.state.holdings.get(node.key, Holding())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check and merge the replies, then move on to the next state. Too few good ones leave the model as it was."""
@@ -209,7 +209,9 @@ class RoundLoop(Strategy):
             state.failed_rounds = 0
             merged = merger.result()
             left_out = set(getattr(merger, "left_out", ()))
+            mask, version = state.mask, state.delta.version
             self.method.next(state, merged, [reply for reply in work.replies if reply.client.key not in left_out], merger)
+            state.take_average(self.spec, self.method.averaged, mask, version)
             work.merging = merger.report()
         metrics = client_means(work.records)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
@@ -231,7 +233,9 @@ class RoundLoop(Strategy):
             plan = replace(self.method.plan(last, self.client(node)), mask=state.mask, sent=frozenset(), report=frozenset())
             drawn = draw(self.spec, state.mask, plan.drawn, plan.draw_seed, plan.entries)
             same = (p for p in drawn if p in state.arrays and np.array_equal(drawn[p], state.arrays[p]))
-            plan, content = self._dispatch.pack(state, replace(plan, drawn=frozenset(same)), self._held_by(node))
+            plan, content = self._dispatch.pack(
+                state, replace(plan, drawn=frozenset(same)), state.holdings.get(node.key, Holding())
+            )
             self.meter.count("down", content)
             self._evaluators.append((node, plan, self._dispatch.message(content, node, MessageType.EVALUATE)))
         return [message for *_, message in self._evaluators]
@@ -249,11 +253,8 @@ class RoundLoop(Strategy):
         self._tell({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
 
     def summary(self) -> None:
-        """Log the method's name, and how many modules, slots and numbers of the head it starts with."""
-        mask, head = self.state.mask, self.spec.size("head")
-        logger.info("%s: %d modules, %d slots, head of %d", self.method.name, len(mask.ranks), mask.count, head)
-        if kept := ", ".join(sorted(self.method.kept)):
-            logger.info("%s: each client keeps its own; the server's figures and export are of what was last sent of it", kept)
+        """Log what the run starts with."""
+        logger.info("%s", summary(self.method.name, self.state, self.spec.size("head"), self.method.kept))
 
     def start(
         self,
@@ -338,18 +339,16 @@ class RoundLoop(Strategy):
                 yield reply
 
     def _validate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord(dict(self.method.model.evaluate(self.method.weights(self.state))))
+        return MetricRecord(dict(self.method.model.evaluate(self.method.weights(self.state.shown()))))
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
-        metrics = evaluate(server_round, arrays)
-        if metrics is not None:
+        if (metrics := evaluate(server_round, arrays)) is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
         return metrics
 
     def _evaluate_on_clients(self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, result: Result) -> None:
         server_round = self.state.server_round
-        messages = list(self.configure_evaluate(server_round, arrays, config, grid))
-        if not messages:
+        if not (messages := list(self.configure_evaluate(server_round, arrays, config, grid))):
             return
 
         def again(index: int, reply: Message) -> Message | None:
@@ -368,10 +367,14 @@ class RoundLoop(Strategy):
             result.evaluate_metrics_clientapp[server_round] = metrics
             self._tell({"type": "client-evaluation", "round": server_round, **metrics, "bytes": self.meter.take_round()})
 
+    def _solve_head(self, grid: Grid) -> tuple[list[Line], list[str]]:
+        self._head_asked = True
+        return solve_head(self.settings, self.method.model, self.state, self.roster, grid)
+
     def _begin(self, grid: Grid, result: Result, evaluate: EvaluateFn) -> Line:
         """Solve the head where the run wants that, evaluate, and record what was before round 1."""
         began = time.monotonic()
-        clients, asked = solve_head(self.settings, self.method.model, self.state, self.roster, grid)
+        clients, asked = self._solve_head(grid)
         result.arrays, solved = self.initial_arrays(), time.monotonic()
         evaluated = self._evaluate(0, result.arrays, evaluate, result)
         profiles = {key: self.profile(node) for key, node in self.roster.nodes.items()}
@@ -391,8 +394,7 @@ class RoundLoop(Strategy):
 
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
-        work, state = self.work, self.state
-        assert work is not None
+        assert (work := self.work) is not None
         profiles = {node.key: self.profile(node) for node in work.asked}
-        record = round_line(work, state, dict(evaluated or {}), profiles)
+        record = round_line(work, self.state, dict(evaluated or {}), profiles)
         return self._tell_costs(record, work.records, seconds, evaluation)

@@ -128,13 +128,21 @@ def plan_from_content(content: RecordDict, modules: int) -> TrainPlan:
             scales=tuple(_lengthen([_read_scalar("scales", s, "float") for s in config["scales"]], modules)),
             train=_read_training(config),
             report=_names(config, "report"),
-            class_shares=tuple(_read_scalar("class-shares", s, "float") for s in config.get("class-shares", ())),
+            class_shares=tuple(_read_scalar("class-shares", share, "float") for share in _list(config, "class-shares")),
             delta=tuple(str(digest) for digest in config.get("delta", ())),
             run=_read_run(config),
             terms=_read_terms(config),
         )
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise Rejected("plan", f"the plan does not fit this model ({error!r})") from None
+
+
+def _list(config: Mapping[str, Any], key: str) -> list[Any]:
+    """A list of the plan, [] where it is absent; ValueError for anything else."""
+    value = config.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is {str(value)[:MAX_NAME]!r}, allowed is a list")
+    return value
 
 
 def _read_scalar(key: str, value: Any, kind: str) -> Any:

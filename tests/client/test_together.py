@@ -214,23 +214,24 @@ def test_bfloat16_to_its_own_rounding(tiny_models):
 
 
 # -- the pass ------------------------------------------------------------
-def test_gradients_are_each_clients_own(tiny_models):
+@pytest.mark.parametrize("shifts", [(None, None), (torch.tensor([0.0, -2.0, 1.0]), torch.tensor([-1e9, 0.5, 0.0]))])
+def test_gradients_are_each_clients_own(tiny_models, shifts):
     """Of one step, without an optimiser to hide their size; padding and rows that do not count add nothing."""
     adapted, task = model(tiny_models["llama"]), TASKS["classification"]
     mask = some(adapted)
     orders = jobs(adapted, "classification", mask, (4, 4))
     values, batches, expected = [], [], []
-    for job, count in zip(orders, (4, 2), strict=True):
+    for job, count, shift in zip(orders, (4, 2), shifts, strict=True):
         adapted.load(job.arrays, mask, job.plan.scales, job.plan.trained)
         values.append(loaded(adapted))
         batches.append(Learner(adapted, task, PadOnly()).batch(job.data.train, range(count)))
-        loss = backward(Learner(adapted, task, None), batches[-1:], [], Spent())
+        loss = backward(Learner(adapted, task, None), batches[-1:], [], Spent(), shift)
         expected.append((loss, [p.grad.clone() for part in stacks.STACKED_PARTS for p in adapted.parameters(part)]))
     joined = Encoded(
         orders[0].data.train.ids + orders[1].data.train.ids, [*orders[0].data.train.labels, *orders[1].data.train.labels]
     )
     stack, learner = Stack(adapted, values), Learner(adapted, task, PadOnly())
-    losses, seconds = backward_together(learner, stack, learner.batch(joined, range(8)), [4, 2])
+    losses, seconds = backward_together(learner, stack, learner.batch(joined, range(8)), [4, 2], shifts)
     assert min(seconds.values()) > 0
     for i, (loss, gradients) in enumerate(expected):
         stack.show(i)

@@ -233,7 +233,7 @@ def test_without_the_library_a_run_says_what_to_install(monkeypatch):
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
-ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting": "uniform"}
+ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting": "uniform", "head.start": "random"}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,7 @@ ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting"
     [
         ({"privacy.noise-multiplier": 0.0}, "privacy.noise-multiplier = 0.0: with privacy.clip = 0.5 allowed is 0.01 or more"),
         ({"privacy.clip": 0.0}, "privacy.clip = 0.0: privacy.noise-multiplier = 1.0 needs"),
+        ({"head.start": "means"}, "head.start = 'means': with privacy.clip allowed is 'random'"),
         ({"strategy.weighting": "examples"}, "strategy.weighting = 'examples': with privacy.clip allowed is 'uniform'"),
         ({"strategy.robust": "median"}, "strategy.robust = 'median': with privacy.clip allowed is 'mean'"),
         ({"data.client-validation": 0.1}, "data.client-validation = 0.1: with privacy.clip allowed is 0.0"),
@@ -266,8 +267,15 @@ def test_options_of_fedara_that_cannot_be_combined_are_refused(option):
     assert str(error.value) == words
 
 
+def test_a_private_run_must_say_that_its_head_is_drawn():
+    """By default it would be solved from sums that have no noise."""
+    with pytest.raises(ConfigError) as error:
+        Settings.from_flat({key: value for key, value in ON.items() if key != "head.start"})
+    assert str(error.value) == "head.start = 'statistics': with privacy.clip allowed is 'random'"
+
+
 def test_all_that_is_wrong_is_told_at_once():
-    with pytest.raises(ConfigError, match="weighting.*robust"):
+    with pytest.raises(ConfigError, match="head.start.*weighting.*robust"):
         Settings.from_flat({"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.robust": "median"})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import Strategy
@@ -16,8 +18,9 @@ def same(first, second) -> bool:
     return set(first) == set(second) and all(np.array_equal(first[p], second[p]) for p in first)
 
 
-def test_order_of_replies_does_not_matter(tiny_bert):
-    flat = config(tiny_bert, num_server_rounds=3, data__client_validation=0.2)
+@pytest.mark.parametrize("head", ["statistics", "random"])
+def test_order_of_replies_does_not_matter(tiny_bert, head):
+    flat = config(tiny_bert, num_server_rounds=3, data__client_validation=0.2, head__start=head)
     plain = start(flat)
     shuffled, grid = prepare(flat, ShuffledGrid, seed=5)
     shuffled.start(grid, shuffled.initial_arrays(), 3)
@@ -33,6 +36,7 @@ def test_order_of_replies_does_not_matter(tiny_bert):
 
 @pytest.mark.parametrize("method", ["fedara", "federa", "flora", "legend", "slora"])
 def test_flowers_own_start_drives_the_same_run(tiny_bert, method):
+    """But for a head that is solved: Flower's start has no place before round 1."""
     flat = config(tiny_bert, method=method, num_server_rounds=2, fedara__warmup_rounds=0, fedara__final_rounds=0)
     ours = start(flat)
     theirs, grid = prepare(flat)
@@ -115,7 +119,7 @@ def test_a_single_step_still_scores(tiny_bert):
 
 
 def test_seed_decides_everything(tiny_bert):
-    first, second, other = (start(config(tiny_bert, seed=seed)) for seed in (7, 7, 8))
+    first, second, other = (start(config(tiny_bert, seed=seed, head__start="statistics")) for seed in (7, 7, 8))
     assert same(first.state.arrays, second.state.arrays)
     assert not same(first.state.arrays, other.state.arrays)
     samples = [[line["sampled"] for line in s.lines if line["type"] == "round"] for s in (first, other)]
@@ -165,6 +169,23 @@ def test_empty_clients_are_left_out_and_reported(tiny_bert):
     assert strategy.roster.unfit
     assert all("too small to train" in reason for reason in strategy.roster.unfit.values())
     assert not set(strategy.roster.unfit) & {line["client"] for line in strategy.lines if line["type"] == "client"}
+
+
+@pytest.mark.parametrize("head, first", [("statistics", 0), ("means", 0), ("random", 1)])
+def test_a_solved_head_has_a_row_of_its_own_in_the_table(tiny_bert, caplog, head, first):
+    """Row 0, with the nodes that told their sums of all; a drawn head has none, and no client's line of round 0."""
+    with caplog.at_level(logging.INFO, "fedara_flwr"):
+        loop = start(config(tiny_bert, method="fedlora", num_server_rounds=2, head__start=head))
+    rows = [line.split() for entry in caplog.messages for line in entry.split("\n") if line.split()[0].endswith("/2")]
+    assert [row[0] for row in rows] == [f"{number}/2" for number in range(first, 3)]
+    told = 0 if first else CLIENTS
+    replies = {"0/2": f"{told}/{told}"} | dict.fromkeys(("1/2", "2/2"), "3/3")
+    assert all(row[8] == replies[row[0]] for row in rows)
+    before, *_ = loop.lines
+    assert before["type"] == "start" and (before["good"], len(before["sampled"])) == (told, told)
+    assert ("head" in before) == bool(told) == bool(before["bytes"]["up.statistics"])
+    of_round_0 = [line["client"] for line in loop.lines if line["type"] == "client" and line["round"] == 0]
+    assert of_round_0 == [str(key) for key in range(told)]
 
 
 def test_sampling_is_of_client_keys_not_node_ids(tiny_bert):

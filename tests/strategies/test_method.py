@@ -234,7 +234,8 @@ def test_a_method_that_lies_about_its_merger_ends_the_run(tiny_bert, cls, said):
 
 def test_a_method_that_says_that_it_merges_by_itself_can_have_no_other_rule():
     for changes in ({"strategy.robust": "median"}, {"privacy.clip": 1.0, "privacy.noise-multiplier": 1.0}):
-        settings = Settings.from_flat(changes | {"strategy.weighting": "uniform", "strategy.options": ""})
+        own = {"strategy.weighting": "uniform", "strategy.options": "", "head.start": "random"}
+        settings = Settings.from_flat(changes | own)
         FedLoRA.check(settings)
         with pytest.raises(ConfigError, match="method 'empty' merges in its own way"):
             Empty.check(settings)

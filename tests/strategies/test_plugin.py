@@ -227,7 +227,7 @@ def test_a_report_that_cannot_be_drops_the_reply_alone(with_client_half, in_proc
 def test_what_reports_decide_cannot_be_private(with_client_half, in_process):
     in_process(with_client_half)
     flat = {"method": "last-layers-small-e", "privacy.clip": 1.0, "privacy.noise-multiplier": 1.0}
-    settings = Settings.from_flat(flat | {"strategy.weighting": "uniform"})
+    settings = Settings.from_flat(flat | {"strategy.weighting": "uniform", "head.start": "random"})
     with pytest.raises(ConfigError, match="'last-layers-small-e' goes by what devices report"):
         strategies.find(settings.method).check(settings)
 

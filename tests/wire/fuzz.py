@@ -132,7 +132,7 @@ PLANS = {
         feedback=PLAN.sent,
         run="5" * 32,
     ),
-    "flora": replace(PLAN, terms={"prox": {"mu": 0.1}}),
+    "flora": replace(PLAN, terms={"prox": {"mu": 0.1}}, class_shares=(0.75, 0.25)),
     "fedsa-lora": replace(PLAN, sent=frozenset({"A", "head"}), kept=frozenset({"B"}), run="5" * 32),
 }
 
@@ -962,7 +962,7 @@ def _read_plan(content: RecordDict) -> str:
         plan = plan_from_content(content, len(SPEC.modules))
         check_plan(plan)
         read_pieces(content, SPEC)
-        values = read_arrays(content, SPEC, plan.mask, plan.carries, plan.entries, plan.down)
+        values = read_arrays(content, SPEC, plan.mask, plan.carries, plan.entries, plan.down, down=True)
         values |= draw(SPEC, plan.mask, plan.drawn, plan.draw_seed, plan.entries)
         if any(len(vector) > LARGEST_DRAW for vector in values.values()):
             raise Broken("the client drew more numbers than the model has")
@@ -992,15 +992,18 @@ def check_plan(plan: TrainPlan) -> None:
             good = type(value) is int and value >= least[name]
         elif name == "dropout":
             good = type(value) is bool
+        elif name == "loss":
+            good = value in ("plain", "logit-adjusted")
         else:
-            above = name in ("e_lr_factor", "head_learning_rate")
-            good = type(value) is float and 0 <= value < math.inf and (value > 0 or not above)
+            good = type(value) is float and 0 <= value < math.inf and (value > 0 or name != "e_lr_factor")
         if not good:
             raise Broken(f"{name} = {value!r}")
     if type(plan.train) is not LocalTraining or vars(plan.train).keys() != LocalTraining.model_fields.keys():
         raise Broken(f"training settings {sorted(vars(plan.train))}")
     if not {plan.down, plan.up} <= set(CODECS):
         raise Broken(f"formats {plan.down!r}, {plan.up!r}")
+    if not all(type(share) is float and 0 <= share < math.inf for share in plan.class_shares):
+        raise Broken(f"class shares {plan.class_shares}")
     if type(plan.evaluate) is not bool:
         raise Broken("evaluate")
     if not (plan.sent | plan.kept | plan.carries | plan.drawn | plan.feedback) <= set(PARTS):
