@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -119,6 +119,12 @@ def depth_values(spec: ModelSpec, mask: RankMask, votes: Sequence[Vote], slots: 
 def lowest_block(values: np.ndarray, slack: float) -> int:
     """The largest k with V(k) ≥ (1 - slack)·V(0): blocks below it can go."""
     return int(np.flatnonzero(values >= (1 - slack) * values[0])[-1])
+
+
+def votes_within(votes: Sequence[Vote], mask: RankMask, sub: RankMask) -> list[Vote]:
+    """The votes on the alive slots of `mask`, for those alive in `sub` alone, ranked among themselves."""
+    inside = sub.bits[mask.bits]
+    return [replace(vote, ranks=np.argsort(np.argsort(vote.ranks[inside]))) for vote in votes]
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,23 @@ Stated by the paper: ΔW = B·diag(E)·A; each round clients make local rank mas
 are pruned progressively; pruned ranks are not sent; inactive modules leave the model.
 This project's reading, each an option: the slots' score (`importance`), the arbitration (`arbitration`, `threshold`), AdaLoRA's
 cubic budget (`final-rank`, `warmup-rounds`, `final-rounds`) and who sends what (`upload-mask`); besides, the start (E = 0, A
-and B of unit norm) and FedAvg of each factor over the alive slots. `threshold` is there for the paper's arbitration by a share
+and B of unit norm) and FedAvg of each factor over the alive slots. Ours alone: `depth-slack`, by which whole blocks leave the
+model early, from the lowest. `threshold` is there for the paper's arbitration by a share
 of votes, `magnitude` for the ablation without gradients (and what is left behind noise): neither differs beyond noise in
 benchmarks/defaults. The clients' half is the term `slot-vote` (client/vote.py).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, Field
 
 from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError, Group
-from fedara_flwr.model.draws import lora_a
 from fedara_flwr.model.ranks import Ints, RankMask, select_top, unpack_order
-from fedara_flwr.model.spec import Arrays
 from fedara_flwr.strategies.allocation import (
     Vote,
     arbitrate_budget,
@@ -32,12 +29,12 @@ from fedara_flwr.strategies.allocation import (
     depth_values,
     last_blocks,
     lowest_block,
+    votes_within,
 )
 from fedara_flwr.strategies.base import Client, Method, Reply, State
 from fedara_flwr.strategies.registry import register
 from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan
 
-logger = logging.getLogger(__name__)
 MAX_SLOTS = 2**16
 VOTE = "slot-vote"
 
@@ -53,9 +50,6 @@ class FedARAOptions(Group):
     )
     arbitration: Literal["budget", "threshold"] = Field("budget", description="how votes become the global mask")
     threshold: float = Field(0.5, gt=0, le=1, description="share of votes (weighted) that a slot needs, by 'threshold'")
-    start: Literal["zero-e", "zero-b"] = Field(
-        "zero-e", description="what makes the first update 0: E, with A and B of unit norm, or B as in LoRA, with E = 1"
-    )
     depth_slack: float = Field(
         0.0, ge=0, lt=1, description="share of the slots' worth that may go with the lowest blocks after warm-up; 0 = none go"
     )
@@ -103,14 +97,6 @@ class FedARA(Method):
             raise ConfigError(f"adapter.rank = {self.settings.adapter.rank}: with this model allowed is up to {allowed}")
         return mask
 
-    def start_arrays(self, mask: RankMask) -> Arrays:
-        """As every method's, or LoRA's start with E = 1."""
-        arrays = super().start_arrays(mask)
-        if self.options.start == "zero-b":
-            arrays |= {"A": lora_a(self.spec, mask, self.settings.seed), "B": np.zeros_like(arrays["B"])}
-            arrays["E"] = np.ones_like(arrays["E"])
-        return arrays
-
     @property
     def final_budget(self) -> int:
         """b_T: final-rank slots per module on average, at least one in all."""
@@ -151,18 +137,10 @@ class FedARA(Method):
         votes = [Vote(reply.weight, reply.reports[VOTE], allowed) for reply in replies if VOTE in reply.reports]
         if not votes:
             return mask
-        if options.depth_slack and mask.alive.min() == max(mask.ranks):  # no slot has gone: warm-up is just over
+        if options.depth_slack and mask.count == sum(mask.ranks):  # warm-up is just over
             values = depth_values(self.spec, mask, votes, self.final_budget)
-            lowest = lowest_block(values, options.depth_slack)
-            logger.info(
-                "blocks from %d on are kept; worth of the best slots from each block on: %s",
-                lowest,
-                np.round(values / values[0], 3),
-            )
-            upper = last_blocks(self.spec, mask, self.spec.blocks - lowest)
-            sub = mask.bits[mask.bits] & upper.bits[mask.bits]
-            votes = [Vote(v.weight, np.argsort(np.argsort(v.ranks[sub])), min(allowed, upper.count)) for v in votes]
-            mask, allowed = upper, min(allowed, upper.count)
+            upper = last_blocks(self.spec, mask, self.spec.blocks - lowest_block(values, options.depth_slack))
+            votes, mask = votes_within(votes, mask, upper), upper
         if options.arbitration == "budget":
             return arbitrate_budget(mask, votes, allowed)
         return arbitrate_threshold(mask, votes, options.threshold, self.final_budget)
