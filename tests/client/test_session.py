@@ -29,7 +29,8 @@ class PadOnly:
 
 def plan(mask, vote=VOTE, **changes):
     """Training settings among `changes` go where they belong; `vote` are the parameters of the votes' term, None = no votes."""
-    training = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "head_learning_rate": 1e-2, "dropout": True}
+    training = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    training |= {"dropout": True, "loss": "plain"}
     training |= {name: changes.pop(name) for name in list(changes) if name in LocalTraining.model_fields}
     values = {
         "server_round": 1,

@@ -565,7 +565,7 @@ def test_the_start_line_has_all_bytes(model):
         assert sent[way] == sum(size for name, size in sent.items() if name.startswith(way + "."))
     assert sent["up.statistics"] == sum(one["bytes-up"]["statistics"] for one in clients) > 0 == sent["down.statistics"]
     counts = [one.counts for one in told(loop).values()]
-    assert sent["up.statistics"] == sum(8 * len(LABELS) + 4 * 16 * (c > 0).sum() + 4 * 16 * 17 // 2 for c in counts)
+    assert sent["up.statistics"] == sum(8 * (len(LABELS) + 2) + 4 * 16 * (c > 0).sum() + 4 * 16 * 17 // 2 for c in counts)
     assert [one["client"] for one in clients] == [str(i) for i in range(CLIENTS)] and line["sampled"] != []
     assert [one["type"] for one in loop.lines[: CLIENTS + 2]] == ["start", *["client"] * CLIENTS, "round"]
     after = loop.lines[CLIENTS + 1]
