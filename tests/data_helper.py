@@ -6,6 +6,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data import federation as dealing
 from fedara_flwr.data import sources
 from fedara_flwr.data.examples import Dataset
+from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.tasks import open_task
 
 
@@ -28,3 +29,8 @@ def federation(settings: DataSettings, seed: int) -> dealing.Federation:
 
 def shares(settings: DataSettings, seed: int, clients: int) -> list:
     return dealing.shares(settings, seed, open_task(settings), clients)
+
+
+def statistics_of(features, classes, count, scatter=True):
+    """Statistics of rows that come in one batch."""
+    return Statistics.of([(features, classes)], count, scatter)

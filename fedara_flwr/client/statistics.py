@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedara_flwr.adapters.features import features
 from fedara_flwr.adapters.learner import Learner
-from fedara_flwr.client.step import Spent, count_flops
+from fedara_flwr.client.step import Spent, class_counts, count_flops
 from fedara_flwr.model.draws import drawn_head
-from fedara_flwr.model.statistics import Statistics
+from fedara_flwr.model.statistics import Floats, Statistics
 from fedara_flwr.tasks.base import Encoded
 
 
@@ -42,15 +44,18 @@ def gather(learner: Learner, data: Encoded, seed: int, scatter: bool, least: int
     Raises:
         ConfigError: as `features`.
     """
-    began = time.perf_counter()
-    rows = list(features(learner, data, drawn_head(learner.adapted.spec, seed), batch_tokens))
-    found = np.concatenate([one.features for one in rows])
-    classes = np.concatenate([one.classes for one in rows])
-    counts = np.bincount(classes, minlength=len(learner.adapted.backbone.labels))
-    told = (counts >= least)[classes]
-    statistics = Statistics.of(found[told], classes[told], len(counts), scatter)
-    spent = Spent(rows=len(data), tokens=sum(one.tokens for one in rows))
+    began, spent = time.perf_counter(), Spent(rows=len(data))
+    counts = class_counts(data, len(learner.adapted.backbone.labels))
+    enough = counts >= least
+
+    def told() -> Iterator[tuple[Floats, NDArray[np.int64]]]:
+        for rows in features(learner, data, drawn_head(learner.adapted.spec, seed), batch_tokens):
+            spent.tokens += rows.tokens
+            kept = enough[rows.classes]
+            yield rows.features[kept], rows.classes[kept]
+
+    statistics = Statistics.of(told(), len(counts), scatter)
     metrics: dict[str, Any] = {"tokens": spent.tokens}
     if simulated:
-        metrics |= {f"flops-{name}": value for name, value in count_flops(learner, frozenset(), spent).items()}
-    return Told(statistics, int((~told).sum()), metrics | {"seconds-all": time.perf_counter() - began})
+        metrics |= {f"flops-{name}": value for name, value in count_flops(learner, frozenset(), spent, whole=True).items()}
+    return Told(statistics, int(counts[~enough].sum()), metrics | {"seconds-all": time.perf_counter() - began})

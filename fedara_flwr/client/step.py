@@ -13,6 +13,7 @@ from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.stack import Stack
 from fedara_flwr.client.capacity import FlopCounter, clock
 from fedara_flwr.client.terms import Term
+from fedara_flwr.model.ranks import Ints
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded
 
 PASSES = ("forward", "backward")
@@ -38,6 +39,12 @@ class Spent:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PASSES, 0.0))
 
 
+def class_counts(data: Encoded, classes: int) -> Ints:
+    """How many predictions of the rows are of each class; shape (classes,)."""
+    labels = np.concatenate([np.atleast_1d(label) for label in data.labels]) if len(data) else np.empty(0, dtype=np.int64)
+    return np.bincount(labels[labels != UNLABELLED].astype(np.int64), minlength=classes)
+
+
 def log_shares(learner: Learner, data: Encoded, of_all: Sequence[float]) -> torch.Tensor:
     """Log of each class's share of a client's own predictions over its share of all clients'; shape (labels,).
 
@@ -48,8 +55,7 @@ def log_shares(learner: Learner, data: Encoded, of_all: Sequence[float]) -> torc
     Args:
         of_all: shares over all clients; () = each class counts as often as any other.
     """
-    labels = np.concatenate([np.atleast_1d(label) for label in data.labels])
-    counts = np.bincount(labels[labels != UNLABELLED], minlength=len(learner.adapted.backbone.labels))
+    counts = class_counts(data, len(learner.adapted.backbone.labels))
     usual = np.array(of_all) if len(of_all) == len(counts) else np.ones(len(counts))
     with np.errstate(divide="ignore"):
         shift = np.log(counts / max(counts.sum(), 1)) - np.log(np.maximum(usual, 1 / MOST_ROWS))
@@ -131,32 +137,35 @@ def backward_together(
     return losses.detach(), dict(zip(PASSES, (between - before, clock(adapted.device) - between), strict=True))
 
 
-def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent) -> dict[str, float]:
+def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent, whole: bool = False) -> dict[str, float]:
     """Floating-point operations of the forward and backward passes that were `spent`, by the loaded model's cost per token.
 
     That is counted as it runs, on one row about as long as theirs were on average (attention alone depends on it: half of
     LENGTH is 0.4% of MiniLM's cost); once for each mask and length, since nothing else matters. What `AdaptedModel.below`
     runs once per example is left out: it depends on whom this process served before. Gradients are gone afterwards.
+
+    Args:
+        whole: whether all blocks ran, none of them before and kept.
     """
     adapted = learner.adapted
     length = max(1, round(spent.tokens / max(spent.rows, 1)))
     length = length if length < LENGTH // 4 else max(LENGTH, LENGTH * round(length / LENGTH))
-    key = (length, adapted.mask, trainable, adapted.boundary)
+    key = (length, adapted.mask, trainable, 0 if whole else adapted.boundary)
     if key not in adapted.costs:
         if len(adapted.costs) >= COSTS_KEPT:
             adapted.costs.clear()
-        adapted.costs[key] = _cost(learner, length)
+        adapted.costs[key] = _cost(learner, length, whole)
     return {name: cost * spent.tokens / length for name, cost in zip(PASSES, adapted.costs[key], strict=True)}
 
 
-def _cost(learner: Learner, length: int) -> tuple[int, int]:
+def _cost(learner: Learner, length: int, whole: bool) -> tuple[int, int]:
     """Floating-point operations of a forward and a backward pass of one made-up row, with the task's own loss."""
     adapted, task = learner.adapted, learner.task
     config: Any = adapted.model.config
     ids = [token % config.get_text_config().vocab_size for token in range(length)]
     batch = learner.batch(Encoded([ids], [task.made_up(length)]), [0])
     adapted.model.eval()
-    below = adapted.below(batch)
+    below = None if whole else adapted.below(batch)
     with FlopCounter() as forward:
         loss = task.losses(task.outputs(learner, batch, below), batch).sum()
     with FlopCounter() as backward_pass:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +30,31 @@ class Statistics:
     freedom: float
 
     @classmethod
-    def of(cls, features: Floats, classes: NDArray[np.int64], count: int, scatter: bool = True) -> Statistics:
-        """Of rows: `features` has shape (n, d), `classes` shape (n,) with numbers below `count`."""
-        counts = np.bincount(classes, minlength=count).astype(np.float64)
-        sums = np.zeros((count, features.shape[1]))
-        np.add.at(sums, classes, features)
+    def of(cls, batches: Iterable[tuple[Floats, NDArray[np.int64]]], count: int, scatter: bool = True) -> Statistics:
+        """Of rows that come in batches, of which none is kept: features (n, d), and their classes (n,), below `count`.
+
+        Squares are summed about the first batch's mean, so that a large common part of the features costs no digits.
+        """
+        counts, sums, squares, middle = np.zeros(count), np.zeros((count, 0)), np.zeros((0, 0)), np.zeros(0)
+        for features, classes in batches:
+            if not counts.any():
+                width = features.shape[1]
+                middle = features.mean(axis=0) if len(features) else np.zeros(width)
+                sums, squares = np.zeros((count, width)), np.zeros((width, width))
+            apart = features - middle
+            counts += np.bincount(classes, minlength=count)
+            np.add.at(sums, classes, apart)
+            if scatter:
+                squares += apart.T @ apart
         means = sums / np.maximum(counts, 1.0)[:, None]
-        apart = features - means[classes] if scatter else None
+        scaled = means * np.sqrt(counts)[:, None]
         freedom = float(counts.sum() - (counts > 0).sum())
-        return cls(counts, means, None if apart is None else apart.T @ apart, freedom)
+        within = None
+        if scatter:
+            within = squares - scaled.T @ scaled if freedom else np.zeros_like(squares)
+            np.fill_diagonal(within, np.maximum(np.diag(within), 0.0))  # what is left of rounding may be below
+        means[counts > 0] += middle
+        return cls(counts, means, within, freedom)
 
     @property
     def rows(self) -> float:

@@ -24,6 +24,7 @@ from fedara_flwr.server.roster import Expected
 from fedara_flwr.strategies.base import Places
 from fedara_flwr.tasks import Encoded, open_task
 
+MOST_ROWS = 2000  # validation rows by which one temperature is fitted
 Kind = Literal["peft", "lora", "merged"]
 
 
@@ -84,12 +85,14 @@ class ServerModel:
         return self._encoded[split]
 
     def places(self) -> Places:
-        """The head's last layer, and what enters it of the validation rows.
+        """The head's last layer, and what enters it of the validation rows, of up to MOST_ROWS of them.
 
         Raises:
             ConfigError: the model's outputs are not those of a linear layer that can be found.
         """
         data = self._split("validation")
+        chosen = np.linspace(0, len(data) - 1, min(len(data), MOST_ROWS)).astype(int).tolist()
+        data = Encoded([data.ids[i] for i in chosen], [data.labels[i] for i in chosen])
         rows = list(features(self.learner, data, drawn_head(self.spec, self.settings.seed), self.settings.train.batch_tokens))
         found, classes = (np.concatenate([getattr(one, name) for one in rows]) for name in ("features", "classes"))
         name, places, start = self.backbone.last_linear, {}, 0

@@ -42,14 +42,13 @@ def refusal(why: str) -> RecordDict:
 
 
 def to_content(told: Statistics, form: str, rng: np.random.Generator, metrics: dict[str, Any]) -> RecordDict:
-    """The reply; `rng` rounds where the format does so at random, `metrics` are what the pass took."""
+    """The reply of a node that has rows; `rng` rounds where the format does so at random, `metrics` are what the pass took."""
     has, width, codec = told.counts > 0, told.means.shape[1], CODECS[form]
     means, triangle = told.means[has].ravel(), None if told.scatter is None else upper(told.scatter)
     sizes = [float(np.abs(values).max(initial=0.0)) for values in (means, () if triangle is None else triangle)]
     exponents = np.frexp(sizes)[1].astype(_INT64)
     arrays: dict[str, Any] = {COUNTS: told.counts.astype(_INT64), EXPONENTS: exponents}
-    if has.any():
-        arrays[MEANS] = codec.encode(_scaled(means, -exponents[0]), _rows(int(has.sum()), width), rng)
+    arrays[MEANS] = codec.encode(_scaled(means, -exponents[0]), _rows(int(has.sum()), width), rng)
     if triangle is not None:
         arrays[SCATTER] = codec.encode(_scaled(triangle, -exponents[1]), _triangle(width), rng)
     record = ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in arrays.items()})
@@ -86,15 +85,16 @@ def from_content(content: RecordDict, classes: int, width: int, form: str, scatt
     if (exponents < -LARGEST_EXPONENT).any() or (exponents > LARGEST_EXPONENT).any():
         raise Rejected("exponents", f"{exponents.tolist()}, allowed is up to {LARGEST_EXPONENT}")
     has = counts > 0
-    expected = {COUNTS, EXPONENTS} | ({MEANS} if has.any() else set()) | ({SCATTER} if scatter else set())
+    if not has.any():
+        raise Rejected("counts", "no rows")
+    expected = {COUNTS, EXPONENTS, MEANS} | ({SCATTER} if scatter else set())
     if set(record) != expected:
         raise Rejected("parts", f"arrays {short(record)}, expected {sorted(expected)}")
     means, spread = np.zeros((classes, width)), None
-    if has.any():
-        values = _decode(record[MEANS], _rows(int(has.sum()), width), MEANS, form, exponents[0])
-        if np.abs(values).max() > LARGEST:
-            raise Rejected("means", f"a feature of {np.abs(values).max():g}, allowed is up to {LARGEST:g}")
-        means[has] = values.reshape(-1, width)
+    values = _decode(record[MEANS], _rows(int(has.sum()), width), MEANS, form, exponents[0])
+    if np.abs(values).max() > LARGEST:
+        raise Rejected("means", f"a feature of {np.abs(values).max():g}, allowed is up to {LARGEST:g}")
+    means[has] = values.reshape(-1, width)
     freedom = float(counts.sum() - has.sum())
     if scatter:
         triangle = _decode(record[SCATTER], _triangle(width), SCATTER, form, exponents[1])

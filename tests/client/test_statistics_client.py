@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, LABELS, TASKS, backbone, random_arrays, some_labels
+from data_helper import statistics_of
 from test_session import PadOnly
 
 from fedara_flwr.adapters.attach import AdaptedModel
@@ -19,7 +20,6 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.draws import drawn_head
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.tasks import Encoded
 
 ROWS, SEED = 45, 3  # more than one batch
@@ -146,7 +146,7 @@ def test_the_sums_are_those_of_the_rows(tiny_models, name):
     model, rows = learner(tiny_models[name]), data()
     one = told(model, rows)
     entered, classes = found(model, rows)
-    expected = Statistics.of(entered, classes, len(LABELS))
+    expected = statistics_of(entered, classes, len(LABELS))
     assert one.statistics.counts.tolist() == np.bincount(rows.labels, minlength=len(LABELS)).tolist() and one.left_out == 0
     assert one.statistics.freedom == ROWS - len(LABELS)
     np.testing.assert_allclose(one.statistics.means, expected.means, rtol=1e-12)

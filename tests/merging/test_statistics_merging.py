@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from data_helper import statistics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ def same_bits(one: Merged, other: Merged):
 def told(features, classes, count, clients, scatter=True):
     """Each client's statistics, `clients` being the number of each row's."""
     return {
-        str(key): Statistics.of(features[clients == key], classes[clients == key], count, scatter)
+        str(key): statistics_of(features[clients == key], classes[clients == key], count, scatter)
         for key in np.unique(clients).tolist()
     }
 
@@ -53,7 +54,7 @@ PLANE = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [4.0, 4.0], [2.0, 4.0]]), 
 
 def test_two_classes_on_a_line():
     """Means 1 and 6, scatter 1 + 1 + 4 + 0 + 4 = 10 over 5 - 2; one number is its own mean variance, whatever is shrunk."""
-    merged = merge({"0": Statistics.of(*FLAT, 2)})
+    merged = merge({"0": statistics_of(*FLAT, 2)})
     assert merged.counts.tolist() == [2, 3] and merged.means.ravel().tolist() == [1, 6] and merged.freedom == 3
     assert merged.covariance == pytest.approx(10 / 3)
     weights, biases, _ = solve(merged, bias=True)
@@ -67,12 +68,12 @@ def test_two_classes_on_a_line():
 
 def test_a_plane_and_its_share_of_shrinkage():
     """Scatter diag(2 + 8, 0) over 3: S = diag(10/3, 0), tr S² = tr² S = 100/9; share = tr² S/((3 + 1 - 1)·tr² S/2)."""
-    merged = merge({"0": Statistics.of(*PLANE, 2)})
+    merged = merge({"0": statistics_of(*PLANE, 2)})
     np.testing.assert_allclose(merged.means, [[1, 0], [2, 4]])
     np.testing.assert_allclose(merged.covariance, np.diag([10 / 3, 0]), atol=1e-15)
     covariance, share = shrunk(merged.covariance, merged.freedom)
     assert share == pytest.approx(2 / 3)
-    np.testing.assert_allclose(covariance, np.diag([10 / 9 + 10 / 9, 10 / 9]))
+    np.testing.assert_allclose(covariance, np.diag([10 / 9 + 10 / 9, 10 / 9]), atol=1e-15)
     weights, biases, said = solve(merged, bias=True)
     assert said == share
     # the centre is (1.6, 2.4)
@@ -104,7 +105,7 @@ def test_the_head_is_the_posterior_of_the_shrunk_normals():
     rng = np.random.default_rng(0)
     classes = np.arange(90) % 4 % 3  # priors 1/2, 1/4, 1/4
     features = rng.normal(size=(90, 5)) @ rng.normal(size=(5, 5)) + 3 * rng.normal(size=(3, 5))[classes] + 10
-    merged = merge({"0": Statistics.of(features, classes, 3)})
+    merged = merge({"0": statistics_of(features, classes, 3)})
     weights, biases, _ = solve(merged, bias=True)
     precision, prior = np.linalg.inv(shrunk(merged.covariance, merged.freedom)[0]), merged.counts / 90
     distances = np.array([[(x - m) @ precision @ (x - m) for m in merged.means] for x in features])
@@ -121,7 +122,7 @@ def test_without_bias_it_is_ridge_regression_to_indicators():
     """Of shrunk second moments: near plain least squares without intercept where there are many rows, and less than it."""
     rng = np.random.default_rng(0)
     features, classes = rng.normal(size=(200, 4)) + 1, np.arange(200) % 3
-    one = Statistics.of(features, classes, 3)
+    one = statistics_of(features, classes, 3)
     merged = merge({"0": one})
     covariance, share = shrunk(merged.covariance, merged.freedom)
     weights, biases, said = solve(merged, bias=False)
@@ -147,7 +148,7 @@ def dealt(draw):
 @given(dealt())
 def test_any_split_of_the_rows_gives_what_all_of_them_give(case):
     features, classes, count, clients, rng = case
-    whole = merge({"all": Statistics.of(features, classes, count)})
+    whole = merge({"all": statistics_of(features, classes, count)})
     parts = told(features, classes, count, clients)
     found = merge(parts)
     assert found.counts.tolist() == np.bincount(classes, minlength=count).tolist()
@@ -163,7 +164,7 @@ def test_any_split_of_the_rows_gives_what_all_of_them_give(case):
 @given(dealt())
 def test_the_whole_is_the_textbooks_pooled_covariance(case):
     features, classes, count, *_ = case
-    merged = merge({"all": Statistics.of(features, classes, count)})
+    merged = merge({"all": statistics_of(features, classes, count)})
     seen = np.unique(classes)
     freedom = len(classes) - len(seen)
     assert merged.freedom == freedom
@@ -218,7 +219,7 @@ def test_some_tell_their_scatter_and_some_do_not():
 
 
 def test_one_client_that_tells_means_alone_gives_the_identity():
-    one = Statistics.of(*PLANE, 2, scatter=False)
+    one = statistics_of(*PLANE, 2, scatter=False)
     merged = merge({"0": one})
     assert merged.freedom == 0 and not merged.covariance.any()
     assert solve(merged, bias=True)[2] == 1.0
@@ -228,7 +229,7 @@ def test_one_client_that_tells_means_alone_gives_the_identity():
 @pytest.mark.parametrize("far", [0.0, FAR])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_single_row(far, bias):
-    merged = merge({"0": Statistics.of(np.array([[3.0, 4.0]]), np.array([1]), 3)}, far)
+    merged = merge({"0": statistics_of(np.array([[3.0, 4.0]]), np.array([1]), 3)}, far)
     assert merged.freedom == 0 and merged.counts.tolist() == [0, 1, 0]
     np.testing.assert_array_equal(shrunk(merged.covariance, merged.freedom)[0], np.eye(2))
     weights, biases, share = solve(merged, bias)
@@ -243,7 +244,7 @@ def test_a_single_row(far, bias):
 @pytest.mark.parametrize("far", [0.0, FAR])
 def test_classes_with_one_row_each_are_the_nearest_mean(far):
     means = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 9.0]])
-    merged = merge({str(i): Statistics.of(means[[i]], np.array([i]), 3) for i in range(3)}, far)
+    merged = merge({str(i): statistics_of(means[[i]], np.array([i]), 3) for i in range(3)}, far)
     weights, biases, share = solve(merged, bias=True)
     assert merged.freedom == 0 and share == 1.0
     rows = np.random.default_rng(0).normal(size=(200, 2)) * 10
@@ -252,15 +253,15 @@ def test_classes_with_one_row_each_are_the_nearest_mean(far):
 
 
 def test_rows_that_are_all_equal_leave_the_identity():
-    merged = merge({"0": Statistics.of(np.ones((6, 3)), np.array([0, 0, 0, 1, 1, 1]), 2)})
+    merged = merge({"0": statistics_of(np.ones((6, 3)), np.array([0, 0, 0, 1, 1, 1]), 2)})
     assert merged.freedom == 4 and solve(merged, bias=True)[2] == 1.0
 
 
 def test_no_row_at_all_makes_no_number_that_is_not_finite():
     with np.errstate(all="raise"):
-        one = Statistics.of(np.zeros((0, 2)), np.zeros(0, np.int64), 3)
+        one = statistics_of(np.zeros((0, 2)), np.zeros(0, np.int64), 3)
     assert one.rows == 0 and one.freedom == 0 and not one.means.any()
-    assert close(merge({"0": Statistics.of(*PLANE, 3), "1": one}), merge({"0": Statistics.of(*PLANE, 3)}), 4.0)
+    assert close(merge({"0": statistics_of(*PLANE, 3), "1": one}), merge({"0": statistics_of(*PLANE, 3)}), 4.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -268,7 +269,7 @@ def test_an_unseen_class_has_no_weight_and_is_not_predicted(bias):
     rng = np.random.default_rng(0)
     classes = np.array([0, 2, 3])[np.arange(90) % 3]
     features = rng.normal(size=(90, 3)) + 4 * rng.normal(size=(4, 3))[classes] + 2
-    weights, biases, _ = solve(merge({"0": Statistics.of(features, classes, 4)}), bias)
+    weights, biases, _ = solve(merge({"0": statistics_of(features, classes, 4)}), bias)
     unseen = np.zeros(3) if bias else weights[[0, 2, 3]].mean(axis=0)
     np.testing.assert_array_equal(weights[1], unseen)
     assert 1 not in predicted(weights, biases, features)
@@ -281,7 +282,7 @@ def test_an_unseen_class_has_no_weight_and_is_not_predicted(bias):
 def test_an_unseen_class_is_not_predicted_on_rows_that_were_not_seen(bias):
     rng = np.random.default_rng(0)
     centres, classes = rng.normal(size=(4, 16)), np.array([0, 2, 3])[np.arange(90) % 3]
-    weights, biases, _ = solve(merge({"0": Statistics.of(rng.normal(size=(90, 16)) + centres[classes], classes, 4)}), bias)
+    weights, biases, _ = solve(merge({"0": statistics_of(rng.normal(size=(90, 16)) + centres[classes], classes, 4)}), bias)
     fresh = np.array([0, 2, 3])[np.arange(900) % 3]
     assert (predicted(weights, biases, rng.normal(size=(900, 16)) + centres[fresh]) != 1).all()
 
@@ -312,13 +313,13 @@ def test_something_is_always_believed(case):
 
 def test_a_weight_is_as_many_times_the_rows():
     features, classes = FLAT
-    double = Statistics.of(np.repeat(features, 2, axis=0), np.repeat(classes, 2), 2)
-    one = Statistics.of(features, classes, 2).weighted(2.0)
+    double = statistics_of(np.repeat(features, 2, axis=0), np.repeat(classes, 2), 2)
+    one = statistics_of(features, classes, 2).weighted(2.0)
     assert one.rows == 10 and one.freedom == 6 and double.freedom == 8
     np.testing.assert_allclose(one.counts, double.counts)
     np.testing.assert_allclose(one.means, double.means)
     np.testing.assert_allclose(one.scatter, double.scatter)
-    assert Statistics.of(features, classes, 2, scatter=False).weighted(0.5).scatter is None
+    assert statistics_of(features, classes, 2, scatter=False).weighted(0.5).scatter is None
 
 
 # -- liars ----------------------------------------------------------------------------------------------------------
@@ -461,8 +462,8 @@ def test_means_unlike_the_others_are_left_out_and_the_scatter_is_kept(lie):
 def test_a_mean_of_few_rows_may_be_far_by_chance():
     """Twenty have 200 rows of the class, one has a single row: it differs 14 times as much, which is no more than it may."""
     draws = np.random.default_rng(0)
-    many = [Statistics.of(draws.normal(size=(200, 8)), np.zeros(200, np.int64), 1) for _ in range(20)]
-    single = Statistics.of(draws.normal(size=(1, 8)), np.zeros(1, np.int64), 1)
+    many = [statistics_of(draws.normal(size=(200, 8)), np.zeros(200, np.int64), 1) for _ in range(20)]
+    single = statistics_of(draws.normal(size=(1, 8)), np.zeros(1, np.int64), 1)
     assert [one.rows for one in believable([*many, single])] == [200] * 20 + [1]
     lie = Statistics(single.counts * 200, single.means, many[0].scatter, many[0].freedom)
     assert [one.rows for one in believable([*many, lie])] == [200] * 20 + [0]
@@ -470,7 +471,7 @@ def test_a_mean_of_few_rows_may_be_far_by_chance():
 
 def test_of_a_class_that_two_have_both_are_believed():
     ours, theirs = np.array([[0.0, 1.0]] * 4), np.array([[1000.0, 1.0]] * 4)
-    kept = believable([Statistics.of(rows, np.zeros(4, np.int64), 1) for rows in (ours, theirs)])
+    kept = believable([statistics_of(rows, np.zeros(4, np.int64), 1) for rows in (ours, theirs)])
     assert [one.rows for one in kept] == [4, 4]
 
 
@@ -528,3 +529,17 @@ def test_a_triangle_and_back(width):
 
 def test_the_triangle_goes_row_by_row():
     assert upper(np.array([[1, 2, 3], [2, 4, 5], [3, 5, 6]])).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_batches_give_what_all_rows_give_at_once():
+    """Far from the origin, where squares about it would lose the spread; one batch is empty."""
+    rng = np.random.default_rng(3)
+    features, classes = 1e6 + rng.normal(size=(90, 3)), rng.integers(0, 3, 90)
+    whole = statistics_of(features, classes, 4)
+    pieces = [slice(0, 0), slice(0, 7), slice(7, 8), slice(8, 90)]
+    parts = Statistics.of([(features[piece], classes[piece]) for piece in pieces], 4)
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    np.testing.assert_allclose(parts.means, whole.means, rtol=1e-14)
+    np.testing.assert_allclose(parts.scatter, whole.scatter, rtol=1e-6, atol=1e-6)
+    exact = sum(np.outer(x - m, x - m) for x, m in zip(features, whole.means[classes], strict=True))
+    np.testing.assert_allclose(whole.scatter, exact, rtol=1e-6, atol=1e-6)

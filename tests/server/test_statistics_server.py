@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DECODER, MINILM
+from data_helper import statistics_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start, stopped_in_round
 from safetensors.numpy import load_file
@@ -27,7 +28,6 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.statistics import FAR, merge, solve, temperature
 from fedara_flwr.model.draws import drawn_head
-from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.server.loop import RunFailed
@@ -125,7 +125,7 @@ def told(loop, scatter=True, cap=np.inf):
         data = model.learner.encode(pool.take(rows), settings.data.max_length)
         parts = list(features(model.learner, data, drawn(loop)))
         entered, classes = (np.concatenate([getattr(one, name) for one in parts]) for name in ("features", "classes"))
-        one = Statistics.of(entered, classes, len(model.labels), scatter)
+        one = statistics_of(entered, classes, len(model.labels), scatter)
         found[str(key)] = one.weighted(min(1.0, cap / len(rows)))
     return found
 
