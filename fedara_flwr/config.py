@@ -106,10 +106,14 @@ class PrivacySettings(Group):
 
 class WireSettings(Group):
     down: Format = Field(
-        "float32", description="numbers that the server sends; int8 and int4 are rounded at random, with a scale per slot"
+        "int8",
+        description="numbers that the server sends; int8 and int4 are rounded at random, with a scale per slot; of the head int4 "
+        "is int8",
     )
     up: Format = Field(
-        "float32", description="numbers that clients send back; where one of both is not float32, as differences from what came"
+        "int4",
+        description="numbers that clients send back; where one of both is not float32, as differences from what came; what a head "
+        "is solved from is int8 then",
     )
     feedback: bool = Field(
         False, description="error feedback: a node keeps what rounding took from its upload and adds it to its next one"

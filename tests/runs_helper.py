@@ -46,11 +46,12 @@ def options(**values: object) -> str:
 def config(model: Path, **changes: object) -> dict:
     """A flat run configuration; keys of `changes` have _ for - and __ for a dot; `fedara__…` are options of that method.
 
-    The head is drawn unless `changes` say `head__start`: most tests look at the rounds alone.
+    The head is drawn, and numbers travel as they are, unless `changes` say otherwise: most tests look at the rounds alone.
     """
     named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
     own = {key.partition(".")[2]: named.pop(key) for key in list(named) if key.startswith("fedara.")}
-    flat = {**SMALL, "head.start": "random", "model.name": str(model), **named}
+    plain = {"head.start": "random", "wire.down": "float32", "wire.up": "float32"}
+    flat = {**SMALL, **plain, "model.name": str(model), **named}
     if flat.get("method", "fedara") == "fedara" and "strategy.options" not in flat:
         flat["strategy.options"] = options(**FEDARA | own)
     return flat
