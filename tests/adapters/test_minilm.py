@@ -12,7 +12,7 @@ from fedara_flwr.adapters.backbone import locate
 
 
 def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
-    """Three rounds of three clients on 12 areas: far above the largest area's share; the adapter loads in stock PEFT."""
+    """Three rounds of three clients on 12 areas: the solved head is good, training keeps that, stock PEFT loads the adapter."""
     flat = {
         "num-server-rounds": 3,
         "train.steps": 8,
@@ -26,8 +26,9 @@ def test_fedara_learns_docstrings_with_the_default_model(tmp_path):
     rounds = [line for line in strategy.lines if line["type"] == "round"]
     groups = strategy.method.model.federation.validation.groups
     majority = np.bincount(groups).max() / len(groups)
-    assert rounds[-1]["accuracy"] > rounds[0]["accuracy"]
-    assert rounds[-1]["accuracy"] > 1.5 * majority
+    before = next(line for line in strategy.lines if line["type"] == "start")
+    assert before["accuracy"] > 3 * majority
+    assert rounds[-1]["accuracy"] > before["accuracy"] - 0.03
     assert rounds[-1]["alive"] == 4 * 36
     model, weights = strategy.method.model, strategy.method.weights(strategy.state)
     folder = model.export(tmp_path, weights)

@@ -191,7 +191,11 @@ class Driven:
 
     def __init__(self, text="", spec=SPEC, **flat):
         values = {"method": "legend", "adapter.rank": 4, "train.steps": 2, "strategy.options": text, "train.cache": "off"}
-        settings = Settings.from_flat(values | {name.replace("__", "."): value for name, value in flat.items()})
+        settings = Settings.from_flat(
+            {"wire.down": "float32", "wire.up": "float32"}
+            | values
+            | {name.replace("__", "."): value for name, value in flat.items()}
+        )
         self.method = Legend(settings, Port(spec))
         self.state = self.method.start()
 

@@ -284,4 +284,4 @@ def test_a_private_mean_moves_by_no_more_than_its_clip_whatever_the_residue():
 def test_settings():
     assert not Settings.from_flat({"wire.up": "int4"}).wire.feedback
     with pytest.raises(ConfigError, match="wire.feedback = True: wire.up = 'float32' .* allowed with it are .*'int4'"):
-        Settings.from_flat({"wire.feedback": True, "wire.down": "int4"})
+        Settings.from_flat({"wire.feedback": True, "wire.down": "int4", "wire.up": "float32"})
