@@ -254,7 +254,7 @@ class OutputSettings(Group):
 class Settings(Group):
     """The run configuration: what a run does follows from it and the data alone."""
 
-    num_server_rounds: int = Field(20, ge=0, description="rounds; 0 = the solved head alone (head.start)")
+    num_server_rounds: int = Field(10, ge=0, description="rounds; 0 = the solved head alone (head.start)")
     seed: int = Field(42, ge=0, lt=2**62, description="seed of every random stream")
     method: str = Field("fedara", min_length=1, description="federated method: fedara, fedara-static, fedlora, head, …")
     model: ModelSettings = Field(default_factory=ModelSettings)

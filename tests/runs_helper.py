@@ -34,7 +34,7 @@ SMALL = {
 }
 
 
-FEDARA = {"final-rank": 1.0, "warmup-rounds": 1, "final-rounds": 1}
+FEDARA = {"final-rank": 1.0, "warmup-rounds": 1, "final-rounds": 1, "depth-slack": 0.0}
 """fedara's options in those runs."""
 
 

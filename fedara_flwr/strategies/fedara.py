@@ -51,7 +51,7 @@ class FedARAOptions(Group):
     arbitration: Literal["budget", "threshold"] = Field("budget", description="how votes become the global mask")
     threshold: float = Field(0.5, gt=0, le=1, description="share of votes (weighted) that a slot needs, by 'threshold'")
     depth_slack: float = Field(
-        0.0, ge=0, lt=1, description="share of the slots' worth that may go with the lowest blocks after warm-up; 0 = none go"
+        0.03, ge=0, lt=1, description="share of the slots' worth that may go with the lowest blocks after warm-up; 0 = none go"
     )
     upload_mask: Literal["global", "local"] = Field(
         "global", description="slots a client sends back: all it got, or those it voted for"
