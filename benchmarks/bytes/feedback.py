@@ -27,6 +27,7 @@ from fedara_flwr.wire import upload  # noqa: E402
 from fedara_flwr.wire.codec import CODECS, CodingError  # noqa: E402
 
 trials.EVERY = 3
+trials.BASE |= trials.DRAWN
 METHODS = ("ffa-lora", "fedara")
 Sums = dict[tuple[str, str], np.ndarray]
 code_update = upload.code_update
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
-    trials.DATASETS["docstrings"] = (args.clients, 0.5)
+    trials.DATASETS["docstrings"] = (args.clients, {"data.dirichlet-alpha": 0.5})
     for method in args.methods.split(","):
         for seed in args.seeds.split(","):
             for feedback in (False, True):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import trials  # noqa: E402
 
 trials.EVERY = 2
+trials.BASE |= trials.DRAWN
 METHODS = ("fedlora", "ffa-lora", "fedara")
 RUNS = [(method, form, form) for form in ("float32", "int4") for method in METHODS]
 

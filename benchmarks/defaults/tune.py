@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import trials  # noqa: E402
 from trials import Trial  # noqa: E402
 
 GRID = [
@@ -46,6 +47,9 @@ def halve(make, settings: list[dict], seeds: list[int], rounds: int, rungs: list
     for seed in seeds[1:]:
         make(best.key["setting"], seed).run(rounds)
     return best.key["setting"]
+
+
+trials.BASE |= trials.DRAWN
 
 
 def main() -> None:

@@ -100,7 +100,8 @@ def run_rounds(settings: Settings, model: ServerModel) -> list[dict[str, Any]]:
 
 def run_settings(path: str, dtype: str, args: argparse.Namespace, **changes: Any) -> Settings:
     flat = {"model.name": path, "model.dtype": dtype, "run.device": args.device, "num-server-rounds": args.rounds}
-    return Settings.from_flat(flat | {"strategy.round-timeout": 86400.0} | changes)
+    drawn = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
+    return Settings.from_flat(flat | drawn | {"strategy.round-timeout": 86400.0} | changes)
 
 
 def whole_together(args: argparse.Namespace) -> None:

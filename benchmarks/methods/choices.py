@@ -1,6 +1,6 @@
 """Measures what the project decides on top of a solved head, on validation data: five sets, three seeds, paired by seed.
 
-    python benchmarks/methods/choices.py --data DIR --out FILE [--choices a,b] [--sets banking77,sst2] [--seeds 1,2,3]
+    python benchmarks/methods/choices.py --data DIR --out FILE [--choices "fedara;plain loss"] [--sets sst2] [--seeds 1,2]
 
 A choice is a method and the settings that differ from it. Lines are appended as they come, and what FILE holds is not run
 again. The head of a set and seed is solved once and kept beside FILE: it is the same for every choice. table.py reads FILE.
@@ -21,22 +21,27 @@ from trials import DATASETS, Trial  # noqa: E402
 from fedara_flwr.server import loop  # noqa: E402
 
 ROUNDS = 20
+OPTIONS = "strategy.options"
 CHOICES: dict[str, tuple[str, dict]] = {
-    "fedlora": ("fedlora", {}),
     "fedara": ("fedara", {}),
-    "fedlora-random": ("fedlora", {"head.start": "random"}),
-    "fedara-random": ("fedara", {"head.start": "random"}),
-    "fedara-fixed": ("fedara", {"train.head-learning-rate": 0.0}),
-    "adjusted": ("fedara", {"train.loss": "logit-adjusted"}),
-    "fedlora-adjusted": ("fedlora", {"train.loss": "logit-adjusted"}),
-    "upper-half": ("fedara", {"strategy.options": "depth-slack = 0.99"}),
-    "depth-0.1": ("fedara", {"strategy.options": "depth-slack = 0.1"}),
-    "zero-b": ("fedara", {"strategy.options": "start = 'zero-b'"}),
-    "decay": ("fedara", {"train.final-rate": 0.1}),
-    "final-40%": ("fedara", {"strategy.options": "final-rounds = 8"}),
-    "int8": ("fedara", {"wire.down": "int8", "wire.up": "int8"}),
-    "int8-int4": ("fedara", {"wire.down": "int8", "wire.up": "int4"}),
-    "fedlora-fixed": ("fedlora", {"train.head-learning-rate": 0.0}),
+    "fedlora": ("fedlora", {}),
+    "fedara, drawn head": ("fedara", {"head.start": "random"}),
+    "fedlora, drawn head": ("fedlora", {"head.start": "random"}),
+    "head from means": ("fedara", {"head.start": "means"}),
+    "fixed head": ("fedara", {"train.head-learning-rate": 0.0}),
+    "plain loss": ("fedara", {"train.loss": "plain"}),
+    "all blocks": ("fedara", {OPTIONS: "depth-slack = 0.0"}),
+    "more blocks gone": ("fedara", {OPTIONS: "depth-slack = 0.06"}),
+    "40% of rounds at the final budget": ("fedara", {OPTIONS: "final-rounds = 8"}),
+    "falling rates": ("fedara", {"train.final-rate": 0.1}),
+    "average": ("fedara", {"strategy.average": 0.7}),
+    "float32": ("fedara", {"wire.down": "float32", "wire.up": "float32"}),
+    "int4 down": ("fedara", {"wire.down": "int4"}),
+    **{
+        f"{method}, rate {rate}": (method, {"train.learning-rate": rate})
+        for method, rates in (("fedara", (1e-2, 5e-3, 1e-3)), ("fedlora", (2e-3, 1e-3, 2.5e-4)))
+        for rate in rates
+    },
 }
 
 
@@ -46,8 +51,8 @@ def keep_heads(folder: Path, solve_head):
     def solve(settings, model, state, roster, grid):
         if settings.head.start == "random":
             return [], []
-        name = f"{Path(settings.data.path).name or settings.data.name}-{settings.seed}-{settings.head.start}"
-        path = folder / f"{name}-{settings.model.dtype}.npz"
+        data = Path(settings.data.path).name or settings.data.name
+        path = folder / f"{data}-{settings.seed}-{settings.head.start}-{settings.model.dtype}-{settings.wire.up}.npz"
         if not path.exists():
             before = dict(roster.meter.total)
             lines, _ = solve_head(settings, model, state, roster, grid)
@@ -71,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets' folders")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--choices", default=",".join(CHOICES))
+    parser.add_argument("--choices", default=";".join(CHOICES), help="separated by semicolons")
     parser.add_argument("--sets", default="banking77,20news,sst2,docstrings,wnut17")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--heads", type=Path, default=Path("heads"), help="folder of solved heads")
@@ -80,7 +85,7 @@ def main() -> None:
     loop.solve_head = keep_heads(args.heads, loop.solve_head)
     for seed in args.seeds.split(","):
         for name in args.sets.split(","):
-            for choice in args.choices.split(","):
+            for choice in args.choices.split(";"):
                 method, setting = CHOICES[choice]
                 assert name in DATASETS
                 Trial(args.out, choice, str(args.data / name), method, setting, int(seed), ROUNDS, "bfloat16").run(ROUNDS)

@@ -43,6 +43,10 @@ BASE = {
     "data.max-length": 16,
     "data.test": 0.08,
     "run.threads": 1,
+    "head.start": "random",  # the attacks are on rounds
+    "train.loss": "plain",
+    "wire.down": "float32",
+    "wire.up": "float32",
     "strategy.round-timeout": 86400.0,  # on a busy machine no client may be late
 }
 RULES = {

@@ -144,9 +144,10 @@ def timer(device: str) -> Callable[[], float]:
 
 
 def flat(dtype: str, rounds: int, data: str, model: str = MINILM, device: str = "cpu") -> dict[str, Any]:
-    """Our run: the app's defaults."""
+    """Our run: the app's defaults, but for a drawn head and numbers as they are, since the plain app does neither."""
     where = {"model.name": model, "model.dtype": dtype, "run.device": device}
-    return {**where, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
+    drawn = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
+    return {**where, **drawn, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
 
 
 def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[str, Any]:
