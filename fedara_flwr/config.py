@@ -107,13 +107,13 @@ class PrivacySettings(Group):
 class WireSettings(Group):
     down: Format = Field(
         "int8",
-        description="numbers that the server sends; int8 and int4 are rounded at random, with a scale per slot; of the head int4 "
-        "is int8",
+        description="numbers that the server sends; int8 and int4 are rounded at random, with a scale per slot; the head's are "
+        "never int4, but int8",
     )
     up: Format = Field(
         "int4",
-        description="numbers that clients send back; where one of both is not float32, as differences from what came; what a head "
-        "is solved from is int8 then",
+        description="numbers that clients send back; where one of both is not float32, as differences from what came; by int4 "
+        "what a head is solved from is int8",
     )
     feedback: bool = Field(
         False, description="error feedback: a node keeps what rounding took from its upload and adds it to its next one"

@@ -4,10 +4,10 @@ Stated by the paper: ΔW = B·diag(E)·A; each round clients make local rank mas
 are pruned progressively; pruned ranks are not sent; inactive modules leave the model.
 This project's reading, each an option: the slots' score (`importance`), the arbitration (`arbitration`, `threshold`), AdaLoRA's
 cubic budget (`final-rank`, `warmup-rounds`, `final-rounds`) and who sends what (`upload-mask`); besides, the start (E = 0, A
-and B of unit norm) and FedAvg of each factor over the alive slots. Ours alone: `depth-slack`, by which whole blocks leave the
-model early, from the lowest. configs/paper.toml is the paper's reading without what is ours. `threshold` is there for the paper's arbitration by a share
+and B of unit norm) and FedAvg of each factor over the alive slots. `threshold` is there for the paper's arbitration by a share
 of votes, `magnitude` for the ablation without gradients (and what is left behind noise): neither differs beyond noise in
 benchmarks/defaults. The clients' half is the term `slot-vote` (client/vote.py).
+Ours alone: `depth-slack`, by which whole blocks leave the model early, from the lowest; configs/paper.toml is without it.
 """
 
 from __future__ import annotations
