@@ -15,7 +15,7 @@ from fedara_flwr.keys import ConfigError, Group, Scalar, nearest, one_line, read
 
 Format = Literal["float32", "float16", "int8", "int4"]
 SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/methods, benchmarks/defaults)
-SOLVED_SHARE = 0.25  # of a method's own rate after a solved head: there is less to learn, and more to lose
+LEAST_SHARE = 0.1  # of a method's own rate, however few of the labels clients have
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 QUANTISED = ("int8", "int4")
@@ -134,8 +134,8 @@ class LocalTraining(Group):
     learning_rate: float = Field(
         0.0,
         ge=0,
-        description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults), a quarter of it "
-        "after a solved head",
+        description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults); after a solved "
+        "head times the diversity of the clients' labels, the entropy of a client's own over that of all, on average",
     )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")
     head_learning_rate: float = Field(1e-2, ge=0, description="AdamW learning rate of the head")
@@ -184,18 +184,20 @@ class TrainSettings(LocalTraining):
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
-    def local(self, learning_rate: float, solved: bool = False, done: float = 0.0) -> LocalTraining:
+    def local(self, learning_rate: float, diversity: float | None = None, done: float = 0.0) -> LocalTraining:
         """What travels in a plan.
 
         Args:
             learning_rate: the method's own, used where the configuration leaves it open.
-            solved: whether the head started from statistics, which its own default rate depends on.
+            diversity: of the clients' labels (`Merged.diversity`), from 0 to 1, where the head was solved: who has few of the
+                labels pulls the whole model towards them, the more the larger the steps. None = the head was drawn.
             done: share of the run that is over: 0 in the first round, 1 in the last.
         """
         share = 1 - (1 - self.final_rate) * done
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
-        head = self.head_learning_rate if self.head_learning_rate >= 0 else SOLVED_HEAD if solved else DRAWN_HEAD
-        rate = self.learning_rate or learning_rate * (SOLVED_SHARE if solved else 1.0)
+        drawn = diversity is None
+        head = self.head_learning_rate if self.head_learning_rate >= 0 else DRAWN_HEAD if drawn else SOLVED_HEAD
+        rate = self.learning_rate or learning_rate * (1.0 if diversity is None else max(diversity, LEAST_SHARE))
         rates = {"learning_rate": share * rate, "head_learning_rate": share * head}
         return LocalTraining.model_construct(**values | rates)
 

@@ -222,12 +222,20 @@ def test_without_rounds_there_must_be_a_head_to_solve():
     assert message.startswith("num-server-rounds = 0: with head.start = 'random' ") and "allowed is 1 or more" in message
 
 
-@pytest.mark.parametrize("solved, usual", [(True, 1e-3), (False, 1e-2)])
-def test_the_heads_rate(solved, usual):
+@pytest.mark.parametrize("diversity, usual", [(0.6, 1e-3), (0.0, 1e-3), (None, 1e-2)])
+def test_the_heads_rate(diversity, usual):
     """Left open it follows from how the head started; a rate that is set holds, 0 too."""
     for said, expected in ((-1.0, usual), (0.0, 0.0), (0.5, 0.5)):
         train = Settings.from_flat({"train.head-learning-rate": said}).train
-        assert train.local(2e-3, solved).head_learning_rate == expected
+        assert train.local(2e-3, diversity).head_learning_rate == expected
+
+
+@pytest.mark.parametrize("diversity, share", [(None, 1.0), (1.0, 1.0), (0.6, 0.6), (0.1, 0.1), (0.01, 0.1)])
+def test_a_methods_own_rate_follows_the_diversity_of_labels(diversity, share):
+    """After a solved head, down to a tenth; a rate that is set holds."""
+    assert Settings().train.local(2e-3, diversity).learning_rate == pytest.approx(2e-3 * share)
+    set_one = Settings.from_flat({"train.learning-rate": 0.5}).train
+    assert set_one.local(2e-3, diversity).learning_rate == 0.5
 
 
 def test_rates_fall_in_a_line_to_the_share_of_the_last_round():

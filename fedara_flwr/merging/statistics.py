@@ -30,12 +30,15 @@ class Merged:
         means: their mean features, shape (C, d); 0 where nobody has a row.
         covariance: within the classes, shape (d, d), positive semi-definite.
         freedom: degrees of freedom that it was estimated with; 0 = nothing is known of it.
+        diversity: entropy of a client's labels over that of all clients' labels, mean by their rows: 1 where labels are spread
+            evenly, 0 where every client has one.
     """
 
     counts: Floats
     means: Floats
     covariance: Floats
     freedom: float
+    diversity: float
 
 
 def merge(clients: Mapping[str, Statistics], far: float = 0.0) -> Merged:
@@ -62,7 +65,18 @@ def merge(clients: Mapping[str, Statistics], far: float = 0.0) -> Merged:
         if one.scatter is not None:
             scatter += one.scatter
             freedom += one.freedom
-    return Merged(counts, means, *_over(scatter, freedom))
+    return Merged(counts, means, *_over(scatter, freedom), _diversity(told, counts))
+
+
+def _diversity(told: Sequence[Statistics], counts: Floats) -> float:
+    whole = _entropy(counts) * counts.sum()
+    return min(1.0, sum(_entropy(one.counts) * one.rows for one in told) / whole) if whole > 0 else 1.0
+
+
+def _entropy(counts: Floats) -> float:
+    """Of the classes' shares, in nats; 0 where there is no row."""
+    shares = counts[counts > 0] / max(counts.sum(), TINY)
+    return float(-(shares * np.log(shares)).sum())
 
 
 def believable(told: Sequence[Statistics], far: float = FAR) -> list[Statistics]:

@@ -143,6 +143,7 @@ class HeadStart:
             "clients": len(told),
             "rows": float(merged.counts.sum()),
             "shares": (merged.counts / merged.counts.sum()).tolist(),
+            "diversity": merged.diversity,
             "shrinkage": share,
             "temperature": factor,
         }

@@ -327,7 +327,7 @@ class Method:
             scales=self.scales(state.mask),
             train=settings.train.local(
                 find_task(settings.data.task).learning_rate or self.learning_rate,
-                bool(state.solved),
+                state.solved.get("diversity"),
                 state.server_round / max(settings.num_server_rounds - 1, 1),
             ),
             sent=self.parts - self.kept,

@@ -543,3 +543,20 @@ def test_batches_give_what_all_rows_give_at_once():
     np.testing.assert_allclose(parts.scatter, whole.scatter, rtol=1e-6, atol=1e-6)
     exact = sum(np.outer(x - m, x - m) for x, m in zip(features, whole.means[classes], strict=True))
     np.testing.assert_allclose(whole.scatter, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clients", "diversity"),
+    [
+        ([[4, 4], [2, 2]], 1.0),  # everyone has both labels, evenly
+        ([[3, 0], [0, 3]], 0.0),  # one label each
+        ([[2, 2], [4, 0], [0, 4]], 1 / 3),  # a third of the rows is with a client that has both
+        ([[5, 0], [2, 0]], 1.0),  # there is one label
+    ],
+)
+def test_diversity_is_the_clients_entropy_over_that_of_all(clients, diversity):
+    told = {}
+    for key, counts in enumerate(clients):
+        classes = np.repeat([0, 1], counts)
+        told[str(key)] = statistics_of(np.random.default_rng(key).normal(size=(len(classes), 2)), classes, 2)
+    assert merge(told).diversity == pytest.approx(diversity)
