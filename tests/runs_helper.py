@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Message
+from safetensors.numpy import load_file
 
 from fedara_flwr import strategies
 from fedara_flwr.config import Settings
@@ -141,3 +143,24 @@ class TamperedGrid(InProcessGrid):
             return reply
         number = message.content.config_records["plan"]["round"]
         return self.tamper(number, message.metadata.dst_node_id - 1000, reply)
+
+
+def written(run: Path) -> tuple[list[dict], int]:
+    """What must be equal in a finished run's metrics.jsonl, and the bytes that going on took."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    extra = sum(line["bytes"]["down"] + line["bytes"]["up"] for line in found if line["type"] == "resume")
+    kept, after = [], 0
+    for line in found:
+        if line["type"] == "resume":
+            after = extra
+            continue
+        if "bytes-total" in line:
+            line["bytes-total"] -= after
+        kept.append({name: value for name, value in line.items() if name not in WALL_CLOCK})
+    return kept, extra
+
+
+def exported(run: Path) -> dict[str, np.ndarray]:
+    """The tensors of what a finished run left."""
+    (file,) = [file for file in run.glob("*/*.safetensors") if file.parent.name != "checkpoint"]
+    return load_file(file)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedara_flwr.adapters.learner import BATCH, Learner, cut
+from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Vector
@@ -44,7 +44,7 @@ def features(learner: Learner, data: Encoded, head: Vector, batch_tokens: int = 
 
     Args:
         head: the packed head, as `draws.drawn_head`.
-        batch_tokens: most tokens of a batch, as in `learner.cut`.
+        batch_tokens: most tokens of a batch, as in `Learner.batches`.
 
     Raises:
         ConfigError: the model's outputs are not those of a linear layer over something that can be found.
@@ -59,18 +59,14 @@ def features(learner: Learner, data: Encoded, head: Vector, batch_tokens: int = 
     adapted.model.eval()
     layer, entered = adapted.model.get_submodule(name), list[torch.Tensor]()
     hook = layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
-    lengths = [len(row) for row in data.ids]
-    order = np.argsort(lengths, kind="stable").tolist()
     try:
-        for start in range(0, len(order), BATCH):
-            for rows in cut(order[start : start + BATCH], lengths, batch_tokens):
-                batch = learner.batch(data, rows)
-                outputs, labels = task.outputs(learner, batch), batch["labels"]
-                found = _of_predictions(entered, layer, outputs.logits, batch, adapted.autocast())
-                labelled = labels != UNLABELLED
-                rows_of = found[labelled].double().cpu().numpy()
-                yield Rows(rows_of, labels[labelled].cpu().numpy(), batch["input_ids"].numel(), labels.dim() > 1)
-                entered.clear()
+        for batch in learner.batches(data, batch_tokens):
+            outputs, labels = task.outputs(learner, batch), batch["labels"]
+            found = _of_predictions(entered, layer, outputs.logits, batch, adapted.autocast())
+            labelled = labels != UNLABELLED
+            rows = found[labelled].double().cpu().numpy()
+            yield Rows(rows, labels[labelled].cpu().numpy(), batch["input_ids"].numel(), labels.dim() > 1)
+            entered.clear()
     finally:
         hook.remove()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,22 +70,26 @@ class Learner:
         batch = self.task.collate(self.tokenizer, [data.ids[i] for i in rows], [data.labels[i] for i in rows])
         return {name: values.to(self.adapted.device) for name, values in batch.items()}
 
-    @torch.no_grad()
-    def evaluate(self, data: Encoded, batch_tokens: int = 0) -> dict[str, float]:
-        """The task's metrics of the loaded model on all of `data`; rows of similar length go together, no outputs are kept.
+    def batches(self, data: Encoded, batch_tokens: int = 0) -> Iterator[Batch]:
+        """All of `data` once, BATCH rows at a time, rows of similar length together.
 
         Args:
             batch_tokens: most tokens of a batch, as in `cut`.
         """
-        adapted, task = self.adapted, self.task
-        adapted.model.eval()
-        evaluation = task.evaluation(data, adapted.backbone.labels)
         lengths = [len(row) for row in data.ids]
         order = np.argsort(lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
             for rows in cut(order[start : start + BATCH], lengths, batch_tokens):
-                batch = self.batch(data, rows)
-                evaluation.add(task.outputs(self, batch, adapted.below(batch)), batch)
+                yield self.batch(data, rows)
+
+    @torch.no_grad()
+    def evaluate(self, data: Encoded, batch_tokens: int = 0) -> dict[str, float]:
+        """The task's metrics of the loaded model on all of `data`, in `batches`; no outputs are kept."""
+        adapted, task = self.adapted, self.task
+        adapted.model.eval()
+        evaluation = task.evaluation(data, adapted.backbone.labels)
+        for batch in self.batches(data, batch_tokens):
+            evaluation.add(task.outputs(self, batch, adapted.below(batch)), batch)
         values: dict[str, float] = evaluation.result()
         if values.keys() != set(self.task.metrics):
             given, announced = (", ".join(sorted(names)) for names in (values, self.task.metrics))

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedara_flwr.model.statistics import Floats, Statistics
+from fedara_flwr.model.statistics import TINY, Floats, Statistics
 
 RIDGE = 0.01  # over the mean square of a feature, as Fed3R (arXiv 2406.01116) has it over features of length 1
 FAR = 3.0  # times what is usual among clients, beyond which a robust run leaves something out
-TINY = 1e-300
 COOLEST, HOTTEST = 1e-3, 1e2
 
 

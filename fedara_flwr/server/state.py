@@ -46,8 +46,11 @@ class ServerState(State):
             mask: the global mask before this round.
             version: of the delta before this round: what it adds is of the model, too.
         """
+        if not share:
+            self.average = {}
+            return
         former = spec.slice(self.average, mask, self.mask)
         if former.keys() != self.arrays.keys() or version != self.delta.version:
             former = self.arrays
         mixed = {part: share * former[part] + (1 - share) * values for part, values in self.arrays.items()}
-        self.average = {part: values.astype(np.float32) for part, values in mixed.items()} if share else {}
+        self.average = {part: values.astype(np.float32) for part, values in mixed.items()}

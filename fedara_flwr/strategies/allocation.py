@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fedara_flwr.model.ranks import Bools, Ints, RankMask
+from fedara_flwr.model.ranks import Bools, Ints, RankMask, rank_order
 from fedara_flwr.model.spec import ModelSpec
 
 RESOLUTION = 2**20  # a threshold is read as the nearest fraction with a denominator up to this, so 0.6 is 3/5
@@ -110,7 +110,7 @@ def depth_values(spec: ModelSpec, mask: RankMask, votes: Sequence[Vote], slots: 
     for kind in np.unique(kinds):
         members = np.flatnonzero(kinds == kind)
         for vote in votes:
-            within = np.argsort(np.argsort(vote.ranks[members]))
+            within = rank_order(-1.0 * vote.ranks[members])
             worth[members] += vote.weight * (len(members) - within) / len(members)
     worth /= sum(vote.weight for vote in votes)
     return np.array([np.sort(worth[blocks >= k])[::-1][:slots].sum() for k in range(spec.blocks)])
@@ -124,7 +124,7 @@ def lowest_block(values: np.ndarray, slack: float) -> int:
 def votes_within(votes: Sequence[Vote], mask: RankMask, sub: RankMask) -> list[Vote]:
     """The votes on the alive slots of `mask`, for those alive in `sub` alone, ranked among themselves."""
     inside = sub.bits[mask.bits]
-    return [replace(vote, ranks=np.argsort(np.argsort(vote.ranks[inside]))) for vote in votes]
+    return [replace(vote, ranks=rank_order(-1.0 * vote.ranks[inside])) for vote in votes]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import some_fast
-from runs_helper import CLIENTS, WALL_CLOCK, config, prepare, stopped_in_round
-from safetensors.numpy import load_file
+from runs_helper import CLIENTS, config, exported, prepare, stopped_in_round, written
 
 from fedara_flwr import engine
 from fedara_flwr.keys import ConfigError
@@ -41,30 +40,10 @@ def settings(model, folder, name, method="fedara", **more):
     )
 
 
-def lines(run: Path) -> tuple[list[dict], int]:
-    """What must be equal in metrics.jsonl, and the bytes that going on took."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    extra = sum(line["bytes"]["down"] + line["bytes"]["up"] for line in found if line["type"] == "resume")
-    kept, after = [], 0
-    for line in found:
-        if line["type"] == "resume":
-            after = extra
-            continue
-        if "bytes-total" in line:
-            line["bytes-total"] -= after
-        kept.append({name: value for name, value in line.items() if name not in WALL_CLOCK})
-    return kept, extra
-
-
-def results(run: Path) -> dict[str, np.ndarray]:
-    (file,) = [file for file in run.glob("*/*.safetensors") if file.parent.name != "checkpoint"]
-    return load_file(file)
-
-
 def assert_same_end(run: Path, undisturbed: Path) -> None:
-    ours, theirs = results(run), results(undisturbed)
+    ours, theirs = exported(run), exported(undisturbed)
     assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    (mine, extra), (others, _) = lines(run), lines(undisturbed)
+    (mine, extra), (others, _) = written(run), written(undisturbed)
     assert mine == others and extra > 0
     facts = [read_facts(folder) for folder in (run, undisturbed)]
     assert facts[0]["mask"] == facts[1]["mask"] and facts[0]["test"] == facts[1]["test"]

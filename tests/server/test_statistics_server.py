@@ -15,8 +15,7 @@ import torch
 from conftest import DECODER, MINILM
 from data_helper import statistics_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, prepare, start, stopped_in_round
-from safetensors.numpy import load_file
+from runs_helper import CLIENTS, WALL_CLOCK, ShuffledGrid, config, exported, prepare, start, stopped_in_round, written
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, DistilBertConfig, LlamaConfig
 
 from fedara_flwr import engine
@@ -611,30 +610,10 @@ def saved(model, folder, name="run", **more):
     return flat(model, run__dir=str(folder), run__name=name, **{"num_server_rounds": 3, **more})
 
 
-def written(path):
-    """The lines of metrics.jsonl that do not depend on clocks, and the bytes that going on took."""
-    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    extra = sum(line["bytes"]["down"] + line["bytes"]["up"] for line in found if line["type"] == "resume")
-    kept, after = [], 0
-    for line in found:
-        if line["type"] == "resume":
-            after = extra
-            continue
-        if "bytes-total" in line:
-            line["bytes-total"] -= after
-        kept.append({name: value for name, value in line.items() if name not in WALL_CLOCK})
-    return kept
-
-
-def tensors(path):
-    (file,) = [file for file in path.glob("*/*.safetensors") if file.parent.name != "checkpoint"]
-    return load_file(file)
-
-
 def same_end(one, other):
-    ours, theirs = tensors(one), tensors(other)
+    ours, theirs = exported(one), exported(other)
     assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    assert written(one) == written(other)
+    assert written(one)[0] == written(other)[0]
     facts = [read_facts(path) for path in (one, other)]
     assert facts[0]["test"] == facts[1]["test"] and facts[0]["head"] == facts[1]["head"] != {}
     assert facts[0]["outcome"] == facts[1]["outcome"] == "completed"
@@ -708,7 +687,7 @@ def test_rounds_may_follow_a_run_without_any(model, tmp_path, whole):
     engine.run(saved(model, tmp_path, "", method="head", num_server_rounds=2, run__resume="run"), CLIENTS)
     engine.run(saved(model, tmp_path, "at-once", method="head", num_server_rounds=2), CLIENTS)
     assert read_facts(tmp_path / "run")["rounds"] == 2
-    one, other = ([line for line in written(tmp_path / name) if line["type"] != "end"] for name in ("run", "at-once"))
+    one, other = ([line for line in written(tmp_path / name)[0] if line["type"] != "end"] for name in ("run", "at-once"))
     assert [line for line in one if line] == other
 
 
@@ -737,7 +716,7 @@ def test_a_run_whose_head_all_refuse_goes_on_too(model, tmp_path, monkeypatch):
             with stopped_in_round(monkeypatch, 2):
                 engine.run(saved(model, tmp_path), CLIENTS)
             engine.run(saved(model, tmp_path, "", run__resume="run"), CLIENTS)
-    assert written(tmp_path / "run") == written(tmp_path / "whole") and read_facts(tmp_path / "run")["head"] == {}
+    assert written(tmp_path / "run")[0] == written(tmp_path / "whole")[0] and read_facts(tmp_path / "run")["head"] == {}
 
 
 def test_what_statistics_change_is_no_secret_of_the_seed(model):
