@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs_helper import CLIENTS, ShuffledGrid, TamperedGrid, config, prepare, start, stopped_in_round
-from test_checkpoint import assert_same_end, lines
+from runs_helper import CLIENTS, ShuffledGrid, TamperedGrid, config, prepare, start, stopped_in_round, written
+from test_checkpoint import assert_same_end
 from test_wire import MASK, PARTS, PLAN, SPEC, random_arrays
 
 from fedara_flwr import engine, strategies
@@ -234,7 +234,7 @@ def test_a_run_that_goes_on_and_another_beside_it(tiny_bert, tmp_path, monkeypat
         engine.run(named("cut"), CLIENTS)
     engine.run(named("", run__resume="cut"), CLIENTS)
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
-    norms = [line["client-feedback-norm"] for line in lines(tmp_path / "cut")[0] if line["type"] == "round"]
+    norms = [line["client-feedback-norm"] for line in written(tmp_path / "cut")[0] if line["type"] == "round"]
     assert norms[0] == 0 and norms[2] > 0
 
 
