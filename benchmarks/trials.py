@@ -19,6 +19,7 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
+from fedara_flwr.tasks import read_settings
 
 EVERY = 5  # rounds between evaluations
 DATASETS: dict[str, tuple[int, dict]] = {  # name: clients, and how the set is read and dealt out
@@ -78,7 +79,7 @@ class Trial(Callback):
             **setting,
         }
         self.key = {"stage": stage, "data": dataset, "method": method, "setting": setting, "seed": seed}
-        self.out, self.rounds, self.settings = out, rounds, Settings.from_flat(flat)
+        self.out, self.rounds, self.settings = out, rounds, read_settings(flat)
         self.loop: RoundLoop | None = None
         self._modelled = {"seconds": 0.0, "joules": 0.0}
         self._busy, self._flops = 0.0, 0.0

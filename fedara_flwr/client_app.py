@@ -12,11 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedara_flwr.client import terms
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import declared
 from fedara_flwr.node import power, worker
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire import PROTOCOL
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] | None =
 
     from fedara_flwr.client import session
 
-    settings = Settings.from_flat(context.run_config)
+    settings = read_settings(context.run_config)
     if labels is not None:
         context.state["labels"] = ConfigRecord({"labels": list(labels)} if labels else {})
     elif "labels" in context.state:
@@ -121,7 +121,7 @@ def ready(message: Message, context: Context) -> Message:
         if why := node.busy():
             return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
         if "changes-backbone" in question:
-            node.check_frozen(Settings.from_flat(context.run_config).method)
+            node.check_frozen(read_settings(context.run_config).method)
         resident, data = _open(context, node, tuple(question.get("labels", ())))
         if data.skipped:
             logger.warning("node-config data-path = %r: %s", node.data_path, data.skipped)
@@ -134,7 +134,7 @@ def ready(message: Message, context: Context) -> Message:
 
             resident.set_delta((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
-            tokens = Settings.from_flat(context.run_config).train.batch_tokens
+            tokens = read_settings(context.run_config).train.batch_tokens
             measured = measure(resident.learner, data.train, batch, tokens, rank)
             metrics |= node.guard.let_out(measured)
         shared = not node.data_path
@@ -161,7 +161,7 @@ def statistics(message: Message, context: Context) -> Message:
 
     question: Any = message.content.config_records[wire.STATISTICS]
     node, simulated = NodeSettings.read(context.node_config), in_simulation(context)
-    why, settings = node.silent or node.busy(), Settings.from_flat(context.run_config)
+    why, settings = node.silent or node.busy(), read_settings(context.run_config)
     if why:
         return Message(wire.refusal(why), reply_to=message)
     try:

@@ -6,6 +6,7 @@ pyproject.toml (`[tool.flwr.app.config]`), which a test compares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -16,22 +17,23 @@ from fedara_flwr.keys import ConfigError, Group, Scalar, nearest, one_line, read
 Format = Literal["float32", "float16", "int8", "int4"]
 SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/methods, benchmarks/defaults)
 LEAST_SHARE = 0.1  # of a method's own rate, however few of the labels clients have
+LEAST_LENGTH = 8  # tokens of a text
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
-Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 QUANTISED = ("int8", "int4")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class ModelSettings(Group):
     name: str = Field(
-        "sentence-transformers/all-MiniLM-L6-v2",
-        min_length=1,
-        description="backbone: a local directory or a Hugging Face id of an architecture with a head for data.task",
+        "",
+        description="backbone: a local directory or a Hugging Face id of an architecture that can do data.task; '' = the one "
+        "that `fedara tasks` names for it",
     )
     dtype: Dtype = Field(
-        "float32",
-        description="number type of the frozen backbone; adapters, head and optimiser are always float32; int8, int4: of the "
-        "blocks' linear layers, the rest in bfloat16, by the extra `quantised`, for GPUs",
+        "auto",
+        description="number type of the frozen backbone; adapters, head and optimiser are always float32; auto = the task's "
+        "own; int8, int4: of the blocks' linear layers, the rest in bfloat16, by the extra `quantised`, for GPUs",
     )
     pooling: Literal["pretrained", "identity"] = Field(
         "identity",
@@ -162,14 +164,26 @@ class LocalTraining(Group):
 class TrainSettings(LocalTraining):
     """Training: what travels in the plan (LocalTraining), and what a process reads once from the run configuration."""
 
+    batch_size: int = Field(0, ge=0, description="examples per step; 0 = the task's own number")
+    batch_tokens: int = Field(
+        -1,
+        ge=-1,
+        description="most tokens, with padding, in the model at once: a larger batch goes in parts, as one step; 0 = no bound, "
+        "-1 = the task's own",
+    )
     head_learning_rate: float = Field(
         -1.0,
         ge=-1,
         description="AdamW learning rate of the head; 0 = fixed: neither trained nor sent back; -1 = 1e-3 for a head that was "
         "solved (head.start), 1e-2 for one that was drawn",
     )
-    final_rate: float = Field(
-        1.0, gt=0, le=1, description="learning rates in the last round over those in the first; linear between"
+    final_rate: float = Field(1.0, gt=0, le=1, description="learning rates in the last round over those in the first")
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="how the rates fall from round to round to train.final-rate of what they were"
+    )
+    checkpointing: bool = Field(
+        False,
+        description="what a block computes is not kept for the backward pass, but computed again: less memory, more time",
     )
     cache: Literal["off", "exact", "half"] = Field(
         "exact",
@@ -193,7 +207,8 @@ class TrainSettings(LocalTraining):
                 labels pulls the whole model towards them, the more the larger the steps. None = the head was drawn.
             done: share of the run that is over: 0 in the first round, 1 in the last.
         """
-        share = 1 - (1 - self.final_rate) * done
+        fallen = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        share = 1 - (1 - self.final_rate) * fallen
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
         drawn = diversity is None
         head = self.head_learning_rate if self.head_learning_rate >= 0 else DRAWN_HEAD if drawn else SOLVED_HEAD
@@ -206,24 +221,34 @@ class DataSettings(Group):
     task: str = Field(
         "classification", min_length=1, description="what is learnt, for example a label for a text; `fedara tasks` lists all"
     )
-    name: str = Field("docstrings", min_length=1, description="'docstrings' or a Hugging Face dataset id")
+    name: str = Field(
+        "", description="'docstrings' or 'functions', which are built in, or a Hugging Face dataset id; '' = the task's own"
+    )
     path: str = Field("", description="local parquet, csv or jsonl file, or a folder with train.* and test.*")
     text_column: str = Field("text", min_length=1, description="column of the text, or of the list of words")
     pair_column: str = Field("", description="column of the second text of a sentence pair; '' = none")
     label_column: str = Field("label", min_length=1, description="column of the label, or of the list of the words' tags")
     labels: str = Field("", description="label names in order, comma-separated; '' = as the data has them")
-    partition: Literal["iid", "dirichlet", "pathological", "natural"] = Field(
-        "dirichlet", description="how training data is split over clients"
+    partition: Literal["", "iid", "dirichlet", "pathological", "natural", "length"] = Field(
+        "",
+        description="how training data is split over clients; length = by how long the texts are; '' = dirichlet where the "
+        "task's rows have labels or categories, else iid",
     )
     dirichlet_alpha: float = Field(0.5, gt=0, description="partition = 'dirichlet': the smaller, the more skewed")
-    labels_per_client: int = Field(2, ge=1, description="partition = 'pathological': labels a client sees")
+    labels_per_client: int = Field(
+        2, ge=1, description="partition = 'pathological': labels a client sees; 'length': stretches of length"
+    )
     id_column: str = Field("", description="partition = 'natural': column that names the owner of a row")
     test: float = Field(0.15, gt=0, lt=1, description="share kept for the final test where the data has no test split")
     validation: float = Field(0.1, gt=0, lt=1, description="share of the training data that the server validates on")
     client_validation: float = Field(
         0.0, ge=0, lt=1, description="share of its own examples on which a client evaluates the model it receives"
     )
-    max_length: int = Field(64, ge=8, description="tokens after which a text is cut")
+    validation_rows: int = Field(
+        -1, ge=-1, description="most rows that the server validates on; 0 = all, -1 = the task's own number"
+    )
+    test_rows: int = Field(-1, ge=-1, description="most rows of the final test; 0 = all, -1 = the task's own number")
+    max_length: int = Field(0, ge=0, description="tokens after which a text is cut, 8 or more; 0 = the task's own number")
     options: str = Field("", description="keys of the task alone (`fedara tasks`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
 
 
@@ -302,6 +327,8 @@ class Settings(Group):
         tracker_names(self.run.track)
         if not self.num_server_rounds and self.head.start == "random":
             raise ConfigError("num-server-rounds = 0: with head.start = 'random' nothing would be learnt, allowed is 1 or more")
+        if 0 < self.data.max_length < LEAST_LENGTH:
+            raise ConfigError(f"data.max-length = {self.data.max_length}: allowed are 0 and {LEAST_LENGTH} or more")
         rate = self.train.head_learning_rate
         if -1 < rate < 0:
             raise ConfigError(f"train.head-learning-rate = {rate!r}: allowed are -1.0, 0.0 and more")

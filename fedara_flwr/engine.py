@@ -19,13 +19,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedara_flwr.client_app import Received, receive
 from fedara_flwr.client_app import app as client_app
-from fedara_flwr.config import OutputSettings, Settings
+from fedara_flwr.config import OutputSettings
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.directory import RunDirectory
 from fedara_flwr.server_app import run as run_server
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 from fedara_flwr.wire.plan import Update
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self.app = app
         # another app has keys of its own
-        ours = Settings.from_flat(run_config).run if app is client_app else OutputSettings()
+        ours = read_settings(run_config).run if app is client_app else OutputSettings()
         self.together = ours.together
         self.contexts = {
             node_id: Context(
@@ -188,6 +188,6 @@ def run(run_config: UserConfig, nodes: int) -> RunDirectory:
     Raises:
         ConfigError: as `server_app.run`.
     """
-    settings = Settings.from_flat(run_config)
+    settings = read_settings(run_config)
     check_partition(settings.data, open_task(settings.data).grouped)
     return run_server(InProcessGrid(settings.to_flat(), nodes), settings)

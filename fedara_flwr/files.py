@@ -10,6 +10,11 @@ from pathlib import Path
 import numpy as np
 
 
+def flwr_home() -> Path:
+    """Flower's own folder, beside whose files this package keeps what lasts longer than a run."""
+    return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, forced to the disk, then renamed.
 

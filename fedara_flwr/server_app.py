@@ -12,6 +12,7 @@ from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import accounting
 from fedara_flwr.runs.directory import RunDirectory
+from fedara_flwr.tasks import read_settings
 
 logger = logging.getLogger(__name__)
 app = ServerApp()
@@ -21,7 +22,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run one method from start to export; a user's mistake ends it before round 1 with one line."""
     try:
-        run(grid, Settings.from_flat(context.run_config))
+        run(grid, read_settings(context.run_config))
     except ConfigError as error:
         logger.error("%s", error)
         raise
@@ -44,15 +45,16 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     from fedara_flwr.server.loop import RoundLoop
     from fedara_flwr.server.state import ServerState
 
-    check(settings.run.track)
-    if settings.privacy.on:
-        accounting()
-    model = ServerModel(settings)
-    method = strategies.find(settings.method)(settings, model)
-    start = None if resumed else ServerState(**vars(method.start()))
-    directory = resumed or RunDirectory.create(settings)
-    keeper = Keeper(directory, method, model)
+    directory = resumed
     try:
+        check(settings.run.track)
+        if settings.privacy.on:
+            accounting()
+        model = ServerModel(settings)
+        method = strategies.find(settings.method)(settings, model)
+        start = None if resumed else ServerState(**vars(method.start()))
+        directory = resumed or RunDirectory.create(settings)
+        keeper = Keeper(directory, method, model)
         state = start or keeper.restored()
         logger.info("run directory: %s", directory.path)
         try:
@@ -65,5 +67,6 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
             raise
         keeper.conclude("completed")
     finally:
-        directory.close()
+        if directory is not None:
+            directory.close()
     return directory

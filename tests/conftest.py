@@ -24,7 +24,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from fedara_flwr.adapters.backbone import PACKAGED, Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.packaged import PACKAGED
 from fedara_flwr.config import DataSettings
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec

@@ -18,6 +18,7 @@ from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
+from fedara_flwr.tasks import read_settings
 
 PHASES = ("all", "backward", "elapsed", "evaluate", "forward", "train")
 WALL_CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" for phase in PHASES)}
@@ -74,7 +75,7 @@ _models: dict[str, ServerModel] = {}
 
 def prepare(flat: dict, grid_class: type[InProcessGrid] = InProcessGrid, clients: int = CLIENTS, **grid_options):
     """(loop, grid) ready to start; server models are shared between tests that use the same model and data."""
-    settings = Settings.from_flat(flat)
+    settings = read_settings(flat)
     train = {"cache", "cache_mb", "cache_disk_mb", "batch_tokens"}
     matters = {"model": True, "data": True, "seed": True, "adapter": {"target_modules"}, "train": train}
     key = settings.model_dump_json(include=matters)

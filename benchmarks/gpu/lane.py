@@ -41,7 +41,7 @@ from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
-from fedara_flwr.tasks import Encoded, open_task
+from fedara_flwr.tasks import Encoded, open_task, read_settings
 from fedara_flwr.wire.plan import TrainPlan
 
 TASK = open_task(Settings().data)
@@ -101,7 +101,7 @@ def run_rounds(settings: Settings, model: ServerModel) -> list[dict[str, Any]]:
 def run_settings(path: str, dtype: str, args: argparse.Namespace, **changes: Any) -> Settings:
     flat = {"model.name": path, "model.dtype": dtype, "run.device": args.device, "num-server-rounds": args.rounds}
     drawn = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
-    return Settings.from_flat(flat | drawn | {"strategy.round-timeout": 86400.0} | changes)
+    return read_settings(flat | drawn | {"strategy.round-timeout": 86400.0} | changes)
 
 
 def whole_together(args: argparse.Namespace) -> None:
@@ -138,7 +138,7 @@ class Call:
     """One client's training as `client.train.train` does it, rank 12 on every module, docstrings."""
 
     def __init__(self, path: str, dtype: str, device: str, mask_from: int = 0) -> None:
-        settings = Settings.from_flat({"model.name": path, "model.dtype": dtype})
+        settings = read_settings({"model.name": path, "model.dtype": dtype})
         data = federation(settings.data, settings.seed, TASK)
         self.device, self.dtype = device, dtype
         if device == "cuda":

@@ -20,9 +20,9 @@ from attack import ATTACKS, AttackGrid
 
 from fedara_flwr import seeds, strategies
 from fedara_flwr.adapters.backbone import silence_libraries
-from fedara_flwr.config import Settings
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop, RunFailed
+from fedara_flwr.tasks import read_settings
 
 CLIENTS, SEED = 10, 42
 RECKONED = 0.2  # share of attackers that trimmed-mean and multi-krum reckon with, where there are not more
@@ -88,7 +88,7 @@ def attackers(share: float) -> frozenset[int]:
 def run(cell: dict, model: ServerModel | None) -> tuple[dict, ServerModel]:
     """One run; its line, and the server's model, which all share."""
     rule = RULES[cell["rule"]] | {"strategy.attackers": max(RECKONED, cell["share"])}
-    settings = Settings.from_flat(BASE | rule)
+    settings = read_settings(BASE | rule)
     model = model or ServerModel(settings)
     bad = attackers(cell["share"])
     kept = Lines()

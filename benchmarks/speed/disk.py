@@ -30,7 +30,7 @@ from fedara_flwr.adapters.learner import Learner, open_learner
 from fedara_flwr.config import DataSettings, Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 from fedara_flwr.tasks.base import Batch
 
 BOUNDARY = 3
@@ -89,7 +89,7 @@ def main() -> None:
         AutoModel.from_config(BertConfig(vocab_size=len(tokenizer))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for name, model in (("MiniLM", Settings().model.name), ("BERT-base's size", folder)):
-            settings = Settings.from_flat({"model.name": model, "train.cache-disk-mb": 1024})
+            settings = read_settings({"model.name": model, "train.cache-disk-mb": 1024})
             data = federation(settings.data, settings.seed, TASK)
             learner = open_learner(settings, data.labels)
             adapted, tokenizer = learner.adapted, learner.tokenizer

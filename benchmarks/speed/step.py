@@ -25,11 +25,11 @@ import torch
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.client.capacity import saved_bytes
-from fedara_flwr.config import DataSettings, Settings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import last_blocks
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 from fedara_flwr.tasks.base import Batch
 
 RANK, SIZE, BATCHES = 12, 16, 2
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings.from_flat({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
+    settings = read_settings({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
     data = federation(settings.data, settings.seed, TASK)
     learner = open_learner(settings, data.labels)
     adapted, tokenizer = learner.adapted, learner.tokenizer

@@ -44,7 +44,7 @@ from fedara_flwr.client.session import Session
 from fedara_flwr.config import DataSettings, Settings
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 from fedara_flwr.wire.arrays import read_arrays
 from fedara_flwr.wire.plan import TrainPlan
 from fedara_flwr.wire.records import plan_from_content
@@ -161,7 +161,7 @@ def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[
 def in_process(dtype: str, rounds: int, data: str, model_name: str = MINILM, device: str = "cpu") -> list[dict[str, float]]:
     """Seconds of each round, by way; on a GPU the plain app computes in `dtype` too."""
     torch.set_num_threads(1)
-    settings = Settings.from_flat(flat(dtype, rounds, data, model_name, device))
+    settings = read_settings(flat(dtype, rounds, data, model_name, device))
     model = ServerModel(settings)
     changes = {"model-name": model_name, "device": device, "dtype": dtype if device == "cuda" else "float32"}
     grid = Interleaved(settings, model.labels, plain_config(rounds, data, **changes))

@@ -29,16 +29,17 @@ import numpy as np
 import torch
 from transformers import AutoModel, BertConfig, DistilBertConfig, PretrainedConfig, Qwen2Config
 
-from fedara_flwr.adapters.backbone import PACKAGED, load_tokenizer
+from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.learner import Learner, open_learner
+from fedara_flwr.adapters.packaged import PACKAGED
 from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.together import train_together
 from fedara_flwr.client.train import ClientData, Job, train
-from fedara_flwr.config import DataSettings, LocalTraining, Settings
+from fedara_flwr.config import DataSettings, LocalTraining
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import Encoded, open_task
+from fedara_flwr.tasks import Encoded, open_task, read_settings
 from fedara_flwr.wire.plan import TrainPlan
 
 RANK, SIZE, ROWS = 12, 16, 64
@@ -75,7 +76,7 @@ def folder(model: str, root: Path) -> str:
 
 def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse.Namespace) -> None:
     """Every number of clients on one open model."""
-    settings = Settings.from_flat({"model.name": path, "model.dtype": dtype})
+    settings = read_settings({"model.name": path, "model.dtype": dtype})
     data = federation(settings.data, settings.seed, TASK)
     learner = open_learner(settings, data.labels, args.device)
     adapted, tokenizer = learner.adapted, learner.tokenizer

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
+from fedara_flwr.adapters.output import OutputLayer, checkpointed
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
 from fedara_flwr.keys import ConfigError
@@ -51,11 +54,16 @@ class AdaptedModel:
     The resident backbone's tensors are never written: what changes in it is a frozen extra adapter, or a copy.
     """
 
-    def __init__(self, backbone: Backbone, cache: str = "off", cache_mb: int = 0, cache_disk_mb: int = 0) -> None:
-        """`cache`, `cache_mb` and `cache_disk_mb` are the keys of `train`."""
+    def __init__(
+        self, backbone: Backbone, cache: str = "off", cache_mb: int = 0, cache_disk_mb: int = 0, checkpointing: bool = False
+    ) -> None:
+        """`cache`, `cache_mb`, `cache_disk_mb` and `checkpointing` are the keys of `train`."""
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
         self.device = next(self.model.parameters()).device
         self._prefix: Prefix | None = None
+        self._checkpointing = checkpointing
+        # keys and values of former tokens are of use to whoever generates, and to nobody else
+        self._plain = {"use_cache": False} if "use_cache" in signature(self.model.forward).parameters else {}
         if cache != "off":
             with self.autocast():
                 head = backbone.head_parameters()
@@ -281,20 +289,21 @@ class AdaptedModel:
     def merge(self) -> None:
         """Put what the loaded adapters and the delta add into copies of the weights, and the bare layers in their places.
 
-        The model is then one of stock transformers, until the next `load`; all of it float32, since transformers loads a whole
-        model in one type, and bfloat16 would round what was trained.
+        The model is then one of stock transformers, until the next `load`, in the checkpoint's own type: transformers loads a
+        whole model in one. Sums are float32, and rounded once.
 
         Raises:
             ConfigError: the backbone is quantised.
         """
         self._check_frozen()
-        for parameter in self._frozen:
-            parameter.data = parameter.data.float()
         for layer, place in zip(self.layers, self._places, strict=True):
             if isinstance(getattr(*place), LowRankLinear):
                 weight: Any = layer.base_layer.weight
-                weight.data = weight.data + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                changed = weight.data.float() + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                weight.data = changed.to(self.backbone.stored)
                 setattr(*place, layer.base_layer)
+        for parameter in (*self._frozen, *self.head):
+            parameter.data = parameter.data.to(self.backbone.stored)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -329,9 +338,34 @@ class AdaptedModel:
         Returns:
             The model's own output object, in the types that it computes in.
         """
+        with self._running(below):
+            return self.model(**_inputs(batch), **self._plain, **more)
+
+    def hidden(self, batch: Batch, below: torch.Tensor | None = None) -> torch.Tensor:
+        """What the last block gives, normed as the model does it, of every position: shape (batch, longest, hidden).
+
+        For models whose output layer is large: `output_layer` then gives the logits of the positions that are wanted.
+
+        Args:
+            below: as in `outputs`.
+        """
+        with self._running(below):
+            states: torch.Tensor = self.model.base_model(**_inputs(batch), **self._plain)[0]  # type: ignore[operator]
+        return states
+
+    @cached_property
+    def output_layer(self) -> OutputLayer:
+        """What makes the model's logits from `hidden`; ConfigError where nothing does."""
+        return OutputLayer(self)
+
+    @contextmanager
+    def _running(self, below: torch.Tensor | None) -> Iterator[None]:
+        """Inside, the model runs as it is to run: in its types, from `below`, keeping for the backward pass what it should."""
         above = nullcontext() if self._prefix is None else self._prefix.above(below, self.boundary)
-        with self.autocast(), above:
-            return self.model(**_inputs(batch), **more)
+        upper = self.backbone.blocks[0 if below is None else self.boundary :]
+        again = checkpointed(upper, self.autocast) if self._checkpointing and torch.is_grad_enabled() else nullcontext()
+        with self.autocast(), above, again:
+            yield
 
 
 def _inputs(batch: Batch) -> Batch:

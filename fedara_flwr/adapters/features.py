@@ -52,7 +52,8 @@ def features(learner: Learner, data: Encoded, head: Vector, batch_tokens: int = 
     adapted, task = learner.adapted, learner.task
     name = adapted.backbone.last_linear
     if not name:
-        raise ConfigError(f"head.start: the head of {type(adapted.model).__name__} has no linear layer, allowed is 'random'")
+        line = f"the head of {type(adapted.model).__name__} has no linear layer with an output for each label"
+        raise ConfigError(f"head.start: {line}, allowed is 'random'")
     modules = len(adapted.spec.modules)
     adapted.set_delta(None)
     adapted.load({"head": head}, RankMask.full([0] * modules), (1.0,) * modules)
@@ -84,7 +85,11 @@ def _of_predictions(entered: list[torch.Tensor], layer: Any, logits: torch.Tenso
             found = found[torch.arange(len(found), device=found.device), last]
         with autocast:
             again = layer(found) if found.shape[:-1] == logits.shape[:-1] else None
-        if again is not None and torch.allclose(again, logits, rtol=0.0, atol=TOLERANCE * float(logits.abs().max()) + 1e-6):
+        if (
+            again is not None
+            and again.shape == logits.shape
+            and torch.allclose(again, logits, rtol=0.0, atol=TOLERANCE * float(logits.abs().max()) + 1e-6)
+        ):
             return found
         why = "what leaves the layer are not the logits"
     raise ConfigError(f"head.start: of this model's head nothing can be solved ({why}), allowed is 'random'")

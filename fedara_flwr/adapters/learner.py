@@ -57,8 +57,13 @@ class Learner:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """sha256 of the vocabulary with its ids; kept, since making it takes longer than a step of a small client."""
-        return hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        """sha256 of the vocabulary with its ids, and of what else the task wants in common.
+
+        Kept, since making it takes longer than a step of a small client.
+        """
+        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(self.task.tokenizer_state(self.tokenizer).encode())
+        return digest.hexdigest()
 
     def encode(self, examples: Examples, max_length: int) -> Encoded:
         """The examples tokenised as the task wants them, each cut at `max_length` tokens."""
@@ -120,4 +125,5 @@ def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu
         device=device,
     )
     train = settings.train
-    return Learner(AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb), task, tokenizer)
+    adapted = AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb, train.checkpointing)
+    return Learner(adapted, task, tokenizer)

@@ -117,6 +117,29 @@ def export(
 
 
 @app.command()
+def chat(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under ./runs or FLWR_HOME/runs")],
+    prompt: Annotated[
+        str | None, typer.Option(help="ask this once, and print the answer alone; - = from standard input")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="the model as it was before the run")] = False,
+    system: Annotated[str, typer.Option(help="system text in place of the run's")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="most tokens of an answer")] = 256,
+) -> None:
+    """Talk to a language model that a run has tuned, on this machine, without a network."""
+    from rich.console import Console
+
+    from fedara_flwr.cli.chat import chat as talk
+    from fedara_flwr.runs.directory import find_run
+
+    try:
+        talk(find_run(run), prompt, max_tokens, system, base, Console(highlight=False))
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under ./runs or FLWR_HOME/runs")],
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the run's folder")] = None,

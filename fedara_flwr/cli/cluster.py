@@ -24,9 +24,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.runs.directory import PACKAGES
+from fedara_flwr.tasks import read_settings
 
 ADDRESS = "RAY_ADDRESS"
 LOCAL = "local"
@@ -166,7 +166,7 @@ def look(config: dict[str, Scalar], mark: str) -> dict[str, Any]:
     try:
         has: dict[str, Any] = {name: version(name) for name in PACKAGES if name != "fedara-flwr"}  # the app's code is brought
         has = {name: number.partition("+")[0] for name, number in has.items()}  # builds for CPU and CUDA may meet
-        settings = Settings.from_flat(config)
+        settings = read_settings(config)
         model, home = Path(locate(settings.model.name)), Path(mark).parent
         if model.is_dir():  # else each machine has it from the Hub
             files = sorted((str(file.relative_to(model)), file.stat().st_size) for file in model.rglob("*") if file.is_file())

@@ -23,11 +23,12 @@ from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
 from fedara_flwr.strategies import methods, plugins
-from fedara_flwr.tasks import registry
+from fedara_flwr.tasks import read_settings, registry
 
 PACKAGE = "fedara-flwr"
 OLDEST_PYTHON = (3, 11)
@@ -113,7 +114,7 @@ def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Fin
         advice = "name the app's folder: fedara doctor APP"
         return Settings(), Finding("warning", f"{app} is no Flower app; checked are the defaults", advice)
     try:
-        settings = Settings.from_flat(read_config(app, overrides))
+        settings = read_settings(read_config(app, overrides))
     except ConfigError as error:
         return None, Finding("problem", reason(error), "correct this first: model, data and folders were not checked")
     rounds = count(settings.num_server_rounds, "round")
@@ -194,7 +195,7 @@ def client_gpu(app: Path) -> Finding:
 
 def folders(app: Path, settings: Settings) -> Finding:
     """Whether Flower's home (of plain `flwr run` and of `fedara run`) and the folder of the runs can be written."""
-    home = _home()
+    home = flwr_home()
     places = {"FLWR_HOME": home, "the app": app / ".flwr", "run.dir": _runs(settings)}
     refused = {name: place for name, place in places.items() if not _writable(place)}
     if not refused:
@@ -203,12 +204,8 @@ def folders(app: Path, settings: Settings) -> Finding:
     return Finding("problem", reasons, "set FLWR_HOME, run.dir to folders of yours, or copy the app to one")
 
 
-def _home() -> Path:
-    return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
-
-
 def _runs(settings: Settings) -> Path:
-    return Path(settings.run.dir).expanduser() if settings.run.dir else _home() / "runs"
+    return Path(settings.run.dir).expanduser() if settings.run.dir else flwr_home() / "runs"
 
 
 def _writable(path: Path) -> bool:
@@ -223,7 +220,7 @@ def _existing(path: Path) -> Path:
 
 def disk(settings: Settings) -> Finding:
     """Whether there is room for runs, stores and checkpoints."""
-    place = min((_existing(path) for path in (_home(), _runs(settings))), key=lambda path: shutil.disk_usage(path).free)
+    place = min((_existing(path) for path in (flwr_home(), _runs(settings))), key=lambda path: shutil.disk_usage(path).free)
     free = shutil.disk_usage(place).free
     space = f"{free / 1e9:.1f} GB free in {place}"
     if free < DISK:

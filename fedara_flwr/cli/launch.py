@@ -30,13 +30,12 @@ from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
-from fedara_flwr.config import Settings
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
@@ -129,7 +128,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     for text in overrides:
         config |= _parse_override(text)
     config["run.dir"] = config.get("run.dir") or str(app / "runs")
-    settings = Settings.from_flat(config)
+    settings = read_settings(config)
     config["run.name"] = settings.run.name or new_name(settings.method)
     find(settings.method).check(settings)
     task = open_task(settings.data)
@@ -139,7 +138,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
         config["data.path"] = str(Path(settings.data.path).expanduser().resolve())
         from fedara_flwr.data.sources import load
 
-        data = Settings.from_flat(config).data
+        data = read_settings(config).data
         load(data, settings.seed, open_task(data))
     if Path(settings.model.name).expanduser().is_dir():
         config["model.name"] = str(Path(settings.model.name).expanduser().resolve())

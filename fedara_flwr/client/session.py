@@ -71,7 +71,8 @@ class Session:
             rows, held_out = fed.hold_out(rows, data, seed, client_key)
         elif not data.client_validation:
             held_out = held_out.take([])
-        return ClientData(self._encode(rows), self._encode(held_out), skipped)
+        train = self._encode(rows)
+        return ClientData(train, self._encode(held_out), "; ".join(filter(None, (skipped, train.notes))))
 
     def _encode(self, examples: Examples) -> Encoded:
         return self.learner.encode(examples, self.settings.data.max_length)
@@ -82,7 +83,7 @@ _resident: dict[str, Session] = {}
 
 def resident(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Session:
     """The process's session for these settings; another configuration replaces it: one backbone is in memory."""
-    cache = {"cache", "cache_mb", "cache_disk_mb"}
+    cache = {"cache", "cache_mb", "cache_disk_mb", "checkpointing"}
     matters: Any = {"seed": True, "model": True, "data": True, "adapter": {"target_modules"}, "train": cache}
     key = f"{settings.model_dump_json(include=matters)} {labels!r} {device}"
     if key not in _resident:

@@ -50,7 +50,8 @@ def log_shares(learner: Learner, data: Encoded, of_all: Sequence[float]) -> torc
 
     With this added, a model that is right for all clients' classes has the least loss on the client's own rows, too (arXiv
     2007.07314; over what all have, since the solved head knows that: this project's reading). A class that the client lacks
-    gets ABSENT: nothing is learnt of it here.
+    gets ABSENT: nothing is learnt of it here. One that the client has and nobody told of gets nothing, as by the plain loss:
+    the head knows nothing of it, and it has to be learnt here.
 
     Args:
         of_all: shares over all clients; () = each class counts as often as any other.
@@ -59,6 +60,7 @@ def log_shares(learner: Learner, data: Encoded, of_all: Sequence[float]) -> torc
     usual = np.array(of_all) if len(of_all) == len(counts) else np.ones(len(counts))
     with np.errstate(divide="ignore"):
         shift = np.log(counts / max(counts.sum(), 1)) - np.log(np.maximum(usual, 1 / MOST_ROWS))
+    shift[(usual == 0) & (counts > 0)] = 0.0
     return torch.tensor(np.maximum(shift, ABSENT), dtype=torch.float32, device=learner.adapted.device)
 
 

@@ -48,17 +48,23 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
+def sources() -> Iterator[tuple[Path, str, str]]:
+    """Files of the standard library that belong to an area, without tests: path, area, top-level module; by path."""
+    area_of = {module: area for area, modules in AREAS.items() for module in modules.split()}
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        module = parts[0].removesuffix(".py")
+        if module in area_of and not {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(parts):
+            yield path, area_of[module], module
+
+
 @cache
 def load() -> tuple[Examples, tuple[str, ...]]:
     """All unique docstrings of five words or more, grouped by area, and the twelve areas' names; takes a second, once."""
-    area_of = {module: i for i, modules in enumerate(AREAS.values()) for module in modules.split()}
-    root = Path(sysconfig.get_path("stdlib"))
+    places = {area: place for place, area in enumerate(AREAS)}
     area_by_text: dict[str, int] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        area = area_of.get(parts[0].removesuffix(".py"))
-        if area is None or {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(parts):
-            continue
+    for path, area, _ in sources():
         for text in _docstrings(path):
-            area_by_text.setdefault(text, area)
+            area_by_text.setdefault(text, places[area])
     return Examples(tuple(area_by_text), np.array(list(area_by_text.values()), dtype=np.int64)), tuple(AREAS)

@@ -25,6 +25,7 @@ class Examples:
         owners: whose row it is, for natural partitions, or None.
         targets: what is to be learnt where the groups do not say it, in types that JSON knows, or None.
         identities: what tells a row from others where its text does not, targets included, or None.
+        categories: what partitions go by where there are no groups, or None.
     """
 
     texts: tuple[str, ...]
@@ -33,6 +34,7 @@ class Examples:
     owners: tuple[str, ...] | None = None
     targets: tuple[Any, ...] | None = None
     identities: tuple[str, ...] | None = None
+    categories: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,7 +52,22 @@ class Examples:
             pick(self.owners),
             pick(self.targets),
             pick(self.identities),
+            pick(self.categories),
         )
+
+    def kinds(self, names: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]] | None:
+        """The number of each row's group or category, and what these are called; None where rows have neither.
+
+        Args:
+            names: what the groups are called.
+        """
+        if self.groups is not None:
+            return self.groups, names
+        if self.categories is None:
+            return None
+        found = sorted(set(self.categories))
+        places = {name: place for place, name in enumerate(found)}
+        return np.array([places[name] for name in self.categories], dtype=np.int64), tuple(found)
 
     def keys(self, seed: int) -> list[bytes]:
         """sha256(seed, identity or text, pair) of each row: the same on every machine, whatever the order of the rows."""
@@ -58,6 +75,11 @@ class Examples:
         return [
             hashlib.sha256(f"{seed}\x1f{text}\x1f{pair}".encode()).digest() for text, pair in zip(texts, pairs, strict=True)
         ]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Characters of each row: of its identity where it has one, else of its text and pair; shape (n,)."""
+        texts, pairs = self.identities or self.texts, self.pairs or ("",) * len(self)
+        return np.array([len(text) + len(pair) for text, pair in zip(texts, pairs, strict=True)], dtype=np.int64)
 
     def digest(self) -> str:
         """sha256 over all rows in order: keys, groups, and targets that no identity tells."""

@@ -10,7 +10,7 @@ import numpy as np
 from fedara_flwr import seeds
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.partitions import partition, split
+from fedara_flwr.data.partitions import by_hash, partition, split
 from fedara_flwr.data.reading import Reader
 from fedara_flwr.data.sources import load
 from fedara_flwr.keys import ConfigError
@@ -49,7 +49,14 @@ def federation(settings: DataSettings, seed: int, reader: Reader) -> Federation:
         raise ConfigError(f"data.path = {settings.path!r}: {len(data.train)} rows to train on, at least 2 are needed")
     pool, validation = split(data.train, seed, settings.validation)
     rest = data.train.take(pool)
-    return Federation(rest, data.train.take(validation), data.test, data.labels, rest.digest(), data.skipped)
+    held_out = _first(data.train.take(validation), seed, settings.validation_rows)
+    test = _first(data.test, seed, settings.test_rows)
+    return Federation(rest, held_out, test, data.labels, rest.digest(), data.skipped)
+
+
+def _first(examples: Examples, seed: int, most: int) -> Examples:
+    """At most so many rows, chosen by hash; all by 0."""
+    return examples.take(np.sort(by_hash(examples, seed)[:most])) if 0 < most < len(examples) else examples
 
 
 @lru_cache(maxsize=4)

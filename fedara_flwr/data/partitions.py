@@ -39,7 +39,7 @@ def check_partition(settings: DataSettings, grouped: bool) -> None:
     if settings.partition in BY_GROUP and not grouped:
         raise ConfigError(
             f"data.partition = {settings.partition!r}: rows of data.task = {settings.task!r} have no label to go by, allowed "
-            "are 'iid', and 'natural' with data.id-column"
+            "are 'iid', 'length', and 'natural' with data.id-column"
         )
 
 
@@ -48,11 +48,13 @@ def partition(examples: Examples, settings: DataSettings, clients: int, seed: in
 
     iid: equal shares. dirichlet: for each label, shares over clients ~ Dir(alpha) (Hsu et al., arXiv 1909.06335).
     pathological: rows sorted by group, cut into clients × labels-per-client shards (McMahan et al., arXiv 1602.05629).
+    length: the same, rows sorted by the characters of all that they hold.
     natural: one client per owner, in the order of the owners' names, wrapped round where there are more owners.
     """
-    check_partition(settings, examples.groups is not None)
+    kinds = examples.kinds(())
+    check_partition(settings, kinds is not None)
     order = by_hash(examples, seed)
-    groups = examples.groups[order] if examples.groups is not None else order[:0]
+    groups = kinds[0][order] if kinds is not None else order[:0]
     rng = seeds.generator(seed, "partition", settings.partition, clients)
     match settings.partition:
         case "iid":
@@ -66,9 +68,9 @@ def partition(examples: Examples, settings: DataSettings, clients: int, seed: in
                 for bucket, piece in zip(buckets, np.split(rows, cuts), strict=True):
                     bucket.append(piece)
             parts = [np.concatenate(bucket) for bucket in buckets]
-        case "pathological":
-            by_group = order[np.argsort(groups, kind="stable")]
-            shards = np.array_split(by_group, clients * settings.labels_per_client)
+        case "pathological" | "length":
+            by = groups if settings.partition == "pathological" else examples.sizes()[order]
+            shards = np.array_split(order[np.argsort(by, kind="stable")], clients * settings.labels_per_client)
             dealt = rng.permutation(len(shards)).reshape(clients, settings.labels_per_client)
             parts = [np.concatenate([shards[i] for i in row]) for row in dealt]
         case _:

@@ -37,6 +37,7 @@ class Example(NamedTuple):
     pair: str | None = None
     target: Any = None
     identity: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class Column:
         key: the setting that names it, without "data." before it.
         name: how it is called in the table.
         lists: what its lists hold, for an error's line; '' = it has one value a row.
+        nested: whether the task reads whatever is in it.
     """
 
     role: str
     key: str
     name: str
     lists: str = ""
+    nested: bool = False
 
 
 class Reader(Protocol):
@@ -61,14 +64,18 @@ class Reader(Protocol):
 
     name: ClassVar[str]
     labelled: ClassVar[bool]
-    grouped: ClassVar[bool]
     label_word: ClassVar[str]
     bare_ids: ClassVar[bool]
     docstrings: ClassVar[str]
 
     def __hash__(self) -> int: ...
 
-    def columns(self) -> Sequence[Column]: ...
+    @property
+    def grouped(self) -> bool: ...
+
+    def table(self, table: Any) -> Any: ...
+
+    def columns(self, there: Sequence[str]) -> Sequence[Column]: ...
 
     def check_labels(self, names: tuple[str, ...]) -> None: ...
 

@@ -12,19 +12,19 @@ import datasets
 import numpy as np
 
 from fedara_flwr.config import DataSettings
-from fedara_flwr.data import docstrings
+from fedara_flwr.data import docstrings, functions
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.labels import Labels, names_in, read_names
 from fedara_flwr.data.partitions import split
 from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, Reader, Skipped, absent
 from fedara_flwr.keys import ConfigError, nearest
-from fedara_flwr.log import first_line
+from fedara_flwr.log import error_line, first_line
 
 datasets.disable_progress_bars()
 # pandas would read a label "None" or "NA" as missing
 READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-DOCSTRINGS = "docstrings"
+DOCSTRINGS, FUNCTIONS = BUILT_IN = ("docstrings", "functions")
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
     Raises:
         ConfigError: no such file, column or label, or data that does not suit the task; the line names the key.
     """
-    columns = _columns(settings, reader)
-    if not settings.path and settings.name == DOCSTRINGS:
-        return _load_docstrings(settings, seed, reader)
+    named: tuple[str, ...] = ()
     if settings.path:
         key = f"data.path = {settings.path!r}"
         tables = _read_files(settings.path, key)
         named = read_names(Path(settings.path).expanduser(), key)
     else:
-        key, named = f"data.name = {settings.name!r}", ()
-        tables = _read_hub(settings.name)
+        key = f"data.name = {settings.name!r}"
+        tables = {"train": _built_in(settings, reader)} if settings.name in BUILT_IN else _read_hub(settings.name)
+    tables = _unfolded(tables, reader, key)
+    columns = _columns(settings, reader, tables["train"])
     for table in tables.values():
         _check_columns(table, columns, settings, reader)
     names = _label_names(settings, reader, columns, tables, named, key) if reader.labelled else ()
@@ -94,29 +94,31 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
             needed = " and ".join(column.role for column in columns if column.role != "pair")
             test = "test " if part == "test" else ""
             raise ConfigError(f"{key}: there are no {test}rows with {needed}")
-    return _dataset(parts["train"], parts.get("test"), names, seed, settings.test, tuple(skipped))
+    train, held_out = parts["train"], parts.get("test")
+    if held_out is None:
+        rest, own = split(train, seed, settings.test)
+        train, held_out = train.take(rest), train.take(own)
+    return Dataset(train, held_out, names, tuple(skipped))
 
 
-def _dataset(
-    train: Examples, test: Examples | None, names: tuple[str, ...], seed: int, share: float, skipped: tuple[str, ...] = ()
-) -> Dataset:
-    if test is None:
-        rest, held_out = split(train, seed, share)
-        train, test = train.take(rest), train.take(held_out)
-    return Dataset(train, test, names, skipped)
+def _built_in(settings: DataSettings, reader: Reader) -> Any:
+    """The table of a built-in data set.
 
-
-def _load_docstrings(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
+    Raises:
+        ConfigError: the task cannot learn from it.
+    """
+    if settings.name == FUNCTIONS:
+        rows = functions.load()
+        return datasets.Dataset.from_dict({name: [getattr(row, name) for row in rows] for name in functions.Function._fields})
     if reader.docstrings:
         raise ConfigError(
             f"data.name = {DOCSTRINGS!r}: {reader.docstrings}, allowed with data.task = {reader.name!r} are data.path and "
             "Hugging Face ids"
         )
-    everything, names = docstrings.load()
-    assert everything.groups is not None
-    labels = Labels(names if reader.labelled else ())
-    rows = ({"text": text, "label": number} for text, number in zip(everything.texts, everything.groups.tolist(), strict=True))
-    return _dataset(_stack([reader.read(row, labels) for row in rows], reader), None, labels.names, seed, settings.test)
+    examples, names = docstrings.load()
+    assert examples.groups is not None
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
+    return datasets.Dataset.from_dict({"text": list(examples.texts), "label": examples.groups.tolist()}, features)
 
 
 def load_own(settings: DataSettings, names: tuple[str, ...], reader: Reader) -> Own:
@@ -128,9 +130,9 @@ def load_own(settings: DataSettings, names: tuple[str, ...], reader: Reader) -> 
     Raises:
         ConfigError: no such file or column, or data that does not suit the task; the line names the key of node-config.
     """
-    columns = _columns(settings, reader, "node-config ")
     key = f"node-config data-path = {settings.path!r}"
-    tables = _read_files(settings.path, key)
+    tables = _unfolded(_read_files(settings.path, key), reader, key)
+    columns = _columns(settings, reader, tables["train"], "node-config ")
     for table in tables.values():
         _check_columns(table, columns, settings, reader, "node-config ")
     own: tuple[str, ...] = ()
@@ -156,7 +158,7 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
     rows, present = {name: len(table) for name, table in tables.items()}, tables["train"].column_names
     problem: ConfigError | None = None
     for reader in readers:
-        columns = reader.columns()
+        columns = reader.columns(present)
         if not {column.name for column in columns} <= set(present):
             continue
         try:
@@ -174,8 +176,8 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
     return Look(rows, present, "", (), skipped)
 
 
-def _columns(settings: DataSettings, reader: Reader, prefix: str = "data.") -> Sequence[Column]:
-    columns = reader.columns()
+def _columns(settings: DataSettings, reader: Reader, table: Any, prefix: str = "data.") -> Sequence[Column]:
+    columns = reader.columns(table.column_names)
     if settings.pair_column and all(column.key != "pair-column" for column in columns):
         raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: allowed is '' with data.task = {reader.name!r}")
     return columns
@@ -211,6 +213,14 @@ def _read_files(path: str, key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: cannot be read ({_deepest(error)})") from error
 
 
+def _unfolded(tables: dict[str, Any], reader: Reader, key: str) -> dict[str, Any]:
+    """The tables as the task takes them."""
+    try:
+        return {name: reader.table(table) for name, table in tables.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: no data as data.task = {reader.name!r} knows it ({error_line(error)})") from None
+
+
 def _read_hub(name: str) -> dict[str, Any]:
     try:
         tables = datasets.load_dataset(name)
@@ -237,6 +247,8 @@ def _check_columns(
         key, there = f"{prefix}{column.key} = {column.name!r}", table.column_names
         if column.name not in there:
             raise ConfigError(f"{key}: no such column, allowed are {there}{nearest(column.name, there)}")
+        if column.nested:
+            continue
         feature = table.features[column.name]
         held = isinstance(feature, datasets.List | datasets.LargeList)
         if column.lists and not (held and isinstance(feature.feature, datasets.Value | datasets.ClassLabel)):
@@ -315,6 +327,8 @@ def _stack(examples: Sequence[Example], reader: Reader, owners: tuple[str, ...] 
         values = tuple(getattr(example, name) for example in examples)
         return values if any(value is not None for value in values) else None
 
-    groups = np.array([example.group for example in examples], dtype=np.int64) if reader.grouped else None
+    grouped = reader.grouped and all(example.group is not None for example in examples)
+    groups = np.array([example.group for example in examples], dtype=np.int64) if grouped else None
     texts = tuple(example.text for example in examples)
-    return Examples(texts, groups, column("pair"), owners, column("target"), column("identity"))
+    target, identity, category = (column(name) for name in ("target", "identity", "category"))
+    return Examples(texts, groups, column("pair"), owners, target, identity, category)

@@ -141,15 +141,20 @@ def shrunk(covariance: Floats, freedom: float) -> tuple[Floats, float]:
     return (1 - share) * covariance + share * mean * np.eye(width), share
 
 
-def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
+def solve(merged: Merged, bias: bool, variance: float = 1.0) -> tuple[Floats, Floats, float]:
     """Weights (C, d), biases (C,) and the covariance's share of shrinkage of the last layer.
 
     With a bias: linear discriminant analysis. Without one, where a layer has none: least squares to the classes' indicators,
     through the origin. Classes weigh as often as they occur. A class without a row is never chosen: it has weights 0 and
-    the lowest bias of all, or, without biases, the mean of the others' weights.
+    the lowest bias of all, or, without biases, the mean of the others' weights, which no row
+    nearest to, unless there is but one other class.
+
+    Args:
+        variance: mean variance within the classes by other knowledge, for where the sums tell nothing of it.
     """
     seen = merged.counts > 0
     covariance, share = shrunk(merged.covariance, merged.freedom)
+    covariance = covariance if merged.freedom > 0 else variance * covariance
     weights, biases = np.zeros_like(merged.means), np.zeros(len(seen))
     means = merged.means[seen]
     if bias:
@@ -165,6 +170,16 @@ def solve(merged: Merged, bias: bool) -> tuple[Floats, Floats, float]:
         weights[seen] = np.linalg.solve(second, (often * means).T).T
         weights[~seen] = weights[seen].mean(axis=0)
     return weights, biases, share
+
+
+def variance_within(features: Floats, classes: NDArray[np.int64]) -> float:
+    """Mean variance within the classes of labelled rows, shape (n, d); 1 where no class has two rows that differ."""
+    apart, freedom = 0.0, 0
+    for label in np.unique(classes):
+        own = features[classes == label]
+        apart += float(((own - own.mean(axis=0)) ** 2).sum())
+        freedom += (len(own) - 1) * own.shape[1]
+    return apart / freedom if apart > 0 else 1.0
 
 
 def temperature(logits: Floats, classes: NDArray[np.int64], bias: bool) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from fedara_flwr.config import QUANTISED, Dtype, ModelSettings
+from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
 from fedara_flwr.node.guard import Guard, known_metrics
@@ -138,8 +139,7 @@ class NodeSettings(Group):
     @property
     def store(self) -> Path:
         """Folder of what is kept between rounds: the delta's pieces; below it, parts that stay and residues of uploads."""
-        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
-        return Path(self.store_dir).expanduser() if self.store_dir else home / "fedara-store"
+        return Path(self.store_dir).expanduser() if self.store_dir else flwr_home() / "fedara-store"
 
     def busy(self) -> str:
         """Why this node does not want to train now, by `busy-when`; '' where it does.

@@ -214,7 +214,7 @@ class Client:
     Attributes:
         device: the simulated device that it stands for, or "".
         examples: of its training data; NaN where unknown.
-        asked: rounds in which it was sampled; `good` those whose update counted.
+        asked: rounds in which it was sampled, the request for sums for the head counted; `good` those whose reply did.
         dropped: reason → replies that did not count.
         left_out: why it was not asked again, or "".
         step: median seconds of a training step; `memory` the highest peak in MB; `modelled` seconds in all.
@@ -247,7 +247,7 @@ def per_client(run: Run) -> list[Client]:
         client(key).examples = sum(counts)
     for key, reason in left_out.items():
         client(key).left_out = reason
-    for line in run.rounds:
+    for line in (run.start, *run.rounds):
         for key in line.get("sampled") or []:
             client(key).asked += 1
     for _, key, reason, _ in drops(run):

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.config import DataSettings
 from fedara_flwr.report.loading import loading_code
 from fedara_flwr.tasks import Task, open_task
@@ -54,7 +55,9 @@ def base_name(facts: dict[str, Any]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository of the Hub and is no folder here."""
+    """Whether a name can be a repository of the Hub, and is no folder here or model that a package carries alone."""
+    if name in NOTES:
+        return False
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -107,12 +110,14 @@ def _metrics(facts: dict[str, Any]) -> dict[str, float]:
 def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
     revision = f" at revision {_code(facts['revision'])}" if facts.get("revision") else ""
     versions = ", ".join(f"{_code(name)} {_code(version)}" for name, version in facts["versions"].items())
+    metrics = _metrics(facts)
     lines = [
         f"# {_code(facts['name'])}",
         "",
         f"{_code(base_name(facts))}, fine-tuned by federated learning with [Flower](https://flower.ai).",
         "",
         f"- Base model: {_code(base_name(facts))}{revision}",
+        *(f"- {line}" for line in _note(facts)),
         f"- Method: {_code(facts['method'])}, {_code(facts['title'])}{_paper(facts['paper'])}",
         f"- Format: {FORMAT_TEXTS[_format(folder, kind)]}",
         f"- Data: {_data(facts)}",
@@ -124,9 +129,9 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         "",
         "## Metrics",
         "",
-        "On the test data, once, after the last round:" if _metrics(facts) else "The model was not tested.",
+        "On the test data, once, after the last round:" if metrics else "The model was not tested.",
         "",
-        *(f"- {_code(name)}: {value:.4f}{_direction(facts, name)}" for name, value in _metrics(facts).items()),
+        *(f"- {_code(name)}: {value:.4f}{_direction(facts, name)}{_before(facts, name)}" for name, value in metrics.items()),
         "",
         "## How to load it",
         "",
@@ -139,12 +144,26 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _note(facts: dict[str, Any]) -> list[str]:
+    """What must be known of a base that no hub has."""
+    if not (note := NOTES.get(facts["model"])):
+        return []
+    find = f"from fedara_flwr.adapters.packaged import find; print(find({facts['model']!r}))"
+    return [note, f'On a machine that has this project and that package, its folder is what `python -c "{find}"` prints.']
+
+
 def _direction(facts: dict[str, Any], name: str) -> str:
     """Says which metric is the main one, and that lower is better where it is."""
     main = _task(facts).metric
     if name != main.name:
         return ""
     return " (main metric)" if main.higher else " (main metric, lower is better)"
+
+
+def _before(facts: dict[str, Any], name: str) -> str:
+    """The metric of the model that nothing was laid on, where it was tested, too."""
+    value = facts.get("unadapted", {}).get(name, math.nan)
+    return f"; {value:.4f} before" if math.isfinite(value) else ""
 
 
 def _format(folder: Path, kind: str) -> str:

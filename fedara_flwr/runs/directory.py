@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from fedara_flwr.config import Settings
-from fedara_flwr.files import write_whole
+from fedara_flwr.files import flwr_home, write_whole
 from fedara_flwr.keys import ConfigError, nearest
 
 PACKAGES = ("fedara-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
@@ -90,8 +90,11 @@ class RunDirectory:
         if rounds < done or (rounds == done and directory.facts.get("outcome") == "completed"):
             directory.close()
             raise ConfigError(f"num-server-rounds = {rounds}: {path} has {done} rounds, allowed is a higher number")
-        _write_json(path / "config.json", settings.to_flat() | {"run.resume": ""})
         return directory
+
+    def go_on(self, settings: Settings) -> None:
+        """Write the configuration with which a run goes on, once it is known that it can."""
+        _write_json(self.path / "config.json", settings.to_flat() | {"run.resume": ""})
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -172,7 +175,7 @@ def find_run(text: str) -> Path:
     Raises:
         ConfigError: there is none; the nearest names are told.
     """
-    roots = (Path("runs"), _home() / "runs")
+    roots = (Path("runs"), flwr_home() / "runs")
     for path in (Path(text).expanduser(), *(root / text for root in roots)):
         if (path / "federated.json").exists() or (path / "metrics.jsonl").exists():
             return path.resolve()
@@ -205,11 +208,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _root(settings: Settings) -> Path:
-    return Path(settings.run.dir).expanduser() if settings.run.dir else _home() / "runs"
-
-
-def _home() -> Path:
-    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    return Path(settings.run.dir).expanduser() if settings.run.dir else flwr_home() / "runs"
 
 
 def _changeable(key: str) -> bool:

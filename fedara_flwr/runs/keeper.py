@@ -6,12 +6,13 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from fedara_flwr import strategies
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import in_words, ledger
+from fedara_flwr.model.deltas import Weights
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card
 from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_facts, versions
@@ -22,6 +23,7 @@ from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.server.roster import Node
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Method
+from fedara_flwr.tasks import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Keeper(Callback):
                 f"run.resume: the training data's hash is {digest[:16]!r}, it was {before[:16]!r} when the run began"
             )
         state, length = _newest(self.checkpoints, self.model)
+        self.directory.go_on(self.settings)
         self.directory.cut(length)
         resumed = [*self.directory.facts["resumed"], state.server_round]
         self.directory.update({"resumed": resumed, "outcome": "running", "reason": ""})
@@ -96,7 +99,9 @@ class Keeper(Callback):
         """Test once if the run is complete, export what was reached, write page and summary."""
         method, model, directory, state = self.method, self.model, self.directory, self.state
         try:
-            test = model.evaluate(method.weights(state.shown()), "test") if outcome == "completed" else {}
+            done = outcome == "completed"
+            test = model.evaluate(method.weights(state.shown()), "test") if done else {}
+            more = compared(model, method.weights(state.shown())) if done else {}
             exported = model.export(directory.path, method.exported(state.shown()))
         except Exception as error:
             directory.update({"outcome": "failed", "reason": f"its results could not be written: {error}"})
@@ -105,7 +110,7 @@ class Keeper(Callback):
         end |= {f"test-{name}": value for name, value in test.items()}
         self.record(end)
         self._trackers.take(end)
-        results = {"outcome": outcome, "reason": reason, "test": test, "exported": exported.name}
+        results = {"outcome": outcome, "reason": reason, "test": test, "exported": exported.name, **more}
         directory.update(self._facts() | results | {"modelled": directory.modelled()})
         write_card(exported, directory.facts, "merged" if exported.name == "model" else "peft")
         self._show(test, exported)
@@ -174,12 +179,18 @@ class Keeper(Callback):
         down, up = (
             sum(size for name, size in self.state.bytes_total.items() if name.startswith(way)) / 1e6 for way in ("down.", "up.")
         )
+        facts = self.directory.facts
         if test:
             logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
+        if before := facts.get("unadapted"):
+            logger.info("before: %s", ", ".join(f"{name} {value:.3f}" for name, value in before.items()))
+        if figures := facts.get("samples-scores"):
+            said = ", ".join(f"{name} {one:.3f} (before {two:.3f})" for name, (one, two) in figures.items())
+            logger.info("answers to %d validation rows: %s", len(facts["samples"]), said)
         logger.info("sent: %.1f MB down, %.1f MB up", down, up)
-        if privacy := self.directory.facts.get("privacy"):
+        if privacy := facts.get("privacy"):
             logger.info("%s; %s", in_words(self.settings.privacy, privacy["rounds"]), privacy["adjacency"])
-        if modelled := self.directory.facts["modelled"]:
+        if modelled := facts["modelled"]:
             figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
             profiles = self.settings.fleet.profiles
             logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", profiles, *figures)
@@ -189,6 +200,28 @@ class Keeper(Callback):
         except Exception as error:  # a page can be made again, the run is done
             logger.warning("no report (%s: %s); `fedara report` tries again", type(error).__name__, error)
         logger.info("run directory: %s", self.directory.path)
+
+
+def compared(model: ServerModel, weights: Weights) -> dict[str, Any]:
+    """The unadapted model's test beside the result's, and what both say by themselves; {} where the task has a head.
+
+    Returns:
+        `unadapted`: its metrics; where the task has something to say, `samples`, each with its `prompt`, the `expected` answer,
+        what was `said` and what was said `before`, and `samples-scores`: means by name, of the result and before.
+    """
+    if model.spec.head:
+        return {}
+    bare = model.unadapted()
+    found: dict[str, Any] = {"unadapted": model.evaluate(bare, "test")}
+    pairs = list(zip(model.samples(weights), model.samples(bare), strict=True))
+    if not pairs:
+        return found
+    scores = {
+        name: [mean(one.scores[name] for one in side) for side in zip(*pairs, strict=True)] for name in pairs[0][0].scores
+    }
+    scores["stopped"] = [mean(float(one.stopped) for one in side) for side in zip(*pairs, strict=True)]
+    shown = [{"prompt": now.prompt, "expected": now.expected, "said": now.said, "before": before.said} for now, before in pairs]
+    return {**found, "samples": shown, "samples-scores": scores}
 
 
 class Tracking(Callback):
@@ -240,7 +273,7 @@ def conclude_stopped(path: Path) -> None:
 
 
 def _open(path: Path) -> tuple[SavedRun, int]:
-    facts, settings = read_facts(path), Settings.from_flat(read_config(path))
+    facts, settings = read_facts(path), read_settings(read_config(path))
     model = ServerModel(settings, tuple(facts["labels"]))
     method = strategies.find(settings.method)(settings, model)
     state, length = _newest(_checkpoints(path, facts, model), model)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedara_flwr.adapters.export import revision, save_lora, save_model, save_peft, save_plain_lora
+from fedara_flwr.adapters.export import base_of, revision, save_lora, save_model, save_peft, save_plain_lora
 from fedara_flwr.adapters.features import features
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.config import Settings
@@ -20,9 +20,10 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.draws import drawn_head
 from fedara_flwr.model.parts import of_backbone
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.strategies.base import Places
-from fedara_flwr.tasks import Encoded, open_task
+from fedara_flwr.tasks import Encoded, Sample, open_task, read_settings
 
 MOST_ROWS = 2000  # validation rows by which one temperature is fitted
 Kind = Literal["peft", "lora", "merged"]
@@ -57,15 +58,16 @@ class ServerModel:
     def partition(self, clients: int) -> dict[str, Any]:
         """What each of so many simulated clients has, for federated.json.
 
-        `partition` has the examples of each by group, or their number alone where the task's rows have no groups, and `groups`
-        the groups' names.
+        `partition` has the examples of each by group or category, or their number alone where the rows have neither, and
+        `groups` has the names of these.
         """
-        pool, groups = self.federation.pool, list(self.task.group_names(self.labels))
+        kinds = self.federation.pool.kinds(self.task.group_names(self.labels))
         dealt = shares(self.settings.data, self.settings.seed, self.task, clients)
-        if pool.groups is None:
+        if kinds is None:
             return {"partition": {str(i): [len(rows)] for i, rows in enumerate(dealt)}, "groups": []}
-        counts = {str(i): np.bincount(pool.groups[rows], minlength=len(groups)).tolist() for i, rows in enumerate(dealt)}
-        return {"partition": counts, "groups": groups}
+        numbers, names = kinds
+        counts = {str(i): np.bincount(numbers[rows], minlength=len(names)).tolist() for i, rows in enumerate(dealt)}
+        return {"partition": counts, "groups": list(names)}
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """The frozen weight of a module, float32, shape (d_out, d_in)."""
@@ -74,13 +76,27 @@ class ServerModel:
     def evaluate(self, weights: Weights, split: Literal["validation", "test"] = "validation") -> dict[str, float]:
         """The task's metrics of a global model on one of the server's splits."""
         data = self._split(split)
-        self._load(weights)
+        self.load(weights)
         return self.learner.evaluate(data, self.settings.train.batch_tokens)
+
+    def unadapted(self) -> Weights:
+        """The backbone as it was published, of a task without a head."""
+        modules = len(self.spec.modules)
+        return Weights({}, RankMask.full([0] * modules), (1.0,) * modules, None)
+
+    def samples(self, weights: Weights) -> list[Sample]:
+        """What a global model says by itself to some validation rows; [] where its task has nothing to say."""
+        data = self._split("validation")
+        self.load(weights)
+        return self.task.samples(self.learner, data)
 
     def _split(self, split: str) -> Encoded:
         """One of the server's splits, tokenised, and torch set to the server's threads."""
         if split not in self._encoded:
-            self._encoded[split] = self.learner.encode(getattr(self.federation, split), self.settings.data.max_length)
+            encoded = self.learner.encode(getattr(self.federation, split), self.settings.data.max_length)
+            if encoded.notes:
+                logger.info("%s rows: %s", split, encoded.notes)
+            self._encoded[split] = encoded
         torch.set_num_threads(self.settings.run.threads or os.cpu_count() or 1)
         return self._encoded[split]
 
@@ -113,7 +129,8 @@ class ServerModel:
             parts,
         )
 
-    def _load(self, weights: Weights) -> None:
+    def load(self, weights: Weights) -> None:
+        """Put a global model into the resident one."""
         self.adapted.set_delta(weights.delta)
         self.adapted.load(weights.arrays, weights.mask, weights.scales, positions=weights.positions)
 
@@ -136,8 +153,8 @@ class ServerModel:
         if kind == "merged":
             if self.backbone.quantised:  # nothing can be merged into it: into the model as it was published, then
                 flat = self.settings.to_flat() | {"model.dtype": "float32", "train.cache": "off"}
-                return ServerModel(Settings.from_flat(flat), self.labels).save(folder, weights, kind)
-            self._load(weights)
+                return ServerModel(read_settings(flat), self.labels).save(folder, weights, kind)
+            self.load(weights)
             save_model(folder, self.adapted)
         elif why := _unfit(weights):
             raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
@@ -145,6 +162,8 @@ class ServerModel:
             save = save_plain_lora if kind == "lora" else save_peft if "E" in weights.arrays else save_lora
             save(folder, self.backbone, weights, self.learner.task.peft_task_type)
         self.learner.tokenizer.save_pretrained(str(folder))
+        for name, content in self.task.files(self.learner, kind, base_of(self.backbone)).items():
+            (folder / name).write_text(content)
 
     @property
     def revision(self) -> str | None:

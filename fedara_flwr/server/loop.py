@@ -285,13 +285,14 @@ class RoundLoop(Strategy):
                 self._keep(progress.line(record))
             elif not num_rounds:
                 raise RunFailed("num-server-rounds = 0, and the head could not be solved: nothing was learnt")
+            elif not self.spec.head:
+                logger.info("%s", progress.line(record))
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)
             merged, metrics = self.aggregate_train(server_round, self._receive(grid, timeout))
             trained = time.monotonic()
-            if metrics is not None:
-                result.train_metrics_clientapp[server_round] = metrics
+            result.train_metrics_clientapp |= {server_round: metrics} if metrics is not None else {}
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             record = self._record(evaluated, trained - began, time.monotonic() - trained)
@@ -377,8 +378,8 @@ class RoundLoop(Strategy):
         clients, asked = self._solve_head(grid)
         result.arrays, solved = self.initial_arrays(), time.monotonic()
         evaluated = self._evaluate(0, result.arrays, evaluate, result)
-        profiles = {key: self.profile(node) for key, node in self.roster.nodes.items()}
-        record = start_line(self.state, evaluated or {}, clients, asked, profiles)
+        devices = {key: self.profile(node) for key, node in self.roster.nodes.items()}
+        record = start_line(self.state, evaluated or {}, clients, asked, devices)
         return self._tell_costs(record, clients, solved - began, time.monotonic() - solved)
 
     def _tell_costs(self, record: Line, clients: Sequence[Line], seconds: float, evaluation: float) -> Line:
@@ -395,6 +396,5 @@ class RoundLoop(Strategy):
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         assert (work := self.work) is not None
-        profiles = {node.key: self.profile(node) for node in work.asked}
-        record = round_line(work, self.state, dict(evaluated or {}), profiles)
+        record = round_line(work, self.state, dict(evaluated or {}), {node.key: self.profile(node) for node in work.asked})
         return self._tell_costs(record, work.records, seconds, evaluation)

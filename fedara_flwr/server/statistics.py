@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.merging.statistics import FAR, merge, solve, temperature
+from fedara_flwr.merging.statistics import FAR, merge, solve, temperature, variance_within
 from fedara_flwr.model.spec import Vector
 from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.server.messages import replies
@@ -59,7 +59,7 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
     told, asked = start.ask(grid, nodes, roster.examples), [node.key for node in nodes]
     if len(told) < settings.strategy.min_replies:
         logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is drawn", len(told))
-        return [], asked
+        return start.lines, asked
     state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
     logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
     return start.lines, asked
@@ -129,7 +129,9 @@ class HeadStart:
         strategy = self.settings.strategy
         usual = max(strategy.norm_bound, FAR) if strategy.norm_bound else 0.0
         merged = merge(told, usual if strategy.robust == "mean" else FAR)
-        weights, biases, share = solve(merged, bias)
+        if not merged.freedom:
+            logger.warning("head: the sums tell nothing of how features spread, the server's validation rows do")
+        weights, biases, share = solve(merged, bias, variance_within(places.features, places.classes))
         factor = temperature(places.features @ weights.T + biases, places.classes, bias)
         head = head.copy()
         head[places.weight] = (factor * weights).ravel()

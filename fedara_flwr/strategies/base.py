@@ -326,7 +326,7 @@ class Method:
             mask=self.client_mask(state, client),
             scales=self.scales(state.mask),
             train=settings.train.local(
-                find_task(settings.data.task).learning_rate or self.learning_rate,
+                self.learning_rate * find_task(settings.data.task).rate_factor,
                 state.solved.get("diversity"),
                 state.server_round / max(settings.num_server_rounds - 1, 1),
             ),

@@ -51,7 +51,11 @@ class FedARAOptions(Group):
     arbitration: Literal["budget", "threshold"] = Field("budget", description="how votes become the global mask")
     threshold: float = Field(0.5, gt=0, le=1, description="share of votes (weighted) that a slot needs, by 'threshold'")
     depth_slack: float = Field(
-        0.03, ge=0, lt=1, description="share of the slots' worth that may go with the lowest blocks after warm-up; 0 = none go"
+        0.03,
+        ge=0,
+        lt=1,
+        description="share of the slots' worth that may go with the lowest blocks after warm-up; 0 = none go, nor where the "
+        "budget does not fall or the run is private",
     )
     upload_mask: Literal["global", "local"] = Field(
         "global", description="slots a client sends back: all it got, or those it voted for"
@@ -139,7 +143,9 @@ class FedARA(Method):
             return mask
         if options.depth_slack and mask.count == sum(mask.ranks):  # warm-up is just over
             values = depth_values(self.spec, mask, votes, self.final_budget)
-            upper = last_blocks(self.spec, mask, self.spec.blocks - lowest_block(values, options.depth_slack))
+            lowest = lowest_block(values, options.depth_slack)
+            while (upper := last_blocks(self.spec, mask, self.spec.blocks - lowest)).count < self.final_budget:
+                lowest -= 1
             votes, mask = votes_within(votes, mask, upper), upper
         if options.arbitration == "budget":
             return arbitrate_budget(mask, votes, allowed)

@@ -50,7 +50,8 @@ class SLoRA(FedLoRA):
     def check(cls, settings: Settings) -> BaseModel:
         """The checked options; beside what every method checks, there must be a round for each phase."""
         if settings.num_server_rounds < 2:
-            raise ConfigError("num-server-rounds = 1: slora needs at least 2, one in each of its phases")
+            rounds = settings.num_server_rounds
+            raise ConfigError(f"num-server-rounds = {rounds}: slora needs at least 2, one in each of its phases")
         return super().check(settings)
 
     @property

@@ -20,7 +20,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example
-from fedara_flwr.keys import ConfigError, Group, check_options, read_options
+from fedara_flwr.keys import ConfigError, Group, Scalar, check_options, read_options
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Batch = dict[str, "torch.Tensor"]
 """Tensors of some rows, padded on the right. The model gets all of them but those whose names begin with "labels"."""
 
+# what the run configuration leaves open, and what is meant then unless the task says otherwise (`Task.defaults`)
+USUAL: Mapping[str, Scalar] = {
+    "model.name": "sentence-transformers/all-MiniLM-L6-v2",
+    "model.dtype": "float32",
+    "data.name": "docstrings",
+    "data.partition": "dirichlet",
+    "data.validation-rows": 0,
+    "data.test-rows": 0,
+    "data.max-length": 64,
+    "train.batch-size": 16,
+    "train.batch-tokens": 0,
+}
 UNLABELLED = -100  # torch's own mark of a place that has no label
 
 
@@ -65,14 +77,32 @@ class Encoded:
         ids: token ids of each row.
         labels: what is to be predicted of each row, as the task's own `collate` wants it: a number, a list, ...
         more: what the task's `evaluation` needs of all rows beside that, such as the texts that answers are cut from.
+        notes: how many rows were cut or left out and why, in words, for example "3 cut at 256 tokens"; '' = none.
     """
 
     ids: list[list[int]]
     labels: Sequence[Any]
     more: Any = None
+    notes: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question, what a model said to it, and the answer that the data has.
+
+    Attributes:
+        stopped: whether the model came to an end by itself.
+        scores: figures of likeness by name, from 0 to 1.
+    """
+
+    prompt: str
+    said: str
+    expected: str
+    stopped: bool
+    scores: Mapping[str, float]
 
 
 class LearnerPort(Protocol):
@@ -132,8 +162,8 @@ class Task:
     classes: ClassVar[bool] = False
     """Whether every prediction is one of the label names, chosen by the head's last layer; "labels" in a batch are their
     numbers, UNLABELLED where there is nothing to predict."""
-    grouped: ClassVar[bool] = True
-    """Whether `read` gives every row a group, which partitions by label go by."""
+    grouped: bool = True
+    """Whether `read` gives every row a group or a category, which partitions by label go by."""
     docstrings: ClassVar[str] = "its rows are a text and the name of an area"
     """Why the built-in data set (columns text and label) cannot be learnt from; '' where it can."""
 
@@ -142,8 +172,12 @@ class Task:
     """The main metric: shown by round, compared, aimed at."""
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of all metrics; clients may send them as eval-NAME."""
-    learning_rate: ClassVar[float | None] = None
-    """Of A and B where `train.learning-rate` is 0; None = the method's own."""
+    defaults: ClassVar[Mapping[str, Scalar]] = {}
+    """Values of keys that the run configuration leaves open, where they differ from those in USUAL."""
+    rate_factor: ClassVar[float] = 1.0
+    """Times the method's own learning rate of A and B, where `train.learning-rate` is 0."""
+    talks: ClassVar[bool] = False
+    """Whether the model generates text from a chat template, so that one can talk to it."""
     pipeline: ClassVar[str] = ""
     """The Hub's name of the task, for the model card; '' = none."""
     load_options: ClassVar[str] = "id2label=dict(enumerate(labels))"
@@ -166,8 +200,16 @@ class Task:
         return hash((type(self), self.settings))
 
     # -- reading rows
-    def columns(self) -> Sequence[Column]:
-        """What `read` needs of a table: here the text, its pair where one is named, and the label."""
+    def table(self, table: Any) -> Any:
+        """A table of `datasets` as rows that `read` can take: other forms of the same data unfolded; as it is where it fits."""
+        return table
+
+    def columns(self, there: Sequence[str]) -> Sequence[Column]:
+        """What `read` needs of a table: here the text, its pair where one is named, and the label.
+
+        Args:
+            there: names of the table's columns.
+        """
         settings = self.settings
         pair = [Column("pair", "pair-column", settings.pair_column)] if settings.pair_column else []
         label = Column("label", "label-column", settings.label_column)
@@ -206,7 +248,7 @@ class Task:
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": places}
 
     def check_tokenizer(self, tokenizer: Any, model: str) -> None:
-        """Refuse a tokenizer that lacks what the task needs.
+        """Refuse a tokenizer that lacks what the task needs, or give it what it lacks.
 
         Raises:
             ConfigError: it does not tell which word a token is of, and the task wants to know.
@@ -215,6 +257,10 @@ class Task:
             raise ConfigError(
                 f"model.name = {model!r}: its tokenizer does not tell which word a token is of, as data.task needs"
             )
+
+    def tokenizer_state(self, tokenizer: Any) -> str:
+        """What server and nodes must have in common besides the vocabulary, such as a template."""
+        return ""
 
     # -- learning
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
@@ -255,7 +301,20 @@ class Task:
         """Begin to evaluate `data`, whose batches then come; `names` are the labels'."""
         raise NotImplementedError
 
+    def samples(self, learner: LearnerPort, data: Encoded) -> list[Sample]:
+        """What the loaded model says by itself to some of the rows, always the same ones; [] where a task has no such."""
+        return []
+
     # -- words
+    def files(self, learner: LearnerPort, kind: str, base: str) -> dict[str, str]:
+        """Further files of an export, by name: what other tools need to load it.
+
+        Args:
+            kind: "peft", "lora" or "merged".
+            base: where the base model is: a folder or a Hub id.
+        """
+        return {}
+
     def snippet(self) -> list[str]:
         """Python lines for card and report that use what was exported.
 

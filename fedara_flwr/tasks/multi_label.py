@@ -29,9 +29,9 @@ class MultiLabel(TextTask):
     metric = Metric("micro-f1")
     metrics = ("micro-f1", "macro-f1", "loss")
 
-    def columns(self) -> Sequence[Column]:
+    def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """The columns that every task reads, but that the label column holds lists."""
-        *others, label = super().columns()
+        *others, label = super().columns(there)
         return [*others, Column(label.role, label.key, label.name, "lists of label names, which may be empty")]
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:

@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fedara_flwr import plugins as packages
-from fedara_flwr.config import DataSettings
-from fedara_flwr.keys import ConfigError, nearest
-from fedara_flwr.tasks.base import Metric, Task
+from fedara_flwr.config import DataSettings, Settings
+from fedara_flwr.keys import ConfigError, Scalar, nearest
+from fedara_flwr.tasks.base import USUAL, Metric, Task
 
 GROUP = "fedara_flwr.tasks"
 METRIC, MOST_METRICS = re.compile(r"[a-z0-9][a-z0-9-]{0,39}"), 24
@@ -90,6 +90,19 @@ def find(name: str) -> type[Task]:
         return plugin.offer
     known = tasks()
     raise ConfigError(f"data.task = {name!r}: allowed are {', '.join(known)}{nearest(name, known)}")
+
+
+def read_settings(flat: Mapping[str, Scalar]) -> Settings:
+    """`Settings.from_flat`, and what it leaves open filled in by its task; the inverse of `Settings.to_flat`.
+
+    Raises:
+        ConfigError: as there, or there is no such task, or it does not allow its options.
+    """
+    settings = Settings.from_flat(flat)
+    task, given, left_open = open_task(settings.data), settings.to_flat(), Settings().to_flat()
+    usual = {**USUAL, "data.partition": USUAL["data.partition"] if task.grouped else "iid", **task.defaults}
+    filled = {key: value for key, value in usual.items() if given[key] == left_open[key]}
+    return Settings.from_flat({**given, **filled}) if filled else settings
 
 
 def open_task(settings: DataSettings) -> Task:

@@ -47,7 +47,7 @@ class TokenClassification(Task):
     metrics = ("accuracy", "macro-f1", "entity-f1", "loss")
     pipeline = "token-classification"
 
-    def columns(self) -> Sequence[Column]:
+    def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """The list of a sentence's words, and that of their tags."""
         words = Column("text", "text-column", self.settings.text_column, EACH)
         return [words, Column("label", "label-column", self.settings.label_column, EACH)]

@@ -21,13 +21,12 @@ from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.client import session
 from fedara_flwr.client.capacity import FlopCounter, backward_blocks
 from fedara_flwr.client.train import ClientData, train
-from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.parts import LORA
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.legend import last_blocks
-from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import Encoded, read_settings
 
 TASK = TASKS["classification"]
 PARTS = frozenset({"B", "E", "A", "head"})
@@ -435,6 +434,6 @@ def test_a_run_does_not_depend_on_what_processes_keep(tiny_bert, method, cache):
 
 def test_a_session_is_for_one_kind_of_cache(tiny_bert):
     exact, off = (
-        session.resident(Settings.from_flat({"model.name": str(tiny_bert), "train.cache": c}), LABELS) for c in ("exact", "off")
+        session.resident(read_settings({"model.name": str(tiny_bert), "train.cache": c}), LABELS) for c in ("exact", "off")
     )
     assert exact is not off and exact.adapted._prefix is not None and off.adapted._prefix is None

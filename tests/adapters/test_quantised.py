@@ -19,7 +19,7 @@ from fedara_flwr.adapters.quantise import dequantised, quantise
 from fedara_flwr.cli import doctor
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client.capacity import FlopCounter
-from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.config import QUANTISED
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Piece, dense_size, from_factors
 from fedara_flwr.model.ranks import RankMask
@@ -27,6 +27,7 @@ from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.strategies.federa import FeDeRA
+from fedara_flwr.tasks import read_settings
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -245,7 +246,7 @@ def started(method):
 @pytest.mark.parametrize("server", ["float32", "int4"])
 def test_federas_start_is_a_quantised_nodes_function(tiny_models, name, server):
     """Start and delta cancel whatever weights the server took them from; bfloat16 rounds both, of size 4 here."""
-    settings = Settings.from_flat({"method": "federa", "adapter.rank": 3, "adapter.alpha": 12.0, "model.dtype": server})
+    settings = read_settings({"method": "federa", "adapter.rank": 3, "adapter.alpha": 12.0, "model.dtype": server})
     weights = started(FeDeRA(settings, Port(loaded(tiny_models[name], server))))
     weights.arrays["head"] = weights.arrays["head"] * 50  # logits of about 1
     adapted = loaded(tiny_models[name], "int4")
@@ -335,7 +336,7 @@ def test_which_methods_change_the_backbone():
 
 @pytest.mark.parametrize("method", sorted(CHANGING))
 def test_a_server_with_quantised_weights_refuses_them(tiny_models, method):
-    settings = Settings.from_flat({"method": method, "model.dtype": "int8", "num-server-rounds": 2})
+    settings = read_settings({"method": method, "model.dtype": "int8", "num-server-rounds": 2})
     with pytest.raises(
         ConfigError, match=f"model.dtype = 'int8': method '{method}' changes the backbone, allowed are 'float32'"
     ):
@@ -375,7 +376,7 @@ def test_without_bitsandbytes(tiny_models, monkeypatch):
     with pytest.raises(ConfigError, match=line):
         backbone(tiny_models["bert"], dtype="int8")
     flat = {"model.name": str(tiny_models["bert"]), "model.dtype": "int8"}
-    finding = doctor.model(Settings.from_flat(flat))
+    finding = doctor.model(read_settings(flat))
     assert finding.level == "problem" and "pip install" in finding.found
     backbone(tiny_models["bert"], dtype="bfloat16")
 
@@ -383,7 +384,7 @@ def test_without_bitsandbytes(tiny_models, monkeypatch):
 def test_keys():
     assert NodeSettings.read({"dtype": "int4"}).dtype == "int4"
     with pytest.raises(ConfigError, match="model.dtype = 'int5'.*did you mean 'int8'"):
-        Settings.from_flat({"model.dtype": "int5"})
+        read_settings({"model.dtype": "int5"})
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

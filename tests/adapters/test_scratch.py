@@ -28,11 +28,10 @@ from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.adapters.scratch import SLOT, Scratch
 from fedara_flwr.client import session
 from fedara_flwr.client.train import ClientData, train
-from fedara_flwr.config import Settings
 from fedara_flwr.model.deltas import Piece
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.strategies.allocation import last_blocks
-from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import Encoded, read_settings
 
 PER_MB = (1 << 20) // SLOT
 
@@ -308,7 +307,6 @@ def test_a_round_is_the_same_from_memory_from_disk_and_on_a_full_disk(tiny_model
 
 def test_a_session_has_the_disk_its_settings_give_it(tiny_bert):
     sessions = [
-        session.resident(Settings.from_flat({"model.name": str(tiny_bert), "train.cache-disk-mb": size}), LABELS)
-        for size in (2, 0)
+        session.resident(read_settings({"model.name": str(tiny_bert), "train.cache-disk-mb": size}), LABELS) for size in (2, 0)
     ]
     assert [one.adapted._prefix._disk._limit for one in sessions] == [2 * PER_MB, 0]

@@ -11,11 +11,12 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
-from fedara_flwr.config import LocalTraining, Settings
+from fedara_flwr.config import LocalTraining
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import SVD
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.plan import TrainPlan
 
 VOTE = {"budget": 5.0}
@@ -126,14 +127,14 @@ def test_random_streams_depend_on_round_and_client(tiny_models):
 
 
 def test_one_session_per_process_and_model(tiny_bert):
-    settings = Settings.from_flat({"model.name": str(tiny_bert)})
+    settings = read_settings({"model.name": str(tiny_bert)})
     first = resident(settings, LABELS)
     assert resident(settings.model_copy(update={"num_server_rounds": 3}), LABELS) is first
     assert resident(settings, ("a", "b")) is not first
 
 
 def test_a_device_uses_its_own_model_and_data_not_the_servers():
-    settings = Settings.from_flat({"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"})
+    settings = read_settings({"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"})
     node = NodeSettings.read({"data-path": "/data/mine.parquet", "models": "/somewhere=/data/model"})
     own, path = own_settings(settings, node, trusted=False)
     assert (own.data.path, path, own.model.name) == ("/data/mine.parquet", "/data/mine.parquet", "/data/model")

@@ -24,13 +24,14 @@ from fedara_flwr.cli import doctor, habits
 from fedara_flwr.cli.findings import Finding, print_findings
 from fedara_flwr.config import Settings
 from fedara_flwr.strategies import Plugin
+from fedara_flwr.tasks import read_settings
 
 ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def settings(**flat: str) -> Settings:
-    return Settings.from_flat({key.replace("__", ".").replace("_", "-"): value for key, value in flat.items()})
+    return read_settings({key.replace("__", ".").replace("_", "-"): value for key, value in flat.items()})
 
 
 def warns(finding: Finding, *words: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from runs_helper import TamperedGrid, config, prepare, start
 
-from fedara_flwr.config import PrivacySettings, Settings
+from fedara_flwr.config import PrivacySettings
 from fedara_flwr.engine import run
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging import private
@@ -25,6 +25,7 @@ from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.seeds import secure_normal
 from fedara_flwr.strategies import find
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.plan import Update
 
 SPEC = ModelSpec("f" * 64, (ModuleSpec("m0", 2, 1, 0), ModuleSpec("m1", 1, 3, 1)), (ParameterSpec("weight", (1, 2)),))
@@ -249,9 +250,9 @@ ON = {"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.weighting"
     ],
 )
 def test_what_cannot_be_combined_is_refused(changes, words):
-    Settings.from_flat(ON)
+    read_settings(ON)
     with pytest.raises(ConfigError) as error:
-        Settings.from_flat(ON | changes)
+        read_settings(ON | changes)
     assert words in str(error.value)
 
 
@@ -259,10 +260,10 @@ def test_what_cannot_be_combined_is_refused(changes, words):
 def test_options_of_fedara_that_cannot_be_combined_are_refused(option):
     """By the method, before there is a model."""
     check = find("fedara").check
-    check(Settings.from_flat(ON))
-    check(Settings.from_flat({"strategy.options": option}))
+    check(read_settings(ON))
+    check(read_settings({"strategy.options": option}))
     with pytest.raises(ConfigError) as error:
-        check(Settings.from_flat(ON | {"strategy.options": option}))
+        check(read_settings(ON | {"strategy.options": option}))
     words = "privacy.clip = 0.5: with strategy.options allowed are upload-mask = 'global' and arbitration = 'budget'"
     assert str(error.value) == words
 
@@ -270,13 +271,13 @@ def test_options_of_fedara_that_cannot_be_combined_are_refused(option):
 def test_a_private_run_must_say_that_its_head_is_drawn():
     """By default it would be solved from sums that have no noise."""
     with pytest.raises(ConfigError) as error:
-        Settings.from_flat({key: value for key, value in ON.items() if key != "head.start"})
+        read_settings({key: value for key, value in ON.items() if key != "head.start"})
     assert str(error.value) == "head.start = 'statistics': with privacy.clip allowed is 'random'"
 
 
 def test_all_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigError, match="head.start.*weighting.*robust"):
-        Settings.from_flat({"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.robust": "median"})
+        read_settings({"privacy.clip": 0.5, "privacy.noise-multiplier": 1.0, "strategy.robust": "median"})
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from fedara_flwr.server.checkpoint import decode, encode
 from fedara_flwr.server.roster import Roster, last_line
 from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitration_order
 from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.plan import Update
 
@@ -876,4 +877,4 @@ def test_only_the_nodes_own_configuration_makes_it_trust_the_server():
     context = Context(1, 5, {}, RecordDict(), {"engine": "inprocess"})
     assert not client_app.in_simulation(context)
     with pytest.raises(ConfigError, match="engine"):
-        Settings.from_flat(context.run_config)
+        read_settings(context.run_config)

@@ -27,6 +27,7 @@ from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server import roster
 from fedara_flwr.server.loop import RunFailed
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.records import says_busy
 
 DOCS = Path(__file__).parents[2] / "docs" / "deploy.md"
@@ -99,7 +100,7 @@ RUN = {"data.path": "/srv/d", "data.text-column": "t", "data.label-column": "l",
 
 def own(**node_config) -> Settings:
     node = NodeSettings.read({key.replace("_", "-"): value for key, value in node_config.items()})
-    return own_settings(Settings.from_flat(RUN | {"data.client-validation": 0.25}), node, trusted=False)[0]
+    return own_settings(read_settings(RUN | {"data.client-validation": 0.25}), node, trusted=False)[0]
 
 
 def test_the_run_decides_what_the_node_leaves_open():
@@ -136,7 +137,7 @@ def test_a_model_s_number_type_is_its_node_s_own(tiny_bert):
     """The fingerprint that the server compares is the same; adapters and head stay float32."""
     sessions = []
     for dtype in ("float32", "bfloat16"):
-        settings = Settings.from_flat({"model.name": str(tiny_bert), "data.path": "/srv/d"})
+        settings = read_settings({"model.name": str(tiny_bert), "data.path": "/srv/d"})
         node = NodeSettings.read({"models": str(tiny_bert), "dtype": dtype})
         sessions.append(resident(own_settings(settings, node, trusted=False)[0], tuple(AREAS)))
     plain, half = (session.adapted for session in sessions)
@@ -292,7 +293,7 @@ def test_a_file_for_local_evaluation(tiny_bert, tmp_path):
     node = NodeSettings.read(context.node_config | {"data-path": str(tmp_path / "d")})
     for share, count in ((0.5, 1), (0.0, 0)):
         settings, path = own_settings(
-            Settings.from_flat(context.run_config | {"data.client-validation": share}), node, trusted=False
+            read_settings(context.run_config | {"data.client-validation": share}), node, trusted=False
         )
         data = resident(settings, tuple(AREAS)).client_data("me", 0, 1, path)
         assert (len(data.train), len(data.held_out)) == (10, count)

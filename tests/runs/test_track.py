@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from fedara_flwr import config, tasks
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.trackers import Trackers, check, open_trackers, scalars
+from fedara_flwr.tasks import read_settings
 
 START = {"type": "start", "accuracy": 0.1, "loss": 2.5}
 END = {"type": "end", "outcome": "completed", "rounds": 3, "seconds": 12.5, "test-accuracy": 0.6}
@@ -131,12 +131,12 @@ def test_every_tracker_of_the_settings_is_there():
 
 def test_unknown_names_are_refused_before_a_run():
     with pytest.raises(ConfigError, match=r"^run.track = 'tensorbord,wandb': allowed are .*did you mean 'tensorboard'\?$"):
-        Settings.from_flat({"run.track": "tensorbord,wandb"})
+        read_settings({"run.track": "tensorbord,wandb"})
     with pytest.raises(ConfigError, match=r"^run.track = 'x': allowed are tensorboard, wandb, mlflow, trackio"):
         check("x")
     with pytest.raises(ConfigError, match="allowed are"):
         check("tensorboard,")
-    assert Settings.from_flat({"run.track": " wandb, mlflow "}).run.track
+    assert read_settings({"run.track": " wandb, mlflow "}).run.track
     assert config.tracker_names("mlflow, wandb,mlflow") == ("mlflow", "wandb")
     assert config.tracker_names(" ") == ()
 

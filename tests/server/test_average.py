@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from runs_helper import config, start
 
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import DeltaLog
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec
 from fedara_flwr.server.checkpoint import decode, encode
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.tasks import read_settings
 
 SPEC = ModelSpec("", (ModuleSpec("layer.0.query", 1, 1, 0),), ())
 WHOLE, CUT = RankMask.full([2]), RankMask((2,), np.array([False, True]))
@@ -77,4 +77,4 @@ def test_a_checkpoint_has_it(tiny_bert):
 
 def test_a_share_of_one_is_refused():
     with pytest.raises(ConfigError, match="strategy.average"):
-        Settings.from_flat({"strategy.average": 1.0})
+        read_settings({"strategy.average": 1.0})

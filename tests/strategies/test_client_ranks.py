@@ -18,7 +18,6 @@ from test_session import run as train_client
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.client.terms import TailPenalty
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.factors import delta_norm, module_factors, split_svd
 from fedara_flwr.model.deltas import dense
@@ -30,6 +29,7 @@ from fedara_flwr.server.roster import Node
 from fedara_flwr.strategies import find
 from fedara_flwr.strategies.allocation import first_slots
 from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.plan import KEPT_SLOTS, Update
 from fedara_flwr.wire.records import update_from_content, update_to_content
@@ -53,7 +53,7 @@ class Port:
 
 def make(method, text="", **flat):
     values = {"method": method, "adapter.rank": RANK, "strategy.options": text}
-    settings = Settings.from_flat(values | {name.replace("__", "."): value for name, value in flat.items()})
+    settings = read_settings(values | {name.replace("__", "."): value for name, value in flat.items()})
     return find(method)(settings, Port())
 
 

@@ -15,12 +15,12 @@ from test_export import stock_logits
 from fedara_flwr import strategies
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.export import save_lora
-from fedara_flwr.config import Settings
 from fedara_flwr.merging.factors import module_factors
 from fedara_flwr.model.deltas import dense
 from fedara_flwr.model.draws import lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.messages import replies
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.records import need_delta, plan_from_content
 
 CLIENTS = 4
@@ -40,7 +40,7 @@ class Port:
 
 def federa(path, rank, alpha, dtype="float32"):
     adapted = AdaptedModel(backbone(path, dtype=dtype))
-    settings = Settings.from_flat({"method": "federa", "adapter.rank": rank, "adapter.alpha": alpha})
+    settings = read_settings({"method": "federa", "adapter.rank": rank, "adapter.alpha": alpha})
     method = strategies.find("federa")(settings, Port(adapted))
     state = method.start()
     state.arrays["head"] = state.arrays["head"] * 50  # logits of about 1

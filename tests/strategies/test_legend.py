@@ -16,7 +16,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from runs_helper import config, prepare, start
 
-from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
@@ -24,6 +23,7 @@ from fedara_flwr.server.fleet import PROFILES
 from fedara_flwr.strategies.allocation import Capacity, depths, last_blocks, rank_distribution
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.strategies.legend import Legend
+from fedara_flwr.tasks import read_settings
 
 laws = hypothesis_settings(deadline=None, max_examples=100)
 
@@ -191,7 +191,7 @@ class Driven:
 
     def __init__(self, text="", spec=SPEC, **flat):
         values = {"method": "legend", "adapter.rank": 4, "train.steps": 2, "strategy.options": text, "train.cache": "off"}
-        settings = Settings.from_flat(
+        settings = read_settings(
             {"wire.down": "float32", "wire.up": "float32"}
             | values
             | {name.replace("__", "."): value for name, value in flat.items()}

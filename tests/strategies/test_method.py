@@ -11,13 +11,13 @@ import pytest
 from runs_helper import config, options, prepare
 
 from fedara_flwr import strategies
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.mean import SlotMean
 from fedara_flwr.model.ranks import RankMask, pack_order
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.strategies.fedlora import FedLoRA
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.plan import Update
 
 
@@ -46,7 +46,7 @@ def f32(*values):
 
 def made(name, rounds=2, model=Names, **own):
     flat = {"method": name, "adapter.rank": 2, "num-server-rounds": rounds, "strategy.options": options(**own)}
-    return strategies.find(name)(Settings.from_flat(flat), model())
+    return strategies.find(name)(read_settings(flat), model())
 
 
 def a_round(method, state, *updates):
@@ -187,7 +187,7 @@ class Names:
 for name, cls in strategies.built_in().items():
     flat = {"method": name, "adapter.rank": 2, "num-server-rounds": 2, "strategy.options": ""}
     flat |= {"strategy.options": "final-rank = 1.0"} if name == "fedara" else {}
-    method = cls(Settings.from_flat(flat), Names())
+    method = cls(read_settings(flat), Names())
     state, client = method.start(), Client("0", 5)
     method.ready(state, client, {})
     method.prepare(state, [client])
@@ -235,7 +235,7 @@ def test_a_method_that_lies_about_its_merger_ends_the_run(tiny_bert, cls, said):
 def test_a_method_that_says_that_it_merges_by_itself_can_have_no_other_rule():
     for changes in ({"strategy.robust": "median"}, {"privacy.clip": 1.0, "privacy.noise-multiplier": 1.0}):
         own = {"strategy.weighting": "uniform", "strategy.options": "", "head.start": "random"}
-        settings = Settings.from_flat(changes | own)
+        settings = read_settings(changes | own)
         FedLoRA.check(settings)
         with pytest.raises(ConfigError, match="method 'empty' merges in its own way"):
             Empty.check(settings)

@@ -48,7 +48,7 @@ def flat(tiny_bert, method, wire=EXACT):
 
 
 def logits(model, weights):
-    model._load(weights)
+    model.load(weights)
     ids = torch.arange(5, 19).view(2, 7)
     with torch.no_grad():
         return model.adapted.outputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits.numpy()

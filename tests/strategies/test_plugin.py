@@ -25,12 +25,12 @@ from fedara_flwr import strategies
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_methods
 from fedara_flwr.client import terms
-from fedara_flwr.config import Settings
 from fedara_flwr.engine import InProcessGrid, run
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model import parts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.strategies.base import Client, Method, Reply, State
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.records import plan_from_content
 
@@ -130,7 +130,7 @@ def test_the_pages_commands_say_what_they_say(method_alone, in_process):
     commands = [shlex.split(line, comments=True) for line in PAGE.splitlines() if line.startswith("fedara run")]
     first, second, misspelt = ([command[command.index("-c") + 1]] for command in commands)
     for overrides in (first, second):
-        settings = Settings.from_flat(read_config(ROOT, overrides))
+        settings = read_settings(read_config(ROOT, overrides))
         assert (settings.method, settings.options) == ("last-layers", {"layers": 3, "mu": 0.1})
     with pytest.raises(ConfigError) as caught:
         read_config(ROOT, misspelt)
@@ -227,7 +227,7 @@ def test_a_report_that_cannot_be_drops_the_reply_alone(with_client_half, in_proc
 def test_what_reports_decide_cannot_be_private(with_client_half, in_process):
     in_process(with_client_half)
     flat = {"method": "last-layers-small-e", "privacy.clip": 1.0, "privacy.noise-multiplier": 1.0}
-    settings = Settings.from_flat(flat | {"strategy.weighting": "uniform", "head.start": "random"})
+    settings = read_settings(flat | {"strategy.weighting": "uniform", "head.start": "random"})
     with pytest.raises(ConfigError, match="'last-layers-small-e' goes by what devices report"):
         strategies.find(settings.method).check(settings)
 

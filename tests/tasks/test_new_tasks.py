@@ -23,7 +23,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.keeper import open_run
-from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.tasks.regression import pearson, ranks
 
 REGRESSION, MULTI = TASKS["regression"], TASKS["multi-label"]
@@ -241,7 +241,7 @@ def test_a_whole_run_and_what_stock_libraries_make_of_it(tiny_bert, tmp_path, ta
     assert printed.strip().startswith("[") if task == "multi-label" else math.isfinite(float(printed))
     saved = open_run(directory.path)
     model = saved.model
-    model._load(saved.method.exported(saved.state))
+    model.load(saved.method.exported(saved.state))
     with torch.no_grad():
         expected = model.adapted.outputs(dict(model.learner.tokenizer("some text", return_tensors="pt"))).logits
     assert np.allclose(logits, expected.numpy(), atol=1e-5)
@@ -340,10 +340,9 @@ def test_every_tasks_metrics_may_leave_and_what_nobody_knows_is_said_once(caplog
 
 def test_a_device_may_have_options_of_its_own(tiny_bert):
     from fedara_flwr.client.session import own_settings
-    from fedara_flwr.config import Settings
     from fedara_flwr.node.settings import NodeSettings
 
-    settings = Settings.from_flat({"model.name": str(tiny_bert), "data.options": "a = 1"})
+    settings = read_settings({"model.name": str(tiny_bert), "data.options": "a = 1"})
     for given, expected in (("{a = 2}", "{a = 2}"), ("", "a = 1")):
         node = NodeSettings.read({"data-path": "/d.csv", "models": str(tiny_bert), "data-options": given})
         assert own_settings(settings, node, trusted=False)[0].data.options == expected

@@ -23,7 +23,7 @@ from fedara_flwr import strategies, tasks
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_tasks
-from fedara_flwr.config import DataSettings, Settings
+from fedara_flwr.config import DataSettings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import guard
 from fedara_flwr.report import read_run, write_report
@@ -31,7 +31,7 @@ from fedara_flwr.report.compare import check_target, tables
 from fedara_flwr.report.compare import group as grouped
 from fedara_flwr.report.series import to_target
 from fedara_flwr.runs.keeper import open_run
-from fedara_flwr.tasks import Task, registry
+from fedara_flwr.tasks import Task, read_settings, registry
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-task.md").read_text()
@@ -79,7 +79,7 @@ def test_the_pages_commands_say_what_they_say(in_process):
     """The options of the first; the errors of the others."""
     commands = [shlex.split(line, comments=True) for line in PAGE.splitlines() if line.startswith("fedara run")]
     overrides = [[command[command.index("-c") + 1]] for command in commands]
-    settings = Settings.from_flat(read_config(ROOT, overrides[0]))
+    settings = read_settings(read_config(ROOT, overrides[0]))
     assert tasks.open_task(settings.data).options.share == 0.2
     for wrong in overrides[1:]:
         with pytest.raises(ConfigError) as caught:
@@ -124,7 +124,7 @@ def test_a_run_without_labels_and_head(tutorial, tmp_path, capsys):
     saved = open_run(path)
     model = saved.model
     batch = dict(model.learner.tokenizer(["some [MASK] text"], return_tensors="pt"))
-    model._load(saved.method.weights(saved.state))
+    model.load(saved.method.weights(saved.state))
     with torch.no_grad():
         expected = model.adapted.outputs(batch).logits.numpy()
     base = facts["model"]

@@ -36,7 +36,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from fedara_flwr.config import LocalTraining, Settings
+from fedara_flwr.config import LocalTraining
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import DeltaLog, Piece
 from fedara_flwr.model.draws import draw
@@ -49,6 +49,7 @@ from fedara_flwr.server.round import Round
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Client, Method
 from fedara_flwr.strategies.fedara import FedARA
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_arrays, to_record
 from fedara_flwr.wire.codec import CODECS, Broadcast
 from fedara_flwr.wire.meter import counted, payload
@@ -583,7 +584,7 @@ class Loop(RoundLoop):
 
     def __init__(self, ids: Sequence[int], timeout: float = 3600.0) -> None:
         """One client per node id; a node may be several clients."""
-        settings = Settings.from_flat({"strategy.fraction-train": 1.0, "strategy.round-timeout": timeout})
+        settings = read_settings({"strategy.fraction-train": 1.0, "strategy.round-timeout": timeout})
         log, rng = DeltaLog(SPEC), np.random.default_rng(1)
         log.add(PIECE)
         arrays = {part: rng.normal(size=SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_wire import LOCAL, MASK, MOST, PARTS, PLAN, PLANS, SPEC, changed_plan, plan_reason, random_arrays, reason, update_for
 
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.arrays import Rejected, read_arrays
 from fedara_flwr.wire.codec import CODECS, Broadcast, nbytes
 from fedara_flwr.wire.meter import payload
@@ -285,6 +285,6 @@ def test_more_entries_than_weights_allocate_nothing():
 
 def test_settings():
     with pytest.raises(ConfigError, match="wire.up = 'int3'.*'int4'"):
-        Settings.from_flat({"wire.up": "int3"})
+        read_settings({"wire.up": "int3"})
     assert PLAN.returns(MASK) == set(PARTS) and not PLAN.differences
     assert all(replace(PLAN, **{way: form}).differences for way in ("down", "up") for form in CODED)

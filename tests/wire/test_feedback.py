@@ -15,7 +15,6 @@ from test_checkpoint import assert_same_end
 from test_wire import MASK, PARTS, PLAN, SPEC, random_arrays
 
 from fedara_flwr import engine, strategies
-from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import PrivateMean
 from fedara_flwr.model.kept import Kept
@@ -23,6 +22,7 @@ from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.kept import KeptStore
 from fedara_flwr.server.dispatch import Dispatch
+from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.codec import CODECS
 from fedara_flwr.wire.plan import Update
 from fedara_flwr.wire.upload import code_update, residue_of
@@ -282,6 +282,6 @@ def test_a_private_mean_moves_by_no_more_than_its_clip_whatever_the_residue():
 
 
 def test_settings():
-    assert not Settings.from_flat({"wire.up": "int4"}).wire.feedback
+    assert not read_settings({"wire.up": "int4"}).wire.feedback
     with pytest.raises(ConfigError, match="wire.feedback = True: wire.up = 'float32' .* allowed with it are .*'int4'"):
-        Settings.from_flat({"wire.feedback": True, "wire.down": "int4", "wire.up": "float32"})
+        read_settings({"wire.feedback": True, "wire.down": "int4", "wire.up": "float32"})

@@ -1,0 +1,50 @@
+"""Answers that a language model makes by itself, each time the likeliest token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fedara_flwr.tasks.base import LearnerPort
+
+
+class Said(NamedTuple):
+    """What a model said, and whether it stopped by itself."""
+
+    text: str
+    stopped: bool
+
+
+def ends(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end of text, and what its chat template puts behind an answer."""
+    from fedara_flwr.tasks.templates import ASSISTANT, USER, Template
+
+    ids, _ = Template(tokenizer).answers([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": "b"}])
+    return sorted({int(tokenizer.eos_token_id), ids[-1]})
+
+
+def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer: Any = None) -> list[Said]:
+    """The answers of the loaded model to prompts, all at once; greedy.
+
+    Args:
+        prompts: token ids of each, up to where the answer begins.
+        most: tokens of an answer.
+        streamer: of transformers; gets the tokens of a single prompt as they come.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    adapted, tokenizer = learner.adapted, learner.tokenizer
+    stops, longest = ends(tokenizer), max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    tokens = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts], device=adapted.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=adapted.device)
+    config = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True)
+    adapted.model.eval()
+    with torch.no_grad(), adapted.autocast():
+        out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+    said = []
+    for row in out[:, longest:].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), len(row))
+        said.append(Said(tokenizer.decode(row[:end], skip_special_tokens=True).strip(), end < len(row)))
+    return said

@@ -1,0 +1,330 @@
+"""Extractive question answering: the answer is a stretch of a text, or there is none (SQuAD, arXiv 1606.05250, 1806.03822).
+
+A text that is longer than `data.max-length` is read in windows that overlap. Each is a row of its own when the model learns; a
+window without the answer, like a question without one, has its answer at the first token. For an evaluation the best span of
+all windows counts, cut out of the original text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedara_flwr.data.examples import Examples
+from fedara_flwr.data.labels import Labels
+from fedara_flwr.data.reading import Column, Example, LeftOut, absent, text
+from fedara_flwr.keys import ConfigError, Group
+from fedara_flwr.tasks.base import Batch, Encoded, Metric, Task, pad
+from fedara_flwr.tasks.overlap import exact, word_f1
+
+if TYPE_CHECKING:
+    import torch
+
+BEST = 20  # starts and ends of a window from which spans are made
+NONE = 0  # the token at which "no answer" stands: the first
+
+
+class QuestionAnsweringOptions(Group):
+    """Keys of `data.options` for question-answering."""
+
+    context_column: str = Field("context", min_length=1, description="column of the text that has the answers")
+    answers_column: str = Field(
+        "answers", min_length=1, description="column of the answers: SQuAD's text and answer_start, or texts; empty = no answer"
+    )
+    stride: int = Field(0, ge=0, description="tokens that two windows share; 0 = a quarter of data.max-length")
+    longest: int = Field(30, ge=1, description="most tokens of an answer")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one example's context, as the model reads it.
+
+    Attributes:
+        example: its place among the examples.
+        offsets: where in the context each token begins and ends, shape (tokens, 2); (-1, -1) of others.
+    """
+
+    example: int
+    offsets: NDArray[np.int32]
+
+
+class QuestionAnswering(Task):
+    """Cross-entropy of an answer's first and last token; F1 and exact match by SQuAD's definition.
+
+    A row's text is its question, its pair the context, its target the answers, each with where it begins.
+    """
+
+    name = "question-answering"
+    title = "the stretch of a text that answers a question, or that there is none"
+    Options = QuestionAnsweringOptions
+    auto_class = "AutoModelForQuestionAnswering"
+    peft_task_type = "QUESTION_ANS"
+    word_places = True
+    labelled = False
+    grouped = False
+    docstrings = "its rows have no questions"
+    metric = Metric("f1")
+    metrics = ("f1", "exact-match", "has-answer-f1", "answerability", "loss")
+    defaults = {"data.max-length": 256, "data.validation-rows": 500}  # noqa: RUF012
+    pipeline = "question-answering"
+    load_options = ""
+
+    # -- reading rows
+    def table(self, table: Any) -> Any:
+        """SQuAD's own nested JSON as one row a question; other tables as they are."""
+        nested = next((name for name in ("data", "paragraphs") if name in table.column_names), "")
+        if not nested or self.options.context_column in table.column_names:
+            return table
+        articles = [row for rows in table["data"] for row in rows] if nested == "data" else list(table)
+        return type(table).from_list(list(_unfolded(articles)))
+
+    def columns(self, there: Sequence[str]) -> Sequence[Column]:
+        """Question, context and answers."""
+        settings, options = self.settings, self.options
+        question = "question" if settings.text_column == "text" and "text" not in there else settings.text_column
+        return [
+            Column("text", "text-column", question),
+            Column("context", "options context-column", options.context_column),
+            Column("answers", "options answers-column", options.answers_column, nested=True),
+        ]
+
+    def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
+        """A question, its context, and where in it the answers stand."""
+        question, context = text(row["text"], "question"), text(row["context"], "context")
+        answers = [_place(answer, start, context) for answer, start in _answers(row["answers"])]
+        return Example(question, pair=context, target=answers, identity=json.dumps([question, context, answers]))
+
+    # -- the model
+    def is_head(self, module: str) -> bool:
+        """True for `qa_outputs`."""
+        return module == "qa_outputs"
+
+    # -- learning
+    def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
+        """Windows of every row; a label is [first token, last token, first and last of the context, the window's number]."""
+        stride = self.options.stride or max_length // 4
+        if stride >= max_length // 2:
+            raise ConfigError(f"data.options stride = {stride}: allowed is less than half of data.max-length = {max_length}")
+        ids: list[list[int]] = []
+        labels: list[list[int]] = []
+        windows: list[Window] = []
+        cut = 0
+        for number in range(len(examples)):
+            question, shortened = _shortened(tokenizer, examples.texts[number], max_length // 2)
+            cut += shortened
+            assert examples.pairs is not None and examples.targets is not None
+            encoded = tokenizer(
+                question,
+                examples.pairs[number],
+                truncation="only_second",
+                max_length=max_length,
+                stride=stride,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                split_special_tokens=True,
+            )
+            for place, tokens in enumerate(encoded["input_ids"]):
+                inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(place)])
+                if not inside.any():
+                    continue
+                offsets = np.where(inside[:, None], np.array(encoded["offset_mapping"][place]), -1).astype(np.int32)
+                where = np.flatnonzero(inside)
+                first, last = _tokens(offsets, where, examples.targets[number])
+                labels.append([first, last, int(where[0]), int(where[-1]), len(windows)])
+                ids.append(list(tokens))
+                windows.append(Window(number, offsets))
+        notes = f"of {len(examples)} questions {cut} cut at {max_length // 2} tokens" if cut else ""
+        return Encoded(ids, labels, (windows, examples), notes)
+
+    def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Batch:
+        """As `pad`, and labels of shape (batch, 5)."""
+        import torch
+
+        return pad(tokenizer, ids) | {"labels": torch.tensor(labels, dtype=torch.long)}
+
+    def made_up(self, length: int) -> list[int]:
+        """A window that is all context."""
+        return [0, 0, 0, length - 1, 0]
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """One for each window, shape (rows,)."""
+        return batch["labels"].new_ones(len(batch["labels"]))
+
+    def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Mean of both cross-entropies of each window in nats, over its context and the token of no answer; shape (rows,)."""
+        import torch
+
+        labels = batch["labels"]
+        both = zip(_logits(outputs, labels), (labels[:, 0], labels[:, 1]), strict=True)
+        losses = [torch.nn.functional.cross_entropy(logits, truth, reduction="none") for logits, truth in both]
+        return (losses[0] + losses[1]) / 2
+
+    def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Spans:
+        """The best span of each example so far, and its score as having none."""
+        windows, examples = data.more
+        return Spans(self, windows, examples)
+
+    # -- words
+    def snippet(self) -> list[str]:
+        """Python lines that cut an answer out of a text: transformers 5 has no pipeline for it."""
+        return [
+            'question, context = "Who wrote it?", "The page was written by Ada Lovelace in 1843."',
+            'batch = tokenizer(question, context, truncation="only_second", return_offsets_mapping=True, return_tensors="pt")',
+            'offsets, places = batch.pop("offset_mapping")[0], batch.sequence_ids(0)',
+            "outputs = model(**batch)",
+            "begin, end = outputs.start_logits[0], outputs.end_logits[0]",
+            "pairs = [(i, j) for i in range(len(places)) for j in range(i, min(i + 30, len(places)))]",
+            "pairs = [(i, j) for i, j in pairs if places[i] == places[j] == 1]",
+            "i, j = max(pairs, key=lambda pair: begin[pair[0]] + end[pair[1]])",
+            'print(context[offsets[i][0] : offsets[j][1]] if begin[i] + end[j] > begin[0] + end[0] else "no answer")',
+        ]
+
+
+class Spans:
+    """f1 and exact-match: of the answer with the best of those that the data has, means over questions; has-answer-f1: of those
+    that have one; answerability: share of questions of which the model rightly says whether there is an answer (always, where
+    every question has one: then it must answer); loss: mean over windows.
+    """
+
+    def __init__(self, task: QuestionAnswering, windows: Sequence[Window], examples: Examples) -> None:
+        self.task, self.windows, self.examples = task, windows, examples
+        count = len(examples)
+        self.best, self.none = np.full(count, -np.inf), np.full(count, np.inf)
+        self.places = np.zeros((count, 2), dtype=np.int64)
+        self.loss, self.rows = 0.0, 0
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Take a batch of windows."""
+        labels = batch["labels"]
+        self.loss += float(self.task.losses(outputs, batch).double().sum())
+        self.rows += len(labels)
+        starts, ends = (logits.float().cpu().numpy() for logits in _logits(outputs, labels))
+        for start, end, (_, _, first, last, number) in zip(starts, ends, labels.tolist(), strict=True):
+            window = self.windows[number]
+            none = float(start[NONE] + end[NONE])
+            self.none[window.example] = min(self.none[window.example], none)
+            score, begin, stop = best_span(start, end, first, last, self.task.options.longest)
+            if score > self.best[window.example]:
+                self.best[window.example] = score
+                self.places[window.example] = window.offsets[begin, 0], window.offsets[stop, 1]
+
+    def answers(self) -> list[str]:
+        """What the model says to each question; "" where it says that there is no answer, if there are such questions."""
+        assert self.examples.pairs is not None and self.examples.targets is not None
+        may = any(not target for target in self.examples.targets)
+        said = []
+        for number, context in enumerate(self.examples.pairs):
+            begin, end = self.places[number]
+            silent = may and self.none[number] >= self.best[number]
+            said.append("" if silent else context[begin:end])
+        return said
+
+    def result(self) -> dict[str, float]:
+        """The metrics by name; of no question at all those of a model that knows everything."""
+        assert self.examples.targets is not None or not len(self.examples)
+        said = self.answers() if len(self.examples) else []
+        f1, hits, right, having = list[float](), list[float](), list[float](), list[float]()
+        for answer, target in zip(said, self.examples.targets or (), strict=True):
+            texts = [each for each, _ in target] or [""]
+            f1.append(max(word_f1(answer, each) for each in texts))
+            hits.append(max(exact(answer, each) for each in texts))
+            right.append(float(bool(answer) == bool(target)))
+            having += [f1[-1]] if target else []
+        means = {"f1": f1, "exact-match": hits, "has-answer-f1": having, "answerability": right}
+        loss = self.loss / max(self.rows, 1)
+        return {**{name: float(np.mean(values)) if values else 1.0 for name, values in means.items()}, "loss": loss}
+
+
+def best_span(
+    start: NDArray[np.float32], end: NDArray[np.float32], first: int, last: int, longest: int
+) -> tuple[float, int, int]:
+    """Score, first and last token of the best span within tokens `first` to `last`, of at most `longest` tokens."""
+    begins = first + np.argsort(-start[first : last + 1], kind="stable")[:BEST]
+    stops = first + np.argsort(-end[first : last + 1], kind="stable")[:BEST]
+    spans = [
+        (float(start[begin] + end[stop]), int(begin), int(stop))
+        for begin in begins
+        for stop in stops
+        if begin <= stop < begin + longest
+    ]
+    top = int(begins[0])
+    return max(spans, key=lambda span: (span[0], -span[1], -span[2])) if spans else (float(start[top] + end[top]), top, top)
+
+
+def _logits(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of first and last tokens, float32, shape (rows, longest); the lowest number outside of context and NONE."""
+    import torch
+
+    place = torch.arange(outputs.start_logits.shape[1], device=labels.device)
+    inside = (place >= labels[:, 2:3]) & (place <= labels[:, 3:4]) | (place == NONE)
+    low = torch.finfo(torch.float32).min / 4
+    start, end = (logits.float().masked_fill(~inside, low) for logits in (outputs.start_logits, outputs.end_logits))
+    return start, end
+
+
+def _tokens(offsets: NDArray[np.int32], where: NDArray[np.int64], target: Sequence[Sequence[Any]]) -> tuple[int, int]:
+    """First and last token of the first answer; NONE twice where the window does not hold all of it."""
+    if not target:
+        return NONE, NONE
+    answer, begin = target[0]
+    end = begin + len(answer)
+    inside = offsets[where]
+    if begin < inside[0, 0] or end > inside[-1, 1]:
+        return NONE, NONE
+    touched = where[(inside[:, 0] < end) & (inside[:, 1] > begin)]
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (NONE, NONE)
+
+
+def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
+    """A question of at most so many tokens, cut at the end of one, and whether it was cut."""
+    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return (question, False) if len(offsets) <= most else (question[: offsets[most - 1][1]], True)
+
+
+def _answers(value: Any) -> list[tuple[str, int | None]]:
+    """Answers with where they begin, None where the data does not say."""
+    if absent(value):
+        return []
+    if isinstance(value, str):
+        return [(value, None)] if value.strip() else []
+    if isinstance(value, Mapping):
+        texts, starts = value.get("text"), value.get("answer_start")
+        texts = [texts] if isinstance(texts, str) else list(texts or ())
+        starts = [starts] if isinstance(starts, int) else list(starts if starts is not None else ()) or [None] * len(texts)
+        if len(texts) != len(starts):
+            raise LeftOut("with answers of which not each has a place")
+        return [(str(answer), start) for answer, start in zip(texts, starts, strict=True) if str(answer).strip()]
+    if isinstance(value, list | tuple):
+        return [answer for each in value for answer in _answers(each)]
+    raise LeftOut("with answers that are no text")
+
+
+def _place(answer: str, start: int | None, context: str) -> list[Any]:
+    """The answer and where it begins; by its first occurrence where the data does not say."""
+    begin = context.find(answer) if start is None else int(start)
+    if begin < 0 or context[begin : begin + len(answer)] != answer:
+        raise LeftOut("with an answer that is not where it should be")
+    return [answer, begin]
+
+
+def _unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row a question of SQuAD's articles."""
+    for article in articles:
+        for paragraph in article.get("paragraphs") or ():
+            for qa in paragraph.get("qas") or ():
+                answers = [] if qa.get("is_impossible") else qa.get("answers") or []
+                yield {
+                    "title": article.get("title") or "",
+                    "context": paragraph["context"],
+                    "question": qa["question"],
+                    "answers": {
+                        "text": [answer["text"] for answer in answers],
+                        "answer_start": [answer["answer_start"] for answer in answers],
+                    },
+                }

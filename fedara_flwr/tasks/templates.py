@@ -1,0 +1,173 @@
+"""Chat templates, and which tokens of a conversation a language model is to say. transformers' own rendering, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import first_line
+from fedara_flwr.tasks.base import UNLABELLED
+
+Message = Mapping[str, str]
+SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
+
+# as tokenizers carry them, so that whatever loads an export speaks as the model was taught
+ALPACA = (  # Alpaca's prompt without input, as FlowerTune has it; the space is the answer's, since tokenizers join it to a word
+    "{{ bos_token if bos_token is defined and bos_token else '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}"
+    "{{ '\n\n### Instruction:\n' + message['content'] + '\n\n### Response:' }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+)
+PLAIN = (
+    "{{ bos_token if bos_token is defined and bos_token else '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ ('\n' if not loop.first else '') + message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+
+
+@dataclass
+class Cut:
+    """What became of the rows of one `encode`.
+
+    Attributes:
+        cut: rows of which something was cut away.
+        left_out: rows of which no token of an answer was left.
+        neutralised: rows in which somebody had written a control token.
+    """
+
+    rows: int = 0
+    cut: int = 0
+    left_out: int = 0
+    neutralised: int = 0
+
+    def words(self, most: int) -> str:
+        """In words; '' where nothing was done."""
+        said = [
+            f"{count} {what}"
+            for count, what in (
+                (self.cut, f"cut at {most} tokens (data.max-length)"),
+                (self.left_out, "left out, no token of an answer is left"),
+                (self.neutralised, "hold control tokens, taken as text"),
+            )
+            if count
+        ]
+        return f"of {self.rows} rows {', '.join(said)}" if said else ""
+
+
+class Template:
+    """A tokenizer's chat template: conversations to token ids, and which of these are answers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a fast one, with a chat template."""
+        self.tokenizer = tokenizer
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._controls = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+
+    def render(self, messages: Sequence[Message], answering: bool = False) -> str:
+        """A conversation as text; `answering`: up to where the next answer begins.
+
+        Raises:
+            ConfigError: the template refuses it, such as one without a place for a system text.
+        """
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+        except Exception as error:  # templates raise what they like
+            raise ConfigError(
+                f"data.options: the tokenizer's chat template refuses a conversation ({first_line(error)})"
+            ) from None
+        return text
+
+    def plain(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], bool]:
+        """The messages with every control token that somebody wrote broken up by a space, and whether there was one."""
+        found, out = False, []
+        for message in messages:
+            text = message["content"]
+            for token in self._controls:
+                if token in text:
+                    found, text = True, text.replace(token, f"{token[0]} {token[1:]}")
+            out.append({"role": message["role"], "content": text})
+        return out, found
+
+    def answers(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation, and for each the same id where an assistant says it, else UNLABELLED.
+
+        An answer is what its conversation has beyond the prompt for it (the prefix rule), up to the token that ends the turn;
+        where the template ends none, the tokenizer's end of text is put behind the last answer.
+
+        Raises:
+            ConfigError: a prompt is not the beginning of the conversation that goes on from it.
+        """
+        whole = self.render(messages)
+        spans = list(self._spans(messages, whole))
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        labels = [UNLABELLED] * len(ids)
+        for begin, end in spans:
+            inside = [i for i, (first, last) in enumerate(offsets) if first >= begin and last <= end and last > first]
+            for i in inside:
+                labels[i] = ids[i]
+        last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
+        ids, labels = ids[: last + 1], labels[: last + 1]  # nothing is learnt from what follows the last answer
+        if labels and str(self.tokenizer.convert_ids_to_tokens(ids[-1])) not in self._controls:
+            ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
+        return ids, labels
+
+    def _spans(self, messages: Sequence[Message], whole: str) -> Iterator[tuple[int, int]]:
+        for turn, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            prompt = self.render(messages[:turn], answering=True)
+            said = self.render(messages[: turn + 1])
+            for begin, text in ((prompt, said), (said, whole)):
+                if not text.startswith(begin):
+                    place = next(i for i, (one, two) in enumerate(zip(begin + "\0", text + "\0", strict=False)) if one != two)
+                    found, wanted = text[place : place + 20], begin[place : place + 20]
+                    line = f"after {place} characters it has {found!r} where its own prompt has {wanted!r}"
+                    raise ConfigError(f"data.options: the chat template does not go on from its prompt: {line}")
+            yield len(prompt), len(said.rstrip())
+
+
+def shorten(ids: list[int], labels: list[int], most: int) -> tuple[list[int], list[int]]:
+    """At most `most` tokens: the beginning goes first, but half of `most` is left before the last answer; then its end."""
+    over = len(ids) - most
+    if over <= 0:
+        return ids, labels
+    answer = len(labels)
+    while answer and labels[answer - 1] != UNLABELLED:
+        answer -= 1
+    gone = min(over, max(0, answer - most // 2))
+    return ids[gone : gone + most], [UNLABELLED, *labels[gone + 1 : gone + most]]
+
+
+def modelfile(tokenizer: Any, base: str) -> str:
+    """An Ollama Modelfile for the folder that it lies in, with the tokenizer's chat template in Ollama's own way of writing.
+
+    Args:
+        base: the base model's folder of safetensors, where this one holds a LoRA adapter; '' = it holds the whole model.
+    """
+    template, (system, prompt, answer) = Template(tokenizer), ("\ue000", "\ue001", "\ue002")
+
+    def written(*messages: tuple[str, str]) -> str:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        text = template.render(turns, answering=True).replace(prompt, "{{ .Prompt }}").replace(system, "{{ .System }}")
+        return text.replace('"""', '\\"\\"\\"')
+
+    bare = written((USER, prompt))
+    try:
+        with_system = written((SYSTEM, system), (USER, prompt))
+    except ConfigError:  # a template without a place for it
+        with_system = bare
+    ids, _ = template.answers([{"role": USER, "content": prompt}, {"role": ASSISTANT, "content": answer}])
+    end = tokenizer.convert_ids_to_tokens(ids[-1])
+    source = [f"FROM {base}", "ADAPTER ."] if base else ["FROM ."]
+    body = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{bare}{{{{ end }}}}{{{{ .Response }}}}{end}"
+    return "\n".join([*source, f'TEMPLATE """{body}"""', f'PARAMETER stop "{end}"', "PARAMETER temperature 0", ""])
