@@ -124,7 +124,8 @@ def ready(message: Message, context: Context) -> Message:
             node.check_frozen(read_settings(context.run_config).method)
         resident, data = _open(context, node, tuple(question.get("labels", ())))
         if data.skipped:
-            logger.warning("node-config data-path = %r: %s", node.data_path, data.skipped)
+            where = f"node-config data-path = {node.data_path!r}" if node.data_path else f"client {client_key(context)}"
+            logger.info("%s: %s", where, data.skipped)
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["delta"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)

@@ -27,9 +27,12 @@ from transformers import (
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
 from fedara_flwr.adapters.packaged import PACKAGED
 from fedara_flwr.config import DataSettings
+from fedara_flwr.data.examples import Examples
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.tasks import Encoded, Task, built_in, open_task
+from fedara_flwr.tasks.base import UNLABELLED
+from fedara_flwr.tasks.question_answering import Window
 
 silence_libraries()
 MINILM = next(iter(PACKAGED))
@@ -44,6 +47,7 @@ DECODER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
+    "tie_word_embeddings": True,  # so that a checkpoint without a head is a whole language model
 }
 CONFIGS = {
     "bert": BertConfig(hidden_size=16, intermediate_size=24, **ENCODER),
@@ -64,6 +68,20 @@ CONFIGS = {
     "llama": LlamaConfig(**DECODER),
     "qwen": Qwen2Config(**DECODER),
 }
+
+
+DECODERS = ("llama", "qwen")
+
+
+def usual(task: Task) -> str:
+    """The architecture on which a test that needs only one does the task."""
+    return "bert" if task.head == "new" else "llama"
+
+
+def pairs(names: Sequence[str] = tuple(CONFIGS), tasks: Sequence[Task] = tuple(TASKS.values())) -> Any:
+    """Parameters `name` and `task`: architectures with the tasks that they can do; without a head only decoders are whole."""
+    found = [(name, task) for task in tasks for name in names if task.head == "new" or name in DECODERS]
+    return pytest.mark.parametrize("name, task", found, ids=[f"{name}-{task.name}" for name, task in found])
 
 
 def some_fast(names: Sequence[str], fast: set[str]) -> list[Any]:
@@ -128,16 +146,33 @@ def metrics(task: Task, logits: Any, labels: Sequence[Any], names: Sequence[str]
     return evaluation.result()
 
 
-def some_labels(task: Task, ids: Sequence[list[int]], rng: np.random.Generator) -> list[Any]:
-    """Labels for rows of tokens, of any built-in task; a tag on two of three tokens."""
+def some_rows(task: Task, ids: list[list[int]], rng: np.random.Generator) -> Encoded:
+    """Rows of tokens with labels, of any built-in task; a tag on two of three tokens, an answer in the last half."""
     count = len(LABELS)
     one_of = {
         "classification": lambda row: int(rng.integers(0, count)),
         "regression": lambda row: float(rng.normal()),
         "multi-label": lambda row: np.flatnonzero(rng.random(count) < 0.5).tolist(),
-        "token-classification": lambda row: [-100 if i % 3 == 2 else int(rng.integers(0, count)) for i in range(len(row))],
+        "token-classification": lambda row: [
+            UNLABELLED if i % 3 == 2 else int(rng.integers(0, count)) for i in range(len(row))
+        ],
+        "causal-lm": lambda row: [UNLABELLED if 2 * i < len(row) else token for i, token in enumerate(row)],
+        "question-answering": lambda row: [*sorted(rng.integers(1, len(row), 2).tolist()), 1, len(row) - 1],
     }[task.name]
-    return [one_of(row) for row in ids]
+    labels = [one_of(row) for row in ids]
+    if task.name != "question-answering":
+        return Encoded(ids, labels)
+    return some_windows(ids, labels)
+
+
+def some_windows(ids: list[list[int]], spans: list[list[int]]) -> Encoded:
+    """Questions of one token about contexts in which token i is a word of two characters that begins at 3·i."""
+    contexts = [" ".join(f"w{chr(ord('a') + i)}" for i in range(len(row))) for row in ids]
+    targets = [[[text[3 * first : 3 * last + 2], 3 * first]] for text, (first, last, *_) in zip(contexts, spans, strict=True)]
+    begins = [3 * np.arange(len(row), dtype=np.int32) for row in ids]
+    windows = [Window(i, np.stack([begin, begin + 2], axis=1)) for i, begin in enumerate(begins)]
+    examples = Examples(("?",) * len(ids), pairs=tuple(contexts), targets=tuple(targets))
+    return Encoded(ids, [[*span, i] for i, span in enumerate(spans)], (windows, examples))
 
 
 def random_arrays(spec: ModelSpec, mask: RankMask, seed: int = 0, spread: float = 0.3) -> Arrays:

@@ -17,6 +17,8 @@ from runs_helper import options as toml
 from fedara_flwr.config import Settings, describe
 from fedara_flwr.keys import ConfigError, Group, check_options, nearest
 from fedara_flwr.strategies import find
+from fedara_flwr.tasks import built_in, read_settings
+from fedara_flwr.tasks.base import USUAL
 
 laws = settings(deadline=None, max_examples=150)
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -77,6 +79,38 @@ def test_every_key_is_described():
     assert [key for key, field in fields.items() if not (field.description or "").strip()] == []
 
 
+# -- what the task fills in ------------------------------------------------------------
+def test_what_is_left_open_is_the_tasks_own():
+    """The usual values where the task has no others; what is given holds, and nothing changes when it is read again."""
+    usual = read_settings({}).to_flat()
+    assert usual == shipped() | USUAL
+    found = read_settings({"data.task": "causal-lm", "train.batch-size": 2}).to_flat()
+    assert (found["model.dtype"], found["data.name"], found["data.max-length"]) == ("bfloat16", "functions", 256)
+    assert found["train.batch-size"] == 2 and found["data.partition"] == "dirichlet"
+    assert read_settings(found).to_flat() == found
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_nothing_stays_open_once_the_task_is_known(name):
+    found, left_open = read_settings({"data.task": name}).to_flat(), shipped()
+    assert [key for key in USUAL if found[key] == left_open[key]] == []
+
+
+@pytest.mark.parametrize(
+    "own, expected",
+    [
+        ({"data.task": "regression"}, "iid"),
+        ({"data.task": "question-answering"}, "iid"),
+        ({"data.task": "causal-lm", "data.path": "/d.csv"}, "iid"),
+        ({"data.task": "causal-lm", "data.path": "/d.csv", "data.options": "category-column = 'kind'"}, "dirichlet"),
+        ({"data.task": "regression", "data.partition": "dirichlet"}, "dirichlet"),
+    ],
+)
+def test_the_partition_is_one_that_the_rows_allow(own, expected):
+    """Unless another is asked for: then it is refused later, by name."""
+    assert read_settings(own).data.partition == expected
+
+
 # -- types and values ------------------------------------------------------------
 def test_int_is_accepted_for_float():
     settings_ = Settings.from_flat({"train.learning-rate": 1, "adapter.alpha": 16})
@@ -132,7 +166,11 @@ def test_wrong_types(key, value, allowed):
         ("train.clip-norm", -1.0, "greater than or equal to 0"),
         ("data.validation", 1.0, "less than 1"),
         ("data.test", 0.0, "greater than 0"),
-        ("data.max-length", 7, "greater than or equal to 8"),
+        ("data.test-rows", -2, "greater than or equal to -1"),
+        ("train.batch-size", -1, "greater than or equal to 0"),
+        ("train.batch-tokens", -2, "greater than or equal to -1"),
+        ("data.max-length", -1, "greater than or equal to 0"),
+        ("data.max-length", 7, "allowed are 0 and 8 or more"),
         ("run.name", "a/b", "pattern"),
         ("run.name", "a\nb", "pattern"),
     ],
@@ -151,6 +189,8 @@ def test_values_out_of_range(key, value, allowed):
         ("strategy.options.importance", "gradient_product", "gradient-product"),
         ("strategy.options.upload-mask", "locale", "local"),
         ("data.partition", "dirichelet", "dirichlet"),
+        ("data.partition", "lenght", "length"),
+        ("train.schedule", "cosin", "cosine"),
         ("model.dtype", "float16", "bfloat16"),
         ("model.pooling", "pretraned", "pretrained"),
         ("head.start", "statistic", "statistics"),
@@ -243,6 +283,13 @@ def test_rates_fall_in_a_line_to_the_share_of_the_last_round():
     rates = [train.local(0.5, done=done) for done in (0.0, 0.5, 1.0)]
     assert [rate.learning_rate for rate in rates] == pytest.approx([0.5, 0.3, 0.1])
     assert [rate.head_learning_rate for rate in rates] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_rates_fall_along_half_a_cosine():
+    """(1 + cos(pi·done)) / 2 between 1 and 0.2 at the ends: at a third 0.75 of the way is left."""
+    train = Settings.from_flat({"train.final-rate": 0.2, "train.schedule": "cosine"}).train
+    rates = [train.local(0.5, done=done).learning_rate for done in (0.0, 1 / 3, 0.5, 1.0)]
+    assert rates == pytest.approx([0.5, 0.5 * (0.2 + 0.8 * 0.75), 0.3, 0.1])
 
 
 def test_final_rank_above_the_initial():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 LENGTHS_KEPT = 64  # lengths remembered of each part
 ENOUGH = 3  # lengths that make a median
@@ -31,18 +32,22 @@ class Norms:
         """Whether a median of earlier rounds can judge all parts."""
         return not self.bound or all(len(self.history.get(part, ())) >= ENOUGH for part in sizes)
 
-    def excess(self, sizes: Sizes, beside: Sequence[Sizes] = ()) -> str:
+    def excess(self, sizes: Sizes, beside: Sequence[Sizes] = (), step: Mapping[str, float] = MappingProxyType({})) -> str:
         """What is too long about an update; "" where nothing is.
 
         Args:
             beside: updates of the same round, this one among them: they stand in for a history that is still too short. Fewer
                 than three say nothing, a liar among two cannot be told.
+            step: about how far one step of the optimiser moves each part, which is never too far: where most clients know their
+                data already and hardly move, one that still learns is no liar.
         """
         for part, size in sizes.items():
             usual = self.history.get(part, [])
             if len(usual) < ENOUGH:
                 usual = [other[part] for other in beside if other.get(part, 0.0) > 0]
-            if self.bound and len(usual) >= ENOUGH and size > self.bound * (median := statistics.median(usual)):
+            if not self.bound or len(usual) < ENOUGH or size <= step.get(part, 0.0):
+                continue
+            if size > self.bound * (median := statistics.median(usual)):
                 return f"{part} moved {size:.3g} (root mean square), allowed is {self.bound:g} times the median {median:.3g}"
         return ""
 

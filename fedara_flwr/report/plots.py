@@ -31,6 +31,7 @@ from fedara_flwr.report.series import (
     final,
     partition,
     peak_memory,
+    sending,
     short_names,
     spread,
     step_seconds,
@@ -41,7 +42,7 @@ WIDTH = 480  # CSS pixels: readable when a phone shrinks it to its own width
 COLOURS = ("#2b7fd4", "#d0661a", "#1f9156", "#a45bd0", "#d8435a", "#108c99", "#9a7415", "#c4529b", "#7a828e", "#6f8a1d")
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
-PART_ORDER = ("B", "E", "A", "head", "backbone", "delta", "mask", "other")
+PART_ORDER = ("B", "E", "A", "head", "backbone", "delta", "mask", "statistics", "other")
 LABELLED_ROWS = 80  # beyond it, names of rows would run into each other
 AMOUNT = LinearSegmentedColormap.from_list("amount", [(*to_rgb(COLOURS[0]), 0.1), (*to_rgb(COLOURS[0]), 1.0)])
 FIGURE_STYLE: dict[Any, Any] = {
@@ -142,11 +143,11 @@ def alive_ranks(run: Run) -> str | None:
 
 
 def bytes_sent(run: Run) -> str | None:
-    """MB per round by part, to clients and from them."""
+    """MB per round by part, to clients and from them; 0 is what was sent before round 1."""
     ways = {"to clients": bytes_by_part(run, "down"), "from clients": bytes_by_part(run, "up")}
     if not any(ways.values()):
         return None
-    rounds = [str(r) for r in run.numbers]
+    rounds = [str(line.get("round", 0)) for line in sending(run)]
     names = [part for part in PART_ORDER if any(part in parts for parts in ways.values())]
     names += sorted({part for parts in ways.values() for part in parts} - set(names))
     edges = np.arange(len(rounds) + 1) - 0.5

@@ -103,9 +103,13 @@ class Reached:
 def to_target(run: Run, target: float) -> Reached | None:
     """What it took until the mean of three evaluations in a row was as good as `target`; None where it never was.
 
-    As good is at least that much where higher is better, at most where lower is.
-    The evaluation before round 1 does not count among the three.
+    As good is at least that much where higher is better, at most where lower is. A run that began there took no round; else
+    the evaluation before round 1 does not count among the three.
     """
+    if run.main.better(number(run.start.get(run.metric)), target):
+        costs = (before_rounds(run, name) for name in ("bytes-total", "seconds", "modelled-seconds"))
+        sent, seconds, modelled = costs
+        return Reached(0, sent / 1e6, seconds, modelled)
     points = curve(run, run.metric, start=False)
     for i in range(TARGET_WINDOW - 1, len(points)):
         if run.main.better(math.fsum(points.values[i - TARGET_WINDOW + 1 : i + 1]) / TARGET_WINDOW, target):
@@ -113,12 +117,18 @@ def to_target(run: Run, target: float) -> Reached | None:
     return None
 
 
+def sending(run: Run) -> list[JsonObject]:
+    """The lines of all rounds, and before them that of what was sent before round 1, where something was."""
+    return [run.start, *run.rounds] if run.start.get("bytes") else run.rounds
+
+
 def bytes_by_part(run: Run, direction: str) -> dict[str, Series]:
-    """Part → MB in every round, in one direction; parts that never travelled are left out."""
-    names = [key for line in run.rounds for key in (line.get("bytes") or {}) if key.startswith(f"{direction}.")]
+    """Part → MB in each of the lines that `sending` gives, in one direction; parts that never travelled are left out."""
+    lines = sending(run)
+    names = [key for line in lines for key in (line.get("bytes") or {}) if key.startswith(f"{direction}.")]
     by_part = {}
     for key in dict.fromkeys(names):
-        values = np.nan_to_num([number((line.get("bytes") or {}).get(key)) for line in run.rounds]) / 1e6
+        values = np.nan_to_num([number((line.get("bytes") or {}).get(key)) for line in lines]) / 1e6
         if values.any():
             by_part[key.partition(".")[2]] = values
     return by_part

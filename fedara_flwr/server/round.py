@@ -18,6 +18,7 @@ from fedara_flwr.config import StrategySettings
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms, Sizes
 from fedara_flwr.model.difference import difference, root_mean_squares
+from fedara_flwr.model.parts import declared
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.roster import Node, Roster, last_line
@@ -92,7 +93,7 @@ class Round:
     began: float = field(default_factory=time.monotonic)
     _results: dict[int, tuple[Update, Line] | None] = field(default_factory=dict)
     _next: int = 0
-    _held: list[tuple[Node, Update, Line, Sizes]] = field(default_factory=list)
+    _held: list[tuple[Node, TrainPlan, Update, Line, Sizes]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
@@ -127,8 +128,8 @@ class Round:
                 self._results[index] = None
         self._feed(merger)
         beside = [moved for *_, moved in self._held]
-        for node, update, record, moved in self._held:
-            self._judge(node, update, record, moved, beside, merger)
+        for node, plan, update, record, moved in self._held:
+            self._judge(node, plan, update, record, moved, beside, merger)
         self._held.clear()
         self.norms.learn(self.sizes)
         place = {node.key: i for i, node in enumerate(self.asked)}
@@ -171,18 +172,21 @@ class Round:
             update, record = checked
             moved = self._moved(plan, update)
             if self.norms.known(moved):
-                self._judge(node, update, record, moved, (), merger)
+                self._judge(node, plan, update, record, moved, (), merger)
             else:
-                self._held.append((node, update, record, moved))
+                self._held.append((node, plan, update, record, moved))
 
     def _moved(self, plan: TrainPlan, update: Update) -> Sizes:
         if not self.norms.bound:
             return {}
         return root_mean_squares(difference(update.arrays, self.start(plan, update.mask)))
 
-    def _judge(self, node: Node, update: Update, record: Line, moved: Sizes, beside: Sequence[Sizes], merger: Merger) -> None:
+    def _judge(
+        self, node: Node, plan: TrainPlan, update: Update, record: Line, moved: Sizes, beside: Sequence[Sizes], merger: Merger
+    ) -> None:
         """Let an update count unless it moved too far."""
-        if excess := self.norms.excess(moved, beside):
+        step = {name: part.rate(plan.train) for name, part in declared().items() if name in moved}
+        if excess := self.norms.excess(moved, beside, step):
             self._drop(node.key, "norm", excess)
             return
         weight = int(min(update.num_examples, self.cap)) if self.weighting == "examples" else 1

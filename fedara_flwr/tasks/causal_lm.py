@@ -87,8 +87,8 @@ class CausalLM(Task):
         "model.dtype": "bfloat16",
         "data.name": "functions",
         "data.max-length": 256,
-        "data.validation-rows": 64,
-        "data.test-rows": 128,
+        "data.validation-rows": 48,
+        "data.test-rows": 96,
         "train.batch-size": 4,
         "train.batch-tokens": 2048,
     }

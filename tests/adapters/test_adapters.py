@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, TASKS, backbone, mean_loss, random_arrays, random_batch
+from conftest import CONFIGS, LABELS, TASKS, backbone, mean_loss, pairs, random_arrays, random_batch
 from peft.tuners.adalora.layer import SVDLinear
+from transformers import AutoModel
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
@@ -303,7 +304,7 @@ def test_sizes_of_the_published_models(config, slot, megabytes):
 
 def test_blocks_without_linear_layers_are_refused(tmp_path):
     """GPT-2's blocks are made of Conv1D."""
-    from transformers import AutoModel, GPT2Config
+    from transformers import GPT2Config
 
     AutoModel.from_config(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"GPT2.* no nn.Linear to adapt"):
@@ -329,10 +330,36 @@ def test_onednn_keeps_few_shapes_unless_told_otherwise(given):
     )
 
 
-@architectures
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pairs()
 def test_the_heads_last_linear_layer(tiny_models, name, task):
-    """Its rows are the outputs, one for each label; of a regression there is one."""
-    found = Backbone(str(tiny_models[name]), TASKS[task], LABELS, pad_token_id=0)
-    layer = found.model.get_submodule(found.last_linear)
-    assert isinstance(layer, torch.nn.Linear) and layer.out_features == (1 if task == "regression" else len(LABELS))
+    """Its rows are the outputs, one for each label; there is none where there are no labels."""
+    names = LABELS if task.labelled else ()
+    found = Backbone(str(tiny_models[name]), task, names, pad_token_id=0)
+    if task.labelled:
+        layer = found.model.get_submodule(found.last_linear)
+        assert isinstance(layer, torch.nn.Linear) and layer.out_features == len(LABELS)
+    else:
+        assert found.last_linear == ""
+
+
+def test_a_pooler_as_wide_as_there_are_labels_is_not_the_last_layer(tmp_path):
+    """The checkpoint has none, so it is of the head and comes after the classifier: 16 outputs, as many as labels."""
+    AutoModel.from_config(CONFIGS["bert"], add_pooling_layer=False).save_pretrained(tmp_path)
+    found = Backbone(str(tmp_path), TASKS["classification"], tuple("abcdefghijklmnop"), pad_token_id=0)
+    assert any("pooler" in parameter.name for parameter in found.spec.head) and found.last_linear == "classifier"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_merged_model_has_the_checkpoints_own_type(tmp_path, stored):
+    """Whatever it was trained in; sums are float32 and rounded once."""
+    torch.manual_seed(0)
+    AutoModel.from_config(CONFIGS["bert"]).to(stored).save_pretrained(tmp_path)
+    adapted = AdaptedModel(backbone(tmp_path))
+    spec, mask = adapted.spec, RankMask.full([RANK] * len(adapted.spec.modules))
+    assert adapted.backbone.stored == stored and adapted.layers[0].base_layer.weight.dtype == torch.float32
+    adapted.load(random_arrays(spec, mask), mask, scales(spec))
+    layer = adapted.layers[0]
+    expected = (layer.base_layer.weight + layer.get_delta_weight("default")).to(stored)
+    adapted.merge()
+    assert {parameter.dtype for parameter in adapted.model.parameters()} == {stored}
+    assert torch.equal(adapted.model.get_submodule(spec.modules[0].name).weight, expected)

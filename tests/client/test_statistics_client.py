@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, TASKS, backbone, random_arrays, some_labels
+from conftest import CONFIGS, LABELS, TASKS, backbone, random_arrays, some_rows
 from data_helper import statistics_of
 from test_session import PadOnly
 
@@ -35,7 +35,7 @@ def data(seed=0, rows=ROWS, task="classification"):
     """Rows of different lengths, so that batches are padded."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(5, 97, size=rng.integers(2, 13)).tolist() for _ in range(rows)]
-    return Encoded(ids, some_labels(TASKS[task], ids, rng))
+    return some_rows(TASKS[task], ids, rng)
 
 
 def found(model, rows, seed=SEED, **options):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, TASKS, backbone, mean_loss, random_arrays, some_labels
+from conftest import LABELS, TASKS, backbone, mean_loss, pairs, random_arrays, some_rows, usual
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -90,7 +90,7 @@ def ragged(task, labelled=True):
     if task.name == "classification":
         return Encoded(ids, [i % 3 for i in range(9)])
     if task.name != "token-classification":
-        return Encoded(ids, some_labels(task, ids, rng))
+        return some_rows(task, ids, rng)
     keep = [[labelled and row not in (0, 4, 7) and place % 2 == row % 2 for place in range(len(ids[row]))] for row in range(9)]
     return Encoded(ids, [[int(rng.integers(3)) if k else UNLABELLED for k in row] for row in keep])
 
@@ -123,8 +123,7 @@ TERMS = [("prox", {"mu": 0.5}), ("orthogonality", {"weight": 0.3})]
 
 @pytest.mark.parametrize("terms", [[], TERMS], ids=["plain", "penalties"])
 @pytest.mark.parametrize("tokens", [1, 12, 25, 60])
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-@pytest.mark.parametrize("name", ["bert", "deberta-v3", "llama"])
+@pairs(["bert", "deberta-v3", "llama"])
 def test_loss_and_gradients_of_parts_and_of_the_whole(tiny_models, name, task, tokens, terms):
     adapted, data = model_of(tiny_models[name], task), ragged(task)
     expected_loss, expected, whole, _ = step(adapted, task, data, 0, terms)
@@ -229,7 +228,7 @@ class Live:
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_autograd_never_holds_more_than_the_largest_part_needs(tiny_models, task):
     """Nine rows of up to 12 tokens in parts of 25 at most: 24 tokens in the largest against 108 in the whole."""
-    adapted, data = model_of(tiny_models["bert"], task), ragged(task)
+    adapted, data = model_of(tiny_models[usual(task)], task), ragged(task)
     lengths = [len(row) for row in data.ids]
 
     def most(tokens):
@@ -241,9 +240,10 @@ def test_autograd_never_holds_more_than_the_largest_part_needs(tiny_models, task
     alone = []
     (found, cut), (whole, _) = most(25), most(0)
     for part in cut:
-        batch = Learner(adapted, task, PadOnly()).batch(data, part)
+        learner = Learner(adapted, task, PadOnly())
+        batch = learner.batch(data, part)
         with saved_bytes(adapted.model) as kept:
-            loss = mean_loss(task, adapted.outputs(batch), batch)
+            loss = mean_loss(task, task.outputs(learner, batch), batch)
         alone.append(sum(kept.values()))
         del loss
     assert max(cells(part, lengths) for part in cut) == 24 and len(cut) > 2
@@ -347,7 +347,7 @@ def test_predict_in_parts():
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_evaluation_in_parts(tiny_models, task):
-    adapted, data = model_of(tiny_models["bert"], task), ragged(task)
+    adapted, data = model_of(tiny_models[usual(task)], task), ragged(task)
     step(adapted, task, data, 0)
     assert Learner(adapted, task, PadOnly()).evaluate(data, 20) == pytest.approx(
         Learner(adapted, task, PadOnly()).evaluate(data), rel=1e-5

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LABELS, TASKS, random_arrays, some_labels
+from conftest import LABELS, TASKS, pairs, random_arrays, some_rows
 from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -46,7 +46,7 @@ def rows(seed, task, count):
     """Rows of 3 to 9 tokens with labels."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(5, 97, size=rng.integers(3, 10)).tolist() for _ in range(count)]
-    return Encoded(ids, some_labels(TASKS[task], ids, rng))
+    return some_rows(TASKS[task], ids, rng)
 
 
 def jobs(adapted, task, mask, counts=ROWS, **changes):
@@ -70,12 +70,16 @@ def agree(first, second, atol=2e-5):
     assert first.reports == second.reports
 
 
-def compare(adapted, task, orders, atol=2e-5):
+def compare(adapted, task, orders, atol=2e-5, idle=0):
+    """`idle`: how many last numbers of the head no loss depends on; Adam moves them by the sign of rounding."""
     found = train_together(Learner(adapted, TASKS[task], PadOnly()), orders)
     expected = [alone(adapted, task, job) for job in orders]
+    for update in (*found, *expected):
+        update.arrays["head"][update.arrays["head"].size - idle :] = 0
     for job, first, second in zip(orders, found, expected, strict=True):
         agree(first, second, atol)
-        assert np.abs(second.arrays["head"] - job.arrays["head"]).max() > 100 * atol, "training did something to compare"
+        last = "head" if second.arrays["head"].size else "B"
+        assert np.abs(second.arrays[last] - job.arrays[last]).max() > 100 * atol, "training did something to compare"
     assert len({update.metrics["loss"] for update in found}) == len(found)
     return found
 
@@ -150,17 +154,20 @@ def test_a_stack_shows_one_client(tiny_models):
 
 
 # -- every architecture ------------------------------------------------------------
-@pytest.mark.parametrize("task", sorted(TASKS))
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pairs()
 def test_as_one_after_the_other(tiny_models, name, task):
-    """DeBERTa's query and key layers also take the relative positions, which are the same rows for all."""
-    adapted = model(tiny_models[name], task)
+    """DeBERTa's query and key layers also take the relative positions, which are the same rows for all.
+
+    A bias that moves a start's logits at all places alike changes no probability of a span.
+    """
+    adapted = model(tiny_models[name], task.name)
     why = problem(adapted)
     if name == "deberta-v3":
         assert why
         return
     assert not why
-    compare(adapted, task, jobs(adapted, task, some(adapted)))
+    idle = 2 if task.auto_class == "AutoModelForQuestionAnswering" else 0
+    compare(adapted, task.name, jobs(adapted, task.name, some(adapted)), idle=idle)
 
 
 OPTIONS = {

@@ -25,6 +25,7 @@ from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import by_hash, split
 from fedara_flwr.data.reading import Skipped, UnknownLabel
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.tasks import read_settings
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 formats = pytest.mark.parametrize("ending", ENDINGS)
@@ -153,7 +154,7 @@ def test_docstrings_of_a_made_up_library(tmp_path, monkeypatch):
 
 
 def test_docstrings_are_the_default():
-    data = load(DataSettings(), 3)
+    data = load(read_settings({}).data, 3)
     everything, labels = docstrings.load()
     assert data.labels == labels
     assert sorted(data.train.texts + data.test.texts) == sorted(everything.texts)

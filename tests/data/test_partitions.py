@@ -1,4 +1,4 @@
-"""Who holds what: four ways to share rows among clients, the server's splits, and a client's own held-out rows."""
+"""Who holds what: five ways to share rows among clients, the server's splits, and a client's own held-out rows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from fedara_flwr.data.federation import federation as dealing
 from fedara_flwr.data.federation import hold_out
 from fedara_flwr.data.partitions import partition
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.tasks import read_settings
 
-KINDS = ("iid", "dirichlet", "pathological", "natural")
+KINDS = ("iid", "dirichlet", "pathological", "length", "natural")
+DEFAULT = read_settings({}).data
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def setting(kind: str, **options: float) -> DataSettings:
-    return DataSettings(partition=kind, id_column="owner" if kind == "natural" else "", **options)
+    return DataSettings(name="docstrings", partition=kind, id_column="owner" if kind == "natural" else "", **options)
 
 
 def rows(counts: list[int], owners: int = 7) -> Examples:
@@ -218,6 +220,47 @@ def test_pathological_deals_shards_at_random():
     assert len(seen) > 3
 
 
+# length
+
+
+def test_length_by_hand():
+    """Of 1 to 12 characters in 6 stretches of two: a client of one stretch has two neighbours, of two stretches two pairs."""
+    examples = Examples(tuple("x" * n for n in (7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 6, 8)))
+    sizes = examples.sizes()
+    alone = partition(examples, setting("length", labels_per_client=1), 6, 0)
+    assert sorted(sorted(sizes[part].tolist()) for part in alone) == [[n, n + 1] for n in range(1, 12, 2)]
+    for part in partition(examples, setting("length"), 3, 0):
+        own = sorted(sizes[part].tolist())
+        assert len(own) == 4 and all(own[i] % 2 == 1 and own[i + 1] == own[i] + 1 for i in (0, 2))
+
+
+def test_length_counts_pairs_and_what_stands_for_the_text():
+    assert Examples(("ab", "c"), pairs=("d", "efgh")).sizes().tolist() == [3, 5]
+    assert Examples(("ab", "c"), identities=("a longer one", "c")).sizes().tolist() == [12, 1]
+
+
+# categories, where there are no groups
+
+
+def test_categories_deal_out_as_groups_do():
+    by_group = rows([30, 30, 30])
+    names = tuple("abc"[group] for group in by_group.groups)
+    by_category = Examples(by_group.texts, categories=names)
+    for kind in ("dirichlet", "pathological"):
+        expected, found = (partition(examples, setting(kind), 4, 0) for examples in (by_group, by_category))
+        assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    numbers, found_names = by_category.kinds(())
+    assert found_names == ("a", "b", "c") and numbers.tolist() == by_group.groups.tolist()
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "pathological"])
+def test_nothing_to_go_by(kind):
+    with pytest.raises(
+        ConfigError, match=f"^data.partition = '{kind}': .* no label to go by, allowed are 'iid', 'length', and"
+    ):
+        partition(Examples(("a", "b")), setting(kind), 2, 0)
+
+
 # natural
 
 
@@ -251,7 +294,7 @@ def test_natural_without_owners():
 
 def test_federation_of_docstrings():
     everything, labels = docstrings.load()
-    dealt = federation(DataSettings(), 5)
+    dealt = federation(DEFAULT, 5)
     parts = (dealt.pool, dealt.validation, dealt.test)
     assert sum(len(part) for part in parts) == len(everything)
     assert sorted(t for part in parts for t in part.texts) == sorted(everything.texts)
@@ -264,17 +307,17 @@ def test_federation_of_docstrings():
 def test_federation_keeps_labels_with_texts():
     everything, _ = docstrings.load()
     label_of = dict(zip(everything.texts, everything.groups.tolist(), strict=True))
-    dealt = federation(DataSettings(), 5)
+    dealt = federation(DEFAULT, 5)
     for part in (dealt.pool, dealt.validation, dealt.test):
         assert [label_of[text] for text in part.texts] == part.groups.tolist()
 
 
 def test_federation_depends_on_the_seed():
-    assert federation(DataSettings(), 5).digest != federation(DataSettings(), 6).digest
+    assert federation(DEFAULT, 5).digest != federation(DEFAULT, 6).digest
     dealing.cache_clear()
-    first = federation(DataSettings(), 5)
+    first = federation(DEFAULT, 5)
     dealing.cache_clear()
-    assert federation(DataSettings(), 5).digest == first.digest
+    assert federation(DEFAULT, 5).digest == first.digest
 
 
 def test_federation_needs_a_row_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,11 +328,20 @@ def test_federation_needs_a_row_for_validation(tmp_path: Path, monkeypatch: pyte
         federation(DataSettings(path=str(tmp_path / "d.csv")), 0)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "length"])
 def test_shares_deal_out_the_pool(kind):
     parts = shares(setting(kind), 5, 20)
     assert len(parts) == 20
     assert sorted(np.concatenate(parts)) == list(range(len(federation(setting(kind), 5).pool)))
+
+
+def test_at_most_so_many_rows_are_held_out():
+    """Those of the smaller bound are among those of the larger, and what clients share does not depend on it."""
+    bounds = [DEFAULT.model_copy(update={"validation_rows": n, "test_rows": 2 * n}) for n in (0, 50, 20)]
+    everything, fifty, twenty = (federation(bound, 5) for bound in bounds)
+    assert everything.digest == fifty.digest == twenty.digest
+    assert (len(fifty.validation), len(fifty.test), len(twenty.validation), len(twenty.test)) == (50, 100, 20, 40)
+    assert set(twenty.validation.texts) < set(fifty.validation.texts) < set(everything.validation.texts)
 
 
 # a client's own held-out rows

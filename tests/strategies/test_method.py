@@ -174,10 +174,9 @@ ALONE = """
 import sys
 import numpy as np
 from fedara_flwr import strategies
-from fedara_flwr.config import Settings
-from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
-from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.strategies.base import Client
+from fedara_flwr.tasks import read_settings
 
 class Names:
     spec = ModelSpec("f" * 64, (ModuleSpec("q", 4, 4, 0), ModuleSpec("v", 4, 4, 1)), (ParameterSpec("w", (2, 4)),))

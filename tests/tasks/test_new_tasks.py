@@ -81,8 +81,8 @@ def test_partitions_that_need_a_label_say_which_do_not(tmp_path, kind):
     rows = [{"text": f"t{i}", "label": i / 7, "who": "ab"[i % 2]} for i in range(40)]
     settings = DataSettings(task="regression", path=str(write(tmp_path / "d.jsonl", rows)), partition=kind)
     assert problem(lambda: shares(settings, 0, 4)) == (
-        f"data.partition = {kind!r}: rows of data.task = 'regression' have no label to go by, allowed are 'iid', and 'natural' "
-        "with data.id-column"
+        f"data.partition = {kind!r}: rows of data.task = 'regression' have no label to go by, allowed are 'iid', 'length', "
+        "and 'natural' with data.id-column"
     )
     natural = settings.model_copy(update={"partition": "natural", "id_column": "who"})
     owners = federation(natural, 0).pool.owners
@@ -287,13 +287,14 @@ def test_regression_learns(tiny_bert, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["spearman"] > 0.2
 
 
-def test_a_default_partition_that_does_not_suit_is_said_before_anything_starts(tmp_path):
+def test_a_partition_that_does_not_suit_is_said_before_anything_starts(tmp_path):
     override = f"data.task='regression' data.path='{data_of('regression', tmp_path)}'"
     root = Path(__file__).parents[2]
-    assert "data.partition = 'dirichlet': rows of data.task = 'regression'" in problem(lambda: read_config(root, [override]))
-    read_config(root, [f"{override} data.partition='iid'"])
+    asked = [f"{override} data.partition='dirichlet'"]
+    assert "data.partition = 'dirichlet': rows of data.task = 'regression'" in problem(lambda: read_config(root, asked))
+    assert read_settings(read_config(root, [override])).data.partition == "iid"
     assert "data.name = 'docstrings': its rows are a text and the name of an area" in problem(
-        lambda: load(DataSettings(task="regression"), 0)
+        lambda: load(read_settings({"data.task": "regression"}).data, 0)
     )
 
 
@@ -342,8 +343,9 @@ def test_a_device_may_have_options_of_its_own(tiny_bert):
     from fedara_flwr.client.session import own_settings
     from fedara_flwr.node.settings import NodeSettings
 
-    settings = read_settings({"model.name": str(tiny_bert), "data.options": "a = 1"})
-    for given, expected in (("{a = 2}", "{a = 2}"), ("", "a = 1")):
+    flat = {"data.task": "question-answering", "data.options": "stride = 1"}
+    settings = read_settings(flat | {"model.name": str(tiny_bert)})
+    for given, expected in (("{stride = 2}", "{stride = 2}"), ("", "stride = 1")):
         node = NodeSettings.read({"data-path": "/d.csv", "models": str(tiny_bert), "data-options": given})
         assert own_settings(settings, node, trusted=False)[0].data.options == expected
     wrong = DataSettings(options="{limit = 1}")

@@ -171,10 +171,10 @@ def test_a_checkpoint_that_lacks_something_is_refused(in_process, tiny_bert):
 
 
 def test_partitions_by_label_are_refused_by_the_command(package):
-    done = fedara(package, "run", str(ROOT), "-c", "data.task='masked-lm'")
+    done = fedara(package, "run", str(ROOT), "-c", "data.task='masked-lm' data.partition='dirichlet'")
     assert done.returncode == 1 and done.stderr == (
-        "error: data.partition = 'dirichlet': rows of data.task = 'masked-lm' have no label to go by, allowed are 'iid', and "
-        "'natural' with data.id-column\n"
+        "error: data.partition = 'dirichlet': rows of data.task = 'masked-lm' have no label to go by, allowed are 'iid', "
+        "'length', and 'natural' with data.id-column\n"
     )
 
 

@@ -34,7 +34,7 @@ from fedara_flwr.data.partitions import partition
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.tasks import token_classification as tags
 
 TASK = TASKS["token-classification"]
@@ -234,7 +234,7 @@ def test_pairs_and_docstrings_have_no_tags(tmp_path):
         "data.pair-column = 'who': allowed is '' with data.task = 'token-classification'"
     )
     with pytest.raises(ConfigError, match=r"^data\.name = 'docstrings': its words have no tags, allowed with data\.task"):
-        load(DataSettings(task="token-classification"), 0)
+        load(read_settings({"data.task": "token-classification"}).data, 0)
 
 
 # examples and partitions
