@@ -155,7 +155,7 @@ def ready(message: Message, context: Context) -> Message:
 @_resident
 def statistics(message: Message, context: Context) -> Message:
     """Sums of this client's features by class, from which the server solves the head; or why it does not tell them."""
-    from fedara_flwr.client.statistics import gather
+    from fedara_flwr.client.statistics import gather, some
     from fedara_flwr.node.store import NodeStore
     from fedara_flwr.seeds import generator
     from fedara_flwr.wire import statistics as wire
@@ -170,7 +170,8 @@ def statistics(message: Message, context: Context) -> Message:
         resident.set_delta((), NodeStore(node.store))
         least = 1 if simulated else node.statistics_least
         seed, tokens = question["seed"], settings.train.batch_tokens
-        told = gather(resident.learner, data.train, seed, question[wire.SCATTER], least, tokens, simulated)
+        rows = some(data.train, question["rows"], generator(seed, "statistics-rows", client_key(context)))
+        told = gather(resident.learner, rows, seed, question[wire.SCATTER], least, tokens, simulated)
         if not told.statistics.rows:
             return Message(wire.refusal(f"no class has {least} rows (node-config statistics-least)"), reply_to=message)
         metrics = {"num-examples": len(data.train), **node.guard.let_out(told.metrics)}

@@ -56,6 +56,9 @@ class HeadSettings(Group):
         "how these spread (statistics), or of the features alone (means); random = drawn, as for tasks without classes",
     )
     clients: int = Field(0, ge=0, description="nodes that are asked for these sums, drawn by seed; 0 = all")
+    rows: int = Field(
+        256, ge=0, description="most rows of a node that go into its sums, drawn by seed: the pass costs time; 0 = all"
+    )
 
 
 class StrategySettings(Group):

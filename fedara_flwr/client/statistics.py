@@ -33,6 +33,14 @@ class Told:
     metrics: dict[str, Any]
 
 
+def some(data: Encoded, most: int, rng: np.random.Generator) -> Encoded:
+    """At most so many of a client's rows, drawn; all by 0."""
+    if not 0 < most < len(data):
+        return data
+    chosen = np.sort(rng.choice(len(data), most, replace=False)).tolist()
+    return Encoded([data.ids[i] for i in chosen], [data.labels[i] for i in chosen])
+
+
 def gather(learner: Learner, data: Encoded, seed: int, scatter: bool, least: int, batch_tokens: int, simulated: bool) -> Told:
     """One pass over a client's rows, without gradients.
 

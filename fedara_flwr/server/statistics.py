@@ -81,10 +81,14 @@ class HeadStart:
         self.lines: list[Line] = []
 
     def ask(self, grid: Grid, nodes: Sequence[Node], examples: Mapping[str, int]) -> dict[str, Statistics]:
-        """The nodes' sums by key; each weighs at most `strategy.weight-cap` times the median of the examples declared."""
+        """The nodes' sums by key; each weighs by its examples, at most `strategy.weight-cap` times the median of these.
+
+        A node that told of a part of its examples weighs by all of them; together the nodes weigh as many rows as were told of,
+        by which the covariance's shrinkage goes.
+        """
         settings, told = self.settings, dict[str, Statistics]()
         timeout = settings.strategy.round_timeout
-        contents = [question(self.scatter, self.form, settings.seed) for _ in nodes]
+        contents = [question(self.scatter, self.form, settings.seed, settings.head.rows) for _ in nodes]
         down = [dict(self.meter.count("down", content)) for content in contents]
         messages = [
             Message(content, node.node_id, "query.statistics", ttl=timeout)
@@ -100,11 +104,18 @@ class HeadStart:
                 silent[key] = str(error)
                 continue
             del silent[key]
-            told[key] = told[key].weighted(min(1.0, cap / examples[key]))
+            told[key] = told[key].weighted(min(examples[key], cap) / self._rows(examples[key]))
         for key, why in silent.items():
             logger.warning("client %s tells no sums for the head: %s", key, why)
+        whole = sum(examples[key] for key in sorted(told))
+        share = sum(self._rows(examples[key]) for key in sorted(told)) / max(whole, 1)
+        told = {key: one.weighted(share) for key, one in told.items()}
         self.lines.sort(key=lambda line: (len(str(line["client"])), str(line["client"])))
         return told
+
+    def _rows(self, examples: int) -> int:
+        """Of how many of its examples a node is asked to tell."""
+        return min(examples, self.settings.head.rows or examples)
 
     def _read(self, reply: Message | Exception, node: Node, down: Mapping[str, int], examples: int) -> Statistics:
         if isinstance(reply, Exception):
@@ -115,7 +126,7 @@ class HeadStart:
             raise Rejected("sender", f"answered by node {reply.metadata.src_node_id}, asked was {node.node_id}")
         up, places = dict(self.meter.count("up", reply.content)), self.places
         classes, width = len(places.labels), places.features.shape[1]
-        one = from_content(reply.content, classes, width, self.form, self.scatter, examples * places.per_row)
+        one = from_content(reply.content, classes, width, self.form, self.scatter, self._rows(examples) * places.per_row)
         metrics = reply.content.metric_records.get("metrics", MetricRecord())
         check_metrics(metrics, "num-examples", examples)
         self.lines.append({**metrics, "type": "client", "round": 0, "client": node.key, "bytes-down": down, "bytes-up": up})

@@ -31,9 +31,9 @@ def format_of_sums(form: str) -> str:
     return "int8" if form == "int4" else form
 
 
-def question(scatter: bool, form: str, seed: int) -> RecordDict:
-    """The query: whether the scatter is asked for, the format of the reply, and the seed of the head and of rounding."""
-    return RecordDict({STATISTICS: ConfigRecord({SCATTER: scatter, "up": form, "seed": seed})})
+def question(scatter: bool, form: str, seed: int, rows: int = 0) -> RecordDict:
+    """The query: whether the scatter is asked for, the format of the reply, the seed of the head and of rounding, most rows."""
+    return RecordDict({STATISTICS: ConfigRecord({SCATTER: scatter, "up": form, "seed": seed, "rows": rows})})
 
 
 def refusal(why: str) -> RecordDict:
