@@ -21,6 +21,7 @@ LEAST_LENGTH = 8  # tokens of a text
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 QUANTISED = ("int8", "int4")
+BUILT_IN_DATA = DOCSTRINGS, FUNCTIONS = ("docstrings", "functions")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -57,7 +58,7 @@ class HeadSettings(Group):
     )
     clients: int = Field(0, ge=0, description="nodes that are asked for these sums, drawn by seed; 0 = all")
     rows: int = Field(
-        256, ge=0, description="most rows of a node that go into its sums, drawn by seed: the pass costs time; 0 = all"
+        512, ge=0, description="most rows of a node that go into its sums, drawn by seed: the pass costs time; 0 = all"
     )
 
 

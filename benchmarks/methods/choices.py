@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, dict]] = {
     "fixed head": ("fedara", {"train.head-learning-rate": 0.0}),
     "plain loss": ("fedara", {"train.loss": "plain"}),
     "all blocks": ("fedara", {OPTIONS: "depth-slack = 0.0"}),
-    "more blocks gone": ("fedara", {OPTIONS: "depth-slack = 0.06"}),
+    "more blocks gone": ("fedara", {OPTIONS: "depth-slack = 0.1"}),
     "40% of rounds at the final budget": ("fedara", {OPTIONS: "final-rounds = 8"}),
     "falling rates": ("fedara", {"train.final-rate": 0.1}),
     "average": ("fedara", {"strategy.average": 0.7}),

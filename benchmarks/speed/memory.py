@@ -1,107 +1,87 @@
-"""Memory of server and clients against rounds, for many simulated clients.
+"""Measures what a client's step takes in memory: with all slots alive, and as a finished run of fedara left them.
 
-    python benchmarks/speed/memory.py --data DIR/sst2 [--clients 10000] [--per-round 100] [--rounds 30] [--engine flower]
+    python benchmarks/speed/memory.py RUN [--batch 16] [--steps 5]
 
-A real `fedara run` of MiniLM, one step of four rows per client; the resident set of all its processes is
-read every half second, and of each round the largest is taken. `server`: the process of the rounds (in-process: clients, too),
-`clients`: Ray's actors together, `rest`: SuperLink, Ray's own processes.
+Two figures: bytes that autograd keeps for the backward pass, and the process's peak above what it had before the first step, by
+the kernel's own count (VmHWM, Linux), each mask in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
 
-import psutil
-
-ROOT = Path(__file__).parent.parent.parent
+WAYS = ("all slots", "as the run ended")
 
 
-def kind(process: psutil.Process) -> str:
-    """Which part of the run a process is."""
-    command = " ".join(process.cmdline())
-    if command.startswith("ray::") and "ClientAppActor" in command:
-        return "clients"
-    return "server" if "flwr-simulation" in command or "--engine inprocess" in command else "rest"
+def measured(run: Path, way: str, batch: int, steps: int) -> dict[str, float]:
+    """Megabytes of one mask: kept by autograd, above the resident model at the peak, and of gradients and optimiser."""
+    import numpy as np
+    import torch
+
+    from fedara_flwr.client.capacity import saved_bytes
+    from fedara_flwr.model.ranks import RankMask
+    from fedara_flwr.runs.keeper import open_run
+
+    torch.set_num_threads(1)
+    saved = open_run(run)
+    model, learner = saved.model, saved.model.learner
+    weights = saved.method.weights(saved.state.shown())
+    mask = weights.mask if way == WAYS[1] else RankMask.full(list(weights.mask.ranks))
+    trained = frozenset({"B", "E", "A", "head"}) & frozenset(weights.arrays)
+    rng = np.random.default_rng(0)
+    arrays = {part: rng.standard_normal(model.spec.length(part, mask)).astype(np.float32) * 0.01 for part in trained - {"head"}}
+    arrays |= {part: weights.arrays[part] for part in trained & {"head"}}
+    adapted = learner.adapted
+    adapted.load(arrays, mask, weights.scales, trained)
+    data = learner.encode(model.federation.validation, model.settings.data.max_length)
+    parameters = [p for part in sorted(trained) for p in adapted.parameters(part)]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    kept_most = 0
+    order = np.argsort([len(row) for row in data.ids])[::-1][: batch * steps].tolist()
+    batches = [learner.batch(data, order[i::steps]) for i in range(steps)]
+    for one in batches:  # what a client has from earlier rounds
+        adapted.below(one)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    for one in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with saved_bytes(adapted.model) as kept:
+            loss = learner.task.losses(learner.task.outputs(learner, one, adapted.below(one)), one).mean()
+        kept_most = max(kept_most, sum(kept.values()))
+        loss.backward()
+        optimizer.step()
+    states = 12 * sum(p.numel() for p in parameters)
+    return {"kept": kept_most / 1e6, "peak": (_status("VmHWM") - before) / 1e6, "states": states / 1e6}
 
 
-def resident(run: psutil.Process) -> dict[str, float]:
-    """MB by part."""
-    found: dict[str, float] = defaultdict(float)
-    for process in [run, *run.children(recursive=True)]:
-        try:
-            found[kind(process)] += process.memory_info().rss / 1e6
-        except psutil.Error:
-            continue
-    return found
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def main() -> None:
-    """Parse the command line and measure."""
+    """Print a line for each mask, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--clients", type=int, default=10000)
-    parser.add_argument("--per-round", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--engine", choices=("inprocess", "flower"), default="inprocess")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--way", choices=WAYS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        federation = Path(folder) / "federation.toml"
-        federation.write_text(f"num-supernodes = {args.clients}\nclient-resources-num-cpus = 1\n")
-        values = {
-            "num-server-rounds": args.rounds,
-            "data.path": str(Path(args.data).resolve()),
-            "data.partition": "iid",
-            "data.validation": 0.01,
-            "train.steps": 1,
-            "train.batch-size": 4,
-            "strategy.fraction-train": args.per_round / args.clients,
-            "strategy.node-timeout": 3600.0,
-            "strategy.round-timeout": 3600.0,
-            "run.threads": 1,
-            "run.dir": folder,
-            "run.name": "run",
-        }
-        overrides = [item for key, value in values.items() for item in ("-c", f"{key}={json.dumps(value)}")]
-        command = [sys.executable, "-m", "fedara_flwr.cli", "run", str(ROOT), "--federation-config", str(federation)]
-        command += [*overrides, "--engine", args.engine]
-        began = time.monotonic()
-        process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        watch(process, Path(folder) / "run" / "metrics.jsonl", args)
-        print(f"{time.monotonic() - began:.0f} s, exit code {process.wait()}", file=sys.stderr)
-
-
-def watch(process: subprocess.Popen, metrics: Path, args: argparse.Namespace) -> None:
-    """Write a line for each round, with the largest memory seen while it ran."""
-    largest: dict[str, float] = {}
-    done, began, run = 0, time.monotonic(), psutil.Process(process.pid)
-    while process.poll() is None:
-        for name, megabytes in resident(run).items():
-            largest[name] = max(largest.get(name, 0.0), megabytes)
-        text = metrics.read_text() if metrics.exists() else ""
-        rounds = sum('"type": "round"' in line for line in text.splitlines())
-        if rounds > done:
-            line = {
-                "memory": args.engine,
-                "clients": args.clients,
-                "per-round": args.per_round,
-                "round": rounds,
-                "seconds": time.monotonic() - began,
-                "mb": {name: round(megabytes) for name, megabytes in largest.items()},
-            }
-            print(json.dumps(line), flush=True)
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            done, largest = rounds, {}
-        time.sleep(0.5)
+    if args.way:
+        print(json.dumps(measured(args.run, args.way, args.batch, args.steps)))
+        return
+    found = []
+    for way in WAYS:
+        options = ["--batch", str(args.batch), "--steps", str(args.steps), "--way", way]
+        command = [sys.executable, __file__, str(args.run), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(way, {name: round(value, 1) for name, value in found[-1].items()})
+    print("less by", {name: f"{1 - found[1][name] / found[0][name]:.0%}" for name in found[0]})
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ class Chat:
             ConfigError: it is no run, has no checkpoint, or its model does not talk.
         """
         from fedara_flwr.runs.keeper import open_run
+        from fedara_flwr.tasks import tasks
         from fedara_flwr.tasks.templates import Template
 
         saved = open_run(run)
         self.model, self.name = saved.model, run.name
         if not self.model.task.talks:
-            task, talking = self.model.task.name, "causal-lm"
-            raise ConfigError(f"{run}: data.task = {task!r} has nothing to say, allowed are runs of {talking!r}")
+            talking = ", ".join(name for name, task in tasks().items() if task.talks)
+            line = f"data.task = {self.model.task.name!r} has nothing to say, allowed are runs of {talking}"
+            raise ConfigError(f"{run}: {line}")
         self._weights = {"tuned": saved.method.weights(saved.state.shown()), "base": self.model.unadapted()}
         self._loaded: Voice | None = None
         self.template = Template(self.model.learner.tokenizer)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
-from fedara_flwr.config import QUANTISED, Settings
+from fedara_flwr.config import BUILT_IN_DATA, QUANTISED, Settings
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
@@ -112,7 +112,7 @@ def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Fin
     """The run configuration that `fedara run` would use; None where it is wrong. A folder that is no app has the defaults."""
     if not overrides and not (app / "pyproject.toml").is_file():
         advice = "name the app's folder: fedara doctor APP"
-        return Settings(), Finding("warning", f"{app} is no Flower app; checked are the defaults", advice)
+        return read_settings({}), Finding("warning", f"{app} is no Flower app; checked are the defaults", advice)
     try:
         settings = read_settings(read_config(app, overrides))
     except ConfigError as error:
@@ -266,7 +266,7 @@ def data(settings: Settings) -> Finding:
     from fedara_flwr.data.sources import load
 
     name = settings.data.name
-    if not settings.data.path and name != "docstrings":
+    if not settings.data.path and name not in BUILT_IN_DATA:
         finding = _on_hub(name, "dataset", partial(_data_cached, name))
         if finding.level != "ok" or not _data_cached(name):
             return finding

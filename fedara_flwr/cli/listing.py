@@ -34,6 +34,7 @@ def print_tasks(console: Console) -> None:
     for name, cls in registry.tasks().items():
         main = cls.metric.name if cls.metric.higher else f"{cls.metric.name} (lower is better)"
         lists = {"metrics": (main, *(metric for metric in cls.metrics if metric != cls.metric.name))}
+        lists["by default"] = tuple(f"{key} = {value!r}" for key, value in cls.defaults.items())
         facts = (cls.auto_class, "no head" if cls.head == "none" else "", *_from(packages.get(name)))
         _print(console, _describe(name, facts, cls.title, lists, "data.options", cls.Options))
     for plugin in offered:

@@ -13,7 +13,7 @@ import torch
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.train import ClientData
-from fedara_flwr.config import Settings
+from fedara_flwr.config import BUILT_IN_DATA, Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.sources import load_own
@@ -110,7 +110,8 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
     if name not in node.backbones:
         raise ConfigError(f"node-config models = {node.models!r}: the run's model.name = {name!r} is not among them")
     model: dict[str, Any] = {"name": node.backbones[name], "dtype": node.dtype or settings.model.dtype}
-    data: dict[str, Any] = {"path": node.data_path, "name": "docstrings"}
+    own = settings.data.name if settings.data.name in BUILT_IN_DATA else ""  # nothing is fetched that a server names
+    data: dict[str, Any] = {"path": node.data_path, "name": own or "docstrings"}
     if node.validation is not None:
         data["client_validation"] = node.validation
     if node.data_path:  # all rows are this node's

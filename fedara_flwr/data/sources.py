@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from fedara_flwr.config import DataSettings
+from fedara_flwr.config import BUILT_IN_DATA, DOCSTRINGS, FUNCTIONS, DataSettings
 from fedara_flwr.data import docstrings, functions
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.labels import Labels, names_in, read_names
@@ -24,7 +24,6 @@ datasets.disable_progress_bars()
 # pandas would read a label "None" or "NA" as missing
 READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-DOCSTRINGS, FUNCTIONS = BUILT_IN = ("docstrings", "functions")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
         named = read_names(Path(settings.path).expanduser(), key)
     else:
         key = f"data.name = {settings.name!r}"
-        tables = {"train": _built_in(settings, reader)} if settings.name in BUILT_IN else _read_hub(settings.name)
+        tables = {"train": _built_in(settings, reader)} if settings.name in BUILT_IN_DATA else _read_hub(settings.name)
     tables = _unfolded(tables, reader, key)
     columns = _columns(settings, reader, tables["train"])
     for table in tables.values():
@@ -157,7 +156,7 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
     tables, skipped = _read_files(settings.path, key), Skipped()
     rows, present = {name: len(table) for name, table in tables.items()}, tables["train"].column_names
     problem: ConfigError | None = None
-    for reader in readers:
+    for reader in sorted(readers, key=lambda reader: -len(reader.columns(present))):  # who reads more knows more of them
         columns = reader.columns(present)
         if not {column.name for column in columns} <= set(present):
             continue

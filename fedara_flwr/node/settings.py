@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fedara_flwr.config import QUANTISED, Dtype, ModelSettings
+from fedara_flwr.config import QUANTISED
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
 from fedara_flwr.node.guard import Guard, known_metrics
+from fedara_flwr.tasks.base import USUAL
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says
@@ -33,10 +34,12 @@ class NodeSettings(Group):
     engine: Literal["", "inprocess"] = Field("", description="set by the in-process engine")
     store_dir: str = Field("", description="folder of what is kept between rounds; '' = FLWR_HOME/fedara-store")
     models: str = Field(
-        ModelSettings().name,
+        str(USUAL["model.name"]),
         description="backbones it takes part with, comma-separated: the run's model.name, or NAME=PATH where it lies elsewhere",
     )
-    dtype: Literal["", Dtype] = Field("", description="number type of the frozen backbone; '' = the run's")
+    dtype: Literal["", "float32", "bfloat16", "int8", "int4"] = Field(
+        "", description="number type of the frozen backbone; '' = the run's"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
     max_memory_mb: float = Field(

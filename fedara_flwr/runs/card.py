@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from fedara_flwr.adapters.packaged import NOTES
-from fedara_flwr.config import DataSettings
+from fedara_flwr.config import BUILT_IN_DATA, DataSettings
 from fedara_flwr.report.loading import loading_code
 from fedara_flwr.tasks import Task, open_task
 
@@ -77,7 +77,7 @@ def _data_name(facts: dict[str, Any]) -> str:
 def _metadata(facts: dict[str, Any], kind: str) -> ModelCardData:
     config, task = facts["config"], _task(facts).pipeline or None
     data = _line(_data_name(facts))
-    on_hub = not config["data.path"] and config["data.name"] != "docstrings" and is_hub_id(config["data.name"])
+    on_hub = not config["data.path"] and config["data.name"] not in BUILT_IN_DATA and is_hub_id(config["data.name"])
     results = [
         EvalResult(
             task_type=task or facts["task"],

@@ -65,6 +65,8 @@ def _unfit(cls: object, point: EntryPoint) -> str:
         if not METRIC.fullmatch(word) or word in RESERVED or word.startswith(PREFIXES) or len(cls.metrics) > MOST_METRICS:
             rule = f"up to {MOST_METRICS} names of small letters, digits and hyphens that no line of a run has already"
             return f"{point.value}: metric {word!r:.80} cannot be used, allowed are {rule}"
+    if unknown := sorted(set(cls.defaults) - set(USUAL)):
+        return f"{point.value}: defaults has {unknown[0]!r}, allowed are {', '.join(USUAL)}"
     if cls.head not in ("new", "none"):
         return f"{point.value}: head is {cls.head!r}, allowed are 'new' and 'none'"
     return ""

@@ -330,10 +330,21 @@ def test_reaching_a_target_takes_the_mean_of_three_evaluations(tiny):
     assert to_target(run, 0.41) is None
 
 
+def test_a_run_that_began_at_the_target_took_no_round(tmp_path):
+    """But what solving the head took: 0.3 MB, 4 s."""
+    start = {"type": "start", "accuracy": 0.6, "head": {}, "bytes-total": 300_000, "seconds": 4.0, "modelled-seconds": 2.0}
+    for head, taken in (({"head": {"rows": 9}}, (0, 0.3, 4, 2)), ({}, (0, 0, 0, 0))):
+        run = read_run(make(tmp_path / str(len(head)), log=[{**start, **head}, round_line(1)]))
+        reached = to_target(run, 0.6)
+        assert (reached.rounds, reached.megabytes, reached.seconds, reached.modelled) == taken
+    assert to_target(run, 0.61) is None
+
+
 def test_rounds_without_evaluation_do_not_count_among_the_three(tmp_path):
-    log = [{"type": "start", "accuracy": 1.0}]
+    """Nor does the start: with its 0.49 three would be there in round 3."""
+    log = [{"type": "start", "accuracy": 0.49}]
     for number in range(1, 8):
-        line = round_line(number, accuracy=0.5)
+        line = round_line(number, accuracy=0.6)
         if number % 2 == 0:
             del line["accuracy"]
         log.append(line)

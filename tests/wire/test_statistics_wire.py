@@ -174,8 +174,8 @@ def test_products_beyond_what_their_squares_allow_are_cut():
 
 # -- the question ---------------------------------------------------------------------------------------------------
 def test_the_question_says_what_is_wanted():
-    config = question(True, "int8", 2**62 - 1).config_records["statistics"]
-    assert dict(config) == {"scatter": True, "up": "int8", "seed": 2**62 - 1}
+    config = question(True, "int8", 2**62 - 1, 256).config_records["statistics"]
+    assert dict(config) == {"scatter": True, "up": "int8", "seed": 2**62 - 1, "rows": 256}
     assert question(False, "float32", 0).config_records["statistics"]["scatter"] is False
 
 

@@ -357,7 +357,9 @@ def model(node: NodeSettings) -> Finding:
 def data(node: NodeSettings) -> Finding:
     """Whether the node's own data can be read, and what is in it; columns and labels may be the run's."""
     if not node.data_path:
-        return Finding("warning", "no data-path: the node trains on its share of Python's docstrings", "set it in node.toml")
+        return Finding(
+            "warning", "no data-path: the node trains on its share of the run's built-in data", "set it in node.toml"
+        )
     from fedara_flwr.data.sources import look
 
     names = ("text_column", "pair_column", "label_column")
