@@ -77,7 +77,9 @@ def create(
             _render(source, server / target, host=host, port=port, superlink_port=superlink_port)
         say(f"{server}: for the server, {host}")
         for number, name in enumerate(names):
-            share = f"# without data of its own, the node takes its share of the run's built-in data: number {number} of {len(names)}\n"
+            share = (
+                f"# without data of its own, it takes its share of the run's built-in data: number {number} of {len(names)}\\n"
+            )
             share += f"partition-id = {number}\nnum-partitions = {len(names)}\n"
             say(_add(out, name, host, port, share))
     except BaseException:
