@@ -90,9 +90,10 @@ def _unpacked(name: str, weights: Path, digest: str) -> Path:
         _unpack(name, weights, place)
         try:
             place.rename(folder)
-        except OSError:  # another process was faster, and made the same
+        except OSError:  # another process was faster, and made the same; or what lies there is no model
             if not (folder / "config.json").is_file():
-                raise
+                shutil.rmtree(folder, ignore_errors=True)
+                place.rename(folder)
     except ImportError as error:
         raise ConfigError(f"model.name = {name!r}: {error}; allowed with it is the package gguf (extra `offline`)") from None
     finally:

@@ -46,7 +46,7 @@ class Chat:
         self._weights = {"tuned": saved.method.weights(saved.state.shown()), "base": self.model.unadapted()}
         self._loaded: Voice | None = None
         self.template = Template(self.model.learner.tokenizer)
-        self._most = most
+        self._most = min(most, self._places() // 2)
         text = system or getattr(self.model.task.options, "system", "")
         self._first = [{"role": "system", "content": text}] if text else []
         self.voices: tuple[Voice, ...] = ("tuned",)
@@ -79,7 +79,7 @@ class Chat:
 
     def _places(self) -> int:
         config = self.model.adapted.model.config.get_text_config()
-        return max(self._most + 8, int(getattr(config, "max_position_embeddings", None) or 2048))
+        return int(getattr(config, "max_position_embeddings", None) or 2048)
 
     def keep(self, text: str, answer: str) -> None:
         """Remember a turn."""

@@ -23,6 +23,7 @@ from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.node.store import NodeStore
 from fedara_flwr.tasks import Encoded
 
+PROBED = 8  # tokens of a made-up row
 CLIENTS_KEPT = 256  # tokenised clients held in memory
 
 
@@ -57,6 +58,9 @@ class Session:
 
         Finding out overwrites the loaded adapters and head.
         """
+        row = Encoded([[0] * PROBED], [self.task.made_up(PROBED)])
+        with torch.no_grad():  # what is tried at a first pass must not meet several clients' adapters
+            self.task.outputs(self.learner, self.learner.batch(row, [0]))
         return problem(self.adapted)
 
     def _encode_client(self, client_key: str, partition: int, partitions: int, path: str) -> ClientData:

@@ -153,21 +153,22 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
         ConfigError: the files cannot be read, or their labels cannot be used.
     """
     key = f"node-config data-path = {settings.path!r}"
-    tables, skipped = _read_files(settings.path, key), Skipped()
-    rows, present = {name: len(table) for name, table in tables.items()}, tables["train"].column_names
+    found, skipped = _read_files(settings.path, key), Skipped()
+    rows, present = {name: len(table) for name, table in found.items()}, found["train"].column_names
     problem: ConfigError | None = None
     for reader in sorted(readers, key=lambda reader: -len(reader.columns(present))):  # who reads more knows more of them
-        columns = reader.columns(present)
-        if not {column.name for column in columns} <= set(present):
-            continue
         try:
+            tables = _unfolded(found, reader, key)
+            columns = reader.columns(tables["train"].column_names)
+            if not {column.name for column in columns} <= set(tables["train"].column_names):
+                continue
             for table in tables.values():
                 _check_columns(table, columns, settings, reader, "node-config ")
             named = read_names(Path(settings.path).expanduser(), key)
             names = _label_names(settings, reader, columns, tables, named, key) if reader.labelled else ()
             for table in tables.values():
                 _examples(table, columns, settings, reader, Labels(names), skipped, key)
-            return Look(rows, present, reader.name, names, skipped)
+            return Look({name: len(table) for name, table in tables.items()}, present, reader.name, names, skipped)
         except ConfigError as error:
             problem, skipped = problem or error, Skipped()
     if problem is not None:

@@ -87,6 +87,8 @@ def render_report(run: Run) -> str:
         outcome_class=run.outcome if run.outcome in OUTCOMES else "running",
         figures=_figures(run),
         pictures=_pictures(run),
+        samples=_samples(run),
+        scores=_scores(run),
         loading=loading,
         snippet=snippet,
         asked=_asked(clients),
@@ -221,6 +223,22 @@ def _pictures(run: Run) -> list[Picture]:
             "The run did not write which client has which examples: it was none in simulation, is private, or has not begun.",
         ),
     ]
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    """Questions, expected answers and what was said."""
+    names = ("prompt", "expected", "said", "before")
+    rows = run.facts.get("samples")
+    whole = [row for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
+    return [{name: str(row.get(name, "")) for name in names} for row in whole]
+
+
+def _scores(run: Run) -> str:
+    """Mean figures of the answers, and what they were before the run."""
+    scores = run.facts.get("samples-scores")
+    pairs = [(name, pair) for name, pair in (scores if isinstance(scores, dict) else {}).items() if isinstance(pair, list)]
+    said = [(name, *map(number, pair)) for name, pair in pairs if len(pair) == 2]
+    return ", ".join(f"{name} {now:.3f} (before {before:.3f})" for name, now, before in said)
 
 
 def _asked(clients: Sequence[Client]) -> str:

@@ -19,6 +19,7 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks import Metric
 
 JsonObject = dict[str, Any]
+WITH_LINES = ("prompt", "expected", "said", "before", "data.options")  # facts whose lines mean something
 LARGEST_FIGURE = 1e15  # a figure beyond it is no measurement, and axes cannot show it
 LOSS = Metric("loss", higher=False, high=math.inf)
 FILES = ("federated.json", "metrics.jsonl")
@@ -150,16 +151,21 @@ def _lines(path: Path) -> tuple[list[JsonObject], int]:
     return lines, unreadable
 
 
-def clean(text: str) -> str:
-    """The text with every character that does not print replaced, as controls, lone surrogates and changes of direction."""
-    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "\ufffd" for c in re.sub(r"[\t\r\n]+", " ", text))
+def clean(text: str, lines: bool = False) -> str:
+    """The text with every character that does not print replaced, as controls, lone surrogates and changes of direction.
+
+    Args:
+        lines: whether ends of lines stay; else, as tabs, they become spaces.
+    """
+    text = re.sub(r"[\t\r]+", " ", text) if lines else re.sub(r"[\t\r\n]+", " ", text)
+    return "".join(c if c.isprintable() or c in "\u200c\u200d\n" else "\ufffd" for c in text)
 
 
-def _clean_all(value: Any) -> Any:
+def _clean_all(value: Any, lines: bool = False) -> Any:
     if isinstance(value, str):
-        return clean(value)
+        return clean(value, lines)
     if isinstance(value, dict):
-        return {clean(key): _clean_all(item) for key, item in value.items()}
+        return {clean(key): _clean_all(item, key in WITH_LINES) for key, item in value.items()}
     return [_clean_all(item) for item in value] if isinstance(value, list) else value
 
 

@@ -35,6 +35,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-
 th, td { padding: 5px 10px; text-align: right; vertical-align: top; white-space: nowrap; border-top: 1px solid var(--edge); }
 thead th { border-top: 0; white-space: normal; vertical-align: bottom; background: var(--raised); font-weight: 600; }
 th:first-child, .text { text-align: left; }
+.lines { white-space: pre-wrap; vertical-align: top; min-width: 9rem; max-width: 24rem; overflow-wrap: anywhere; }
 tbody th { font-weight: 600; }
 .long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; max-width: 40rem; text-align: left; }
 .name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 18rem; text-align: left; }
@@ -117,10 +118,26 @@ REPORT = """{% extends "page" %}
 {% for picture in pictures %}{{ figure(*picture) }}{% endfor %}
 </div>
 
+{% if samples %}
+<h2>Answers</h2>
+<p class="soft">To validation rows, each time the likeliest token: {{ scores }}.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="answers">
+<table>
+<thead><tr><th scope="col" class="text">question</th><th scope="col" class="text">expected</th>
+<th scope="col" class="text">before the run</th><th scope="col" class="text">after it</th></tr></thead>
+<tbody>
+{% for sample in samples %}
+<tr>{% for name in ("prompt", "expected", "before", "said") %}<td class="text lines">{{ sample[name] }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% endif %}
+
 <h2>Loading what was trained</h2>
-{% if snippet %}
+{% if loading %}
 <p>{{ loading }}</p>
-<pre tabindex="0"><code>{{ snippet }}</code></pre>
+{% if snippet %}<pre tabindex="0"><code>{{ snippet }}</code></pre>{% endif %}
 {% else %}
 <p>Nothing was exported. <code>fedara export {{ run.name }}</code> writes it from the last checkpoint, where there is one.</p>
 {% endif %}

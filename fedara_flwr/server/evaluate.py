@@ -160,7 +160,7 @@ class ServerModel:
             raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
         else:
             save = save_plain_lora if kind == "lora" else save_peft if "E" in weights.arrays else save_lora
-            save(folder, self.backbone, weights, self.learner.task.peft_task_type)
+            save(folder, self.backbone, weights, self.task.peft_type(self.learner.tokenizer))
         self.learner.tokenizer.save_pretrained(str(folder))
         for name, content in self.task.files(self.learner, kind, base_of(self.backbone)).items():
             (folder / name).write_text(content)

@@ -240,6 +240,10 @@ class Task:
         """Whether a top-level module of the model belongs to the task layer; parameters that the checkpoint lacks always do."""
         return False
 
+    def peft_type(self, tokenizer: Any) -> str | None:
+        """PEFT's name of the task for one model, where it depends on that."""
+        return self.peft_task_type
+
     def model_config(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Entries of the model's configuration: here as many outputs as there are labels, and their names."""
         if not self.labelled:

@@ -24,7 +24,7 @@ from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, LearnerPort, Metric, Sample, Task, pad, pad_labels
 from fedara_flwr.tasks.generation import say
 from fedara_flwr.tasks.overlap import exact, rouge_l
-from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Template, modelfile, shorten
+from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, modelfile, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ PIECE = 256  # positions whose logits exist at a time
 SHARE = 3  # one token in so many of a made-up row is of an answer
 MOST = 700.0  # above it exp() has no number
 NAMES = {"human": USER, "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "prompter": USER}
+KEYS = (("role", "from"), ("content", "value"))  # of a message, in both usual ways to write one
 PRESETS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"text": ("instruction",), "answer": ("output", "response"), "context": ("input", "context")},
     {"text": ("prompt",), "answer": ("completion", "response", "answer")},
@@ -165,6 +166,7 @@ class CausalLM(Task):
         template, cut = Template(tokenizer), Cut(len(examples))
         rows: list[tuple[list[int], list[int]]] = []
         kept: list[int] = []
+        why: Refused | None = None
         for number, content in enumerate(examples.texts):
             if examples.targets is None:
                 ids, labels = _whole(tokenizer, content)
@@ -172,7 +174,11 @@ class CausalLM(Task):
                 messages = [{"role": role, "content": words} for role, words in examples.targets[number]]
                 messages, found = template.plain(messages)
                 cut.neutralised += found
-                ids, labels = template.answers(messages)
+                try:
+                    ids, labels = template.answers(messages)
+                except Refused as error:
+                    cut.refused, why = cut.refused + 1, error
+                    continue
             short = shorten(ids, labels, max_length)
             cut.cut += len(ids) > max_length
             if all(label == UNLABELLED for label in short[1]):
@@ -180,6 +186,8 @@ class CausalLM(Task):
                 continue
             rows.append(short)
             kept.append(number)
+        if why is not None and cut.refused == len(examples):
+            raise why
         ids_of, labels_of = ([row[i] for row in rows] for i in (0, 1))
         return Encoded(ids_of, labels_of, examples.take(kept), cut.words(max_length))
 
@@ -217,15 +225,15 @@ class CausalLM(Task):
         return Perplexity()
 
     def samples(self, learner: LearnerPort, data: Encoded) -> list[Sample]:
-        """Greedy answers to the first rows that have a prompt, with exact match and ROUGE-L."""
-        rows = [row for row in range(len(data)) if data.more.targets is not None][: self.options.generate]
-        starts = [next(place for place, label in enumerate(data.labels[row]) if label != UNLABELLED) for row in rows]
-        prompts = [data.ids[row][:start] for row, start in zip(rows, starts, strict=True)]
+        """Greedy answers where the first rows' last ones stand, with exact match and ROUGE-L."""
+        rows = range(len(data) if data.more.targets is not None else 0)[: self.options.generate]
+        prompts = [data.ids[row][: _last_answer(data.labels[row])] for row in rows]
         if not prompts:
             return []
         samples = []
         for row, said in zip(rows, say(learner, prompts, self.options.max_new_tokens), strict=True):
-            prompt, expected = _first_answer(data.more.targets[row])
+            *before, (_, expected) = data.more.targets[row]
+            prompt = before[-1][1] if before else ""
             scores = {"exact-match": exact(said.text, expected), "rouge-l": rouge_l(said.text, expected)}
             samples.append(Sample(prompt, said.text, expected, said.stopped, scores))
         return samples
@@ -311,10 +319,12 @@ def _preset(there: tuple[str, ...]) -> dict[str, str]:
     return {}
 
 
-def _first_answer(messages: Sequence[Sequence[str]]) -> tuple[str, str]:
-    """What was said before a conversation's first answer, and that answer."""
-    turn = next(i for i, (role, _) in enumerate(messages) if role == ASSISTANT)
-    return messages[turn - 1][1] if turn else "", messages[turn][1]
+def _last_answer(labels: Sequence[int]) -> int:
+    """The place where a row's last answer begins."""
+    start = len(labels)
+    while start and labels[start - 1] != UNLABELLED:
+        start -= 1
+    return start
 
 
 def _messages(value: Any) -> list[list[str]]:
@@ -335,13 +345,15 @@ def _messages(value: Any) -> list[list[str]]:
         messages.pop()
     if not any(role == USER for role, _ in messages):
         raise LeftOut("without answer")
+    if next(role for role, _ in messages if role != SYSTEM) != USER:
+        raise LeftOut("with messages that begin with an answer")
     return messages
 
 
 def _message(value: Any) -> list[str]:
     """Role and content of one message."""
     if isinstance(value, Mapping):
-        role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+        role, content = (value.get(name) if value.get(name) is not None else value.get(other) for name, other in KEYS)
         role = NAMES.get(str(role), role)
         if role in ROLES and isinstance(content, str):
             return [str(role), content if content.strip() else ""]

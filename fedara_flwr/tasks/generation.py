@@ -41,8 +41,12 @@ def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer:
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=adapted.device)
     config = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True)
     adapted.model.eval()
-    with torch.no_grad(), adapted.autocast():
-        out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+    own, adapted.model.generation_config = adapted.model.generation_config, GenerationConfig()  # penalties, fewest tokens, …
+    try:
+        with torch.no_grad(), adapted.autocast():
+            out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+    finally:
+        adapted.model.generation_config = own
     said = []
     for row in out[:, longest:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), len(row))

@@ -101,6 +101,10 @@ class QuestionAnswering(Task):
         return Example(question, pair=context, target=answers, identity=json.dumps([question, context, answers]))
 
     # -- the model
+    def peft_type(self, tokenizer: Any) -> str | None:
+        """QUESTION_ANS, but none for models with token types: PEFT's class of that name drops these, and gives other logits."""
+        return None if "token_type_ids" in tokenizer.model_input_names else self.peft_task_type
+
     def is_head(self, module: str) -> bool:
         """True for `qa_outputs`."""
         return module == "qa_outputs"
@@ -109,14 +113,16 @@ class QuestionAnswering(Task):
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
         """Windows of every row; a label is [first token, last token, first and last of the context, the window's number]."""
         stride = self.options.stride or max_length // 4
-        if stride >= max_length // 2:
+        room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - 1  # one token more than is shared
+        most = min(max_length // 2, room)
+        if most < 1 or stride >= max_length // 2:
             raise ConfigError(f"data.options stride = {stride}: allowed is less than half of data.max-length = {max_length}")
         ids: list[list[int]] = []
         labels: list[list[int]] = []
         windows: list[Window] = []
-        cut = 0
+        cut = empty = 0
         for number in range(len(examples)):
-            question, shortened = _shortened(tokenizer, examples.texts[number], max_length // 2)
+            question, shortened = _shortened(tokenizer, examples.texts[number], most)
             cut += shortened
             assert examples.pairs is not None and examples.targets is not None
             encoded = tokenizer(
@@ -129,18 +135,22 @@ class QuestionAnswering(Task):
                 return_offsets_mapping=True,
                 split_special_tokens=True,
             )
+            count, before = len(encoded["input_ids"]), len(ids)
             for place, tokens in enumerate(encoded["input_ids"]):
                 inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(place)])
                 if not inside.any():
                     continue
                 offsets = np.where(inside[:, None], np.array(encoded["offset_mapping"][place]), -1).astype(np.int32)
                 where = np.flatnonzero(inside)
-                first, last = _tokens(offsets, where, examples.targets[number])
+                ends = (place == 0, place == count - 1)
+                first, last = _tokens(offsets, where, examples.targets[number], ends)
                 labels.append([first, last, int(where[0]), int(where[-1]), len(windows)])
                 ids.append(list(tokens))
                 windows.append(Window(number, offsets))
-        notes = f"of {len(examples)} questions {cut} cut at {max_length // 2} tokens" if cut else ""
-        return Encoded(ids, labels, (windows, examples), notes)
+            empty += len(ids) == before
+        said = ((cut, f"cut at {most} tokens"), (empty, "left out, of whose context no token is left"))
+        notes = ", ".join(f"{count} {what}" for count, what in said if count)
+        return Encoded(ids, labels, (windows, examples), f"of {len(examples)} questions {notes}" if notes else "")
 
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Batch:
         """As `pad`, and labels of shape (batch, 5)."""
@@ -268,14 +278,21 @@ def _logits(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return start, end
 
 
-def _tokens(offsets: NDArray[np.int32], where: NDArray[np.int64], target: Sequence[Sequence[Any]]) -> tuple[int, int]:
-    """First and last token of the first answer; NONE twice where the window does not hold all of it."""
+def _tokens(
+    offsets: NDArray[np.int32], where: NDArray[np.int64], target: Sequence[Sequence[Any]], ends: tuple[bool, bool]
+) -> tuple[int, int]:
+    """First and last token of the first answer; NONE twice where the window does not hold all of it.
+
+    Args:
+        ends: whether the window is the context's first, and its last: what of an answer is no token there, such as a space,
+            does not stand in another one.
+    """
     if not target:
         return NONE, NONE
     answer, begin = target[0]
     end = begin + len(answer)
     inside = offsets[where]
-    if begin < inside[0, 0] or end > inside[-1, 1]:
+    if (begin < inside[0, 0] and not ends[0]) or (end > inside[-1, 1] and not ends[1]):
         return NONE, NONE
     touched = where[(inside[:, 0] < end) & (inside[:, 1] > begin)]
     return (int(touched[0]), int(touched[-1])) if len(touched) else (NONE, NONE)
@@ -283,20 +300,20 @@ def _tokens(offsets: NDArray[np.int32], where: NDArray[np.int64], target: Sequen
 
 def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
     """A question of at most so many tokens, cut at the end of one, and whether it was cut."""
-    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return (question, False) if len(offsets) <= most else (question[: offsets[most - 1][1]], True)
+    encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    offsets = encoded["offset_mapping"]
+    return (question, False) if len(offsets) <= most else (question[: offsets[most][0]].rstrip(), True)
 
 
-def _answers(value: Any) -> list[tuple[str, int | None]]:
+def _answers(value: Any) -> list[tuple[str, Any]]:
     """Answers with where they begin, None where the data does not say."""
     if absent(value):
         return []
     if isinstance(value, str):
         return [(value, None)] if value.strip() else []
     if isinstance(value, Mapping):
-        texts, starts = value.get("text"), value.get("answer_start")
-        texts = [texts] if isinstance(texts, str) else list(texts or ())
-        starts = [starts] if isinstance(starts, int) else list(starts if starts is not None else ()) or [None] * len(texts)
+        texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
+        starts = starts or [None] * len(texts)
         if len(texts) != len(starts):
             raise LeftOut("with answers of which not each has a place")
         return [(str(answer), start) for answer, start in zip(texts, starts, strict=True) if str(answer).strip()]
@@ -305,9 +322,20 @@ def _answers(value: Any) -> list[tuple[str, int | None]]:
     raise LeftOut("with answers that are no text")
 
 
-def _place(answer: str, start: int | None, context: str) -> list[Any]:
+def _listed(value: Any) -> list[Any]:
+    """The values of a list; a bare one as a list of it."""
+    return [] if absent(value) else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _place(answer: str, start: Any, context: str) -> list[Any]:
     """The answer and where it begins; by its first occurrence where the data does not say."""
-    begin = context.find(answer) if start is None else int(start)
+    try:
+        begin = context.find(answer) if absent(start) else int(start)
+        whole = absent(start) or begin == float(start)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise LeftOut("with an answer whose place is no whole number")
     if begin < 0 or context[begin : begin + len(answer)] != answer:
         raise LeftOut("with an answer that is not where it should be")
     return [answer, begin]

@@ -34,6 +34,10 @@ PLAIN = (
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
 
 
+class Refused(ConfigError):
+    """A conversation that a chat template does not take."""
+
+
 @dataclass
 class Cut:
     """What became of the rows of one `encode`.
@@ -41,12 +45,14 @@ class Cut:
     Attributes:
         cut: rows of which something was cut away.
         left_out: rows of which no token of an answer was left.
+        refused: rows that the template does not take.
         neutralised: rows in which somebody had written a control token.
     """
 
     rows: int = 0
     cut: int = 0
     left_out: int = 0
+    refused: int = 0
     neutralised: int = 0
 
     def words(self, most: int) -> str:
@@ -56,6 +62,7 @@ class Cut:
             for count, what in (
                 (self.cut, f"cut at {most} tokens (data.max-length)"),
                 (self.left_out, "left out, no token of an answer is left"),
+                (self.refused, "left out, the template does not take them"),
                 (self.neutralised, "hold control tokens, taken as text"),
             )
             if count
@@ -76,14 +83,12 @@ class Template:
         """A conversation as text; `answering`: up to where the next answer begins.
 
         Raises:
-            ConfigError: the template refuses it, such as one without a place for a system text.
+            Refused: the template does not take it, such as one without a place for a system text.
         """
         try:
             text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
         except Exception as error:  # templates raise what they like
-            raise ConfigError(
-                f"data.options: the tokenizer's chat template refuses a conversation ({first_line(error)})"
-            ) from None
+            raise Refused(f"data.options: the tokenizer's chat template refuses a conversation ({first_line(error)})") from None
         return text
 
     def plain(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], bool]:
@@ -104,7 +109,7 @@ class Template:
         where the template ends none, the tokenizer's end of text is put behind the last answer.
 
         Raises:
-            ConfigError: a prompt is not the beginning of the conversation that goes on from it.
+            Refused: as `render`, or a prompt is not the beginning of the conversation that goes on from it.
         """
         whole = self.render(messages)
         spans = list(self._spans(messages, whole))
@@ -112,9 +117,10 @@ class Template:
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         labels = [UNLABELLED] * len(ids)
         for begin, end in spans:
-            inside = [i for i, (first, last) in enumerate(offsets) if first >= begin and last <= end and last > first]
-            for i in inside:
-                labels[i] = ids[i]
+            # from the first token that has a letter of the answer to the last: some have spaces alone, and no width
+            inside = [i for i, (first, last) in enumerate(offsets) if last > begin and first < end and last > first]
+            if inside:
+                labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
         last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
         ids, labels = ids[: last + 1], labels[: last + 1]  # nothing is learnt from what follows the last answer
         if labels and str(self.tokenizer.convert_ids_to_tokens(ids[-1])) not in self._controls:
@@ -132,7 +138,7 @@ class Template:
                     place = next(i for i, (one, two) in enumerate(zip(begin + "\0", text + "\0", strict=False)) if one != two)
                     found, wanted = text[place : place + 20], begin[place : place + 20]
                     line = f"after {place} characters it has {found!r} where its own prompt has {wanted!r}"
-                    raise ConfigError(f"data.options: the chat template does not go on from its prompt: {line}")
+                    raise Refused(f"data.options: the chat template does not go on from its prompt: {line}")
             yield len(prompt), len(said.rstrip())
 
 
@@ -164,7 +170,7 @@ def modelfile(tokenizer: Any, base: str) -> str:
     bare = written((USER, prompt))
     try:
         with_system = written((SYSTEM, system), (USER, prompt))
-    except ConfigError:  # a template without a place for it
+    except Refused:  # a template without a place for it
         with_system = bare
     ids, _ = template.answers([{"role": USER, "content": prompt}, {"role": ASSISTANT, "content": answer}])
     end = tokenizer.convert_ids_to_tokens(ids[-1])

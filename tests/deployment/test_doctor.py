@@ -104,7 +104,7 @@ def test_configuration(app, tmp_path):
     assert found is None
     fails(finding, "method = 'fedlorra'", "did you mean 'fedlora'?")
     found, finding = doctor.configuration(tmp_path, [])
-    assert found == Settings()
+    assert found == read_settings({})
     warns(finding, str(tmp_path), "no Flower app")
     found, finding = doctor.configuration(tmp_path, ["seed=1"])  # there is nothing that they override
     assert found is None

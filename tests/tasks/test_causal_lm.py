@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TASKS
@@ -16,7 +18,7 @@ from data_helper import federation, load, load_own, shares
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in_round, written
 from test_output import fill, open_adapted, save_model
-from test_templates import CHAT, END, problem, tokenizer
+from test_templates import CHAT, END, learnt, problem, tokenizer
 
 from fedara_flwr import engine
 from fedara_flwr.adapters.learner import Learner
@@ -162,13 +164,42 @@ def test_prompts_and_answers_that_are_missing(tmp_path):
     assert found == [[["user", "a"], ["assistant", "b"]]] and line == "4 of 5 rows skipped: 2 without answer, 2 without prompt"
 
 
-def test_files_that_mix_both_ways_to_write_a_message(tmp_path):
-    """A table has all columns in all rows: what a message lacks is None there."""
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_that_mix_both_ways_to_write_a_message(tmp_path, ending):
+    """A parquet file has all columns in all rows: what a message lacks is None there."""
     rows = [
         {"messages": [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "blue"}]},
         {"messages": [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "blue"}]},
     ]
-    assert read(tmp_path, rows) == ([BLUE, BLUE], "")
+    path = tmp_path / f"d.{ending}"
+    if ending == "jsonl":
+        write(path, rows)
+    else:
+        empty = dict.fromkeys(("role", "content", "from", "value"))
+        table = pa.table({"messages": [[empty | message for message in row["messages"]] for row in rows]})
+        pq.write_table(table, path)
+    own = load_own(settings_of(path), ())
+    assert (own.train.targets, str(own.skipped)) == ((BLUE, BLUE), "")
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}" + CHAT
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [(CHAT, "assistant user assistant"), (STRICT, "assistant user assistant"), (STRICT, "user user assistant")],
+    ids=["assistant-first", "assistant-first-strict", "user-twice-strict"],
+)
+def test_one_conversation_that_the_template_refuses_does_not_end_a_run(tmp_path, template, roles):
+    """Many templates want user and assistant by turns, and published conversations are otherwise here and there."""
+    usual = [{"role": role, "content": content} for role, content in BLUE]
+    odd = [{"role": role, "content": "hello"} for role in roles.split()]
+    own = load_own(settings_of(write(tmp_path / "d.jsonl", [{"messages": usual}, {"messages": odd}])), ())
+    data = TASK.encode(tokenizer(template), own.train, 64)
+    assert learnt(tokenizer(), data.labels[0]) == [f"blue{END}"]
 
 
 def test_the_system_text_stands_before_conversations_that_have_none(tmp_path):
