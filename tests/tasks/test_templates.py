@@ -348,8 +348,8 @@ def test_rows_are_cut_and_left_out_and_counted():
 def test_words_of_what_was_cut():
     assert Cut(9).words(8) == ""
     assert Cut(9, 2, 1, 4, 3).words(8) == (
-        "of 9 rows 2 cut at 8 tokens (data.max-length), 1 left out, no token of an answer is left, 4 left out, the template does "
-        "not take them, 3 hold control tokens, taken as text"
+        "of 9 rows 2 cut at 8 tokens (data.max-length), 1 left out, no token of an answer is left, 4 left out, the template "
+        "does not take them, 3 hold control tokens, taken as text"
     )
 
 
