@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ class Backbone:
         model: the transformers model, every parameter frozen and eval() on.
         spec: modules and head.
         blocks: the repeated blocks, from the lowest.
+        key_mapping: what `from_pretrained` must be told of the checkpoint's names, {} where they are the model's own.
         head_modules: top-level modules that hold the head, for PEFT's `modules_to_save`.
     """
 
@@ -102,12 +105,21 @@ class Backbone:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
             if config.pad_token_id is None:
                 config.pad_token_id = pad_token_id
+            # in the checkpoint's own type, whatever it is to become: a float32 copy of a large one would not fit
+            open_model = partial(
+                getattr(transformers, task.auto_class).from_pretrained,
+                source,
+                config=config,
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
             # a head is drawn here, but never used: clients and server get theirs from the server's seed
             with torch.random.fork_rng(devices=[]):
-                # in the checkpoint's own type, whatever it is to become: a float32 copy of a large one would not fit
-                self.model, info = getattr(transformers, task.auto_class).from_pretrained(
-                    source, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False
-                )
+                self.model, info = open_model()
+                self.key_mapping = _other_names(self.model, info)
+                if self.key_mapping:
+                    self.model, info = open_model(key_mapping=self.key_mapping)
         except LOAD_ERRORS as error:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.stored = self.model.dtype
@@ -208,6 +220,19 @@ class Backbone:
     def head_parameters(self) -> list[nn.Parameter]:
         """The head's parameters, in the order of `spec.head`."""
         return [self.model.get_parameter(p.name) for p in self.spec.head]
+
+
+def _other_names(model: Any, info: Mapping[str, Any]) -> dict[str, str]:
+    """The `key_mapping` for a checkpoint that calls the model below the head otherwise; {} where none is needed.
+
+    Classes for question answering have a language model's blocks under "transformer" that its checkpoint has under "model".
+    """
+    missing, prefix = set(info["missing_keys"]), model.base_model_prefix
+    for key in sorted(info["unexpected_keys"]):
+        other, _, rest = key.partition(".")
+        if other != prefix and f"{prefix}.{rest}" in missing:
+            return {rf"^{other}\.": f"{prefix}."}
+    return {}
 
 
 def _block_list(model: nn.Module) -> str:

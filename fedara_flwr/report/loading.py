@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedara_flwr.tasks import Task
 
 OF_MODEL = "[model.config.id2label[i] for i in range(model.config.num_labels)]"
+
+
+def base_arguments(name: str, facts: Mapping[str, Any]) -> str:
+    """Python source of what `from_pretrained` needs to find the base of a run's adapters.
+
+    Args:
+        name: Python source of its name.
+        facts: the run's federated.json.
+    """
+    more = {"revision": facts.get("revision"), "key_mapping": facts.get("key-mapping")}
+    return ", ".join([name, *(f"{key}={value!r}" for key, value in more.items() if value)])
 
 
 def loading_code(

@@ -24,7 +24,7 @@ from fedara_flwr.report.compare import (
     metric_name,
     tables,
 )
-from fedara_flwr.report.loading import loading_code
+from fedara_flwr.report.loading import base_arguments, loading_code
 from fedara_flwr.report.read import Run, number, read_run
 from fedara_flwr.report.series import (
     Client,
@@ -262,7 +262,8 @@ def _loading(run: Run) -> tuple[str, str]:
         f'folder = run / "{exported}"',
     ]
     imports = ["import json", "from pathlib import Path"] if task.labelled else ["from pathlib import Path"]
-    base = json.dumps(model, ensure_ascii=False) if exported == "adapter" else None
+    named = {"key-mapping": run.facts.get("key-mapping")} if isinstance(run.facts.get("key-mapping"), dict) else {}
+    base = base_arguments(json.dumps(model, ensure_ascii=False), named) if exported == "adapter" else None
     labels = 'json.loads((run / "federated.json").read_text())["labels"]'
     text = (
         "The adapter loads in stock PEFT, on the unchanged backbone:"

@@ -49,7 +49,8 @@ def cumulative_modelled(run: Run) -> Series:
 
 def before_rounds(run: Run, name: str) -> float:
     """What was spent before round 1 on sums for the head; 0 where nobody was asked for them."""
-    return float(np.nan_to_num(number(run.start.get(name)))) if run.start.get("sampled") else 0.0
+    asked = run.start.get("sampled") or run.start.get("head")
+    return float(np.nan_to_num(number(run.start.get(name)))) if asked else 0.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.config import BUILT_IN_DATA, DataSettings
-from fedara_flwr.report.loading import loading_code
+from fedara_flwr.report.loading import base_arguments, loading_code
 from fedara_flwr.tasks import Task, open_task
 
 OURS = "fedara-flwr"
@@ -217,9 +217,8 @@ def _loading(facts: dict[str, Any], kind: str) -> list[str]:
     place = ['folder = "path/to/this/folder"  # or its id on the Hub']
     if kind == "merged":
         return loading_code(_task(facts), base=None, place=place)
-    revision = f", revision={facts['revision']!r}" if facts.get("revision") else ""
     note = "" if is_hub_id(facts["model"]) else "  # a local folder"
-    base = f"{base_name(facts)!r}{revision}"
+    base = base_arguments(repr(base_name(facts)), facts)
     return loading_code(_task(facts), base=base, place=place, labels=repr(facts["labels"]), note=note)
 
 

@@ -137,6 +137,7 @@ class Keeper(Callback):
             "seed": settings.seed,
             "model": settings.model.name,
             "revision": self.model.revision,
+            "key-mapping": self.model.backbone.key_mapping,
             "clients": len(nodes) or self.directory.facts.get("clients", 0),
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,

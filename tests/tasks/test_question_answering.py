@@ -22,6 +22,7 @@ from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     ByT5Tokenizer,
     DebertaV2Tokenizer,
     DistilBertTokenizer,
@@ -40,6 +41,7 @@ from fedara_flwr.data import sources
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.reading import LeftOut
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.report.loading import base_arguments
 from fedara_flwr.runs.directory import RunDirectory
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Encoded, open_task, read_settings
@@ -956,18 +958,19 @@ def test_the_cards_code_runs_as_it_stands(finished, backbones, tmp_path):
         assert printed.getvalue().strip() and printed.getvalue().strip() in CONTEXT, kind
 
 
-def test_a_decoder_that_speaks_is_not_taken_for_one_without_weights(backbones, tmp_path):
-    """transformers' class has the blocks of a language model under another name, and would draw them: better an error."""
+def test_a_language_models_checkpoint_keeps_its_blocks(tmp_path):
+    """transformers' class has them under another name, and would draw them; card and report say how to load them, too."""
     path = tmp_path / "llama"
     AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(path)
-    try:
-        found = Backbone(str(path), TASK, (), pad_token_id=0)
-    except ConfigError as error:
-        assert str(error).startswith("model.name = ") and "\n" not in str(error)
-        return
+    found = Backbone(str(path), TASK, (), pad_token_id=0)
+    assert found.key_mapping == {r"^model\.": "transformer."} and found.head_modules == ("qa_outputs",)
+    own = found.model.get_parameter("transformer.layers.2.mlp.up_proj.weight")
     speaking = AutoModelForCausalLM.from_pretrained(path)
-    (own,) = (p for n, p in found.model.named_parameters() if n.endswith("layers.2.mlp.up_proj.weight"))
     assert torch.equal(own, speaking.model.layers[2].mlp.up_proj.weight)
+    facts = {"revision": None, "key-mapping": found.key_mapping}
+    assert base_arguments("'x'", facts) == f"'x', key_mapping={found.key_mapping!r}"
+    stock = AutoModelForQuestionAnswering.from_pretrained(path, key_mapping=found.key_mapping)
+    assert torch.equal(stock.transformer.layers[2].mlp.up_proj.weight, own)
 
 
 def kept_lines(loop) -> list[dict]:

@@ -78,7 +78,7 @@ def create(
         say(f"{server}: for the server, {host}")
         for number, name in enumerate(names):
             share = (
-                f"# without data of its own, it takes its share of the run's built-in data: number {number} of {len(names)}\\n"
+                f"# without data of its own, it takes its share of the run's built-in data: number {number} of {len(names)}\n"
             )
             share += f"partition-id = {number}\nnum-partitions = {len(names)}\n"
             say(_add(out, name, host, port, share))
