@@ -27,6 +27,7 @@ DATASETS: dict[str, tuple[int, dict]] = {  # name: clients, and how the set is r
     "20news": (50, {"data.dirichlet-alpha": 0.1}),
     "sst2": (50, {"data.dirichlet-alpha": 0.1, "data.validation": 0.02}),
     "docstrings": (20, {"data.dirichlet-alpha": 0.5}),
+    "medquad": (9, {"data.task": "causal-lm", "data.partition": "natural", "data.id-column": "source"}),
     "wnut17": (
         20,
         {

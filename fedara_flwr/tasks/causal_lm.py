@@ -88,8 +88,8 @@ class CausalLM(Task):
         "model.dtype": "bfloat16",
         "data.name": "functions",
         "data.max-length": 256,
-        "data.validation-rows": 48,
-        "data.test-rows": 96,
+        "data.validation-rows": 32,
+        "data.test-rows": 64,
         "train.batch-size": 4,
         "train.batch-tokens": 2048,
     }
