@@ -3,7 +3,7 @@
     python benchmarks/causal/run.py --data DIR/medquad --out FILE [--methods fedlora] [--factors 1] [--seeds 1,2] [--rounds 20]
 
 Each method's own rate times each factor on the first seed for a third of the rounds; the best by validation goes on with the
-other seeds. Lines are appended as they come, and what FILE holds is not run again. One seed of a method takes hours on two cores.
+other seeds. Lines are appended as they come; what FILE holds is not run again. One seed of a method takes hours on two cores.
 """
 
 from __future__ import annotations
