@@ -1,3 +1,3 @@
 """fedara_flwr: federated parameter-efficient fine-tuning as a Flower app."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
