@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runs_helper import SMALL, WALL_CLOCK
+from test_output import save_model
 
 from fedara_flwr.runs.directory import read_facts
 
@@ -70,12 +71,28 @@ def metrics(run: Path) -> list[dict]:
 )
 def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method, wire):
     """Same seed: the same arrays, masks, bytes and metrics; and nothing is left running."""
-    app = clone(tmp_path / "app")
-    flower = fedara(app, *overrides(tiny_bert, **{"run.name": "flower", "method": method}, **wire))
+    same_in_both(clone(tmp_path / "app"), tiny_bert, {"method": method, **wire})
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_alike_under_flower(tmp_path):
+    """Perplexity, answers by itself and all else of a run with a template of the tokenizer's own."""
+    model, data = save_model(tmp_path / "llama", "llama"), tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"what is {n}?", "completion": f"the number {n}"} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"data.task": "causal-lm", "data.path": str(data), "data.partition": "length", "train.checkpointing": True}
+    more |= {"data.test": 0.2, "data.validation": 0.2, "data.max-length": 40}
+    first, second = same_in_both(clone(tmp_path / "app"), model, more)
+    facts = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
+    assert facts[0]["samples"] == facts[1]["samples"] and facts[0]["unadapted"] == facts[1]["unadapted"]
+
+
+def same_in_both(app: Path, model: Path, more: dict) -> tuple[Path, Path]:
+    """The folders of a run under Flower and in one process, after a look at whether they are the same."""
+    flower = fedara(app, *overrides(model, **{"run.name": "flower"}, **more))
     assert flower.returncode == 0, flower.stdout[-3000:] + flower.stderr[-2000:]
     assert "run directory" in flower.stdout + flower.stderr
-    options = overrides(tiny_bert, **{"run.name": "inprocess", "method": method}, **wire)
-    inprocess = fedara(app, *options, "--engine", "inprocess")
+    inprocess = fedara(app, *overrides(model, **{"run.name": "inprocess"}, **more), "--engine", "inprocess")
     assert inprocess.returncode == 0, inprocess.stderr[-2000:]
     first, second = app / "runs" / "flower", app / "runs" / "inprocess"
     (weights,) = [*first.glob("adapter/*.safetensors"), *first.glob("model/*.safetensors")]
@@ -85,6 +102,7 @@ def test_flower_and_in_process_runs_are_bit_equal(tiny_bert, tmp_path, method, w
     masks = [json.loads((run / "federated.json").read_text()) for run in (first, second)]
     assert masks[0]["mask"] == masks[1]["mask"] and masks[0]["bytes"] == masks[1]["bytes"]
     assert leftovers(app) == []
+    return first, second
 
 
 @pytest.mark.slow
