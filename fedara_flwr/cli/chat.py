@@ -119,7 +119,7 @@ def chat(run: Path, prompt: str | None, most: int, system: str, base: bool, cons
         _write("\n")
         return
     talk.voices = ("base",) if base else ("tuned",)
-    console.print(f"[bold]{talk.name}[/bold]  {talk.model.settings.model.name}", highlight=False)
+    console.print(f"{talk.name}  {talk.model.settings.model.name}", style="bold", highlight=False, markup=False)
     console.print(HELP, style="dim", highlight=False)
     while True:
         try:
