@@ -19,7 +19,8 @@ SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benc
 LEAST_SHARE = 0.1  # of a method's own rate, however few of the labels clients have
 LEAST_LENGTH = 8  # tokens of a text
 LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
-Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+NumberType = Literal["float32", "bfloat16", "int8", "int4"]
+Dtype = Literal["auto", NumberType]
 QUANTISED = ("int8", "int4")
 BUILT_IN_DATA = DOCSTRINGS, FUNCTIONS = ("docstrings", "functions")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")

@@ -59,7 +59,7 @@ class Chat:
         if self._loaded != voice:
             self.model.load(self._weights[voice])
             self._loaded = voice
-        streamer = _Pieces(self.model.learner.tokenizer, write)
+        streamer = _streamer(self.model.learner.tokenizer, write)
         return say(self.model.learner, [self.prompt(text)], self._most, streamer)[0].text
 
     def prompt(self, text: str) -> list[int]:
@@ -86,17 +86,13 @@ class Chat:
         self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
-class _Pieces:
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
     """What transformers calls for every token of an answer; whole words go on."""
+    from transformers import TextStreamer
 
-    def __new__(cls, tokenizer: Any, write: Callable[[str], None]) -> Any:
-        from transformers import TextStreamer
-
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                write(text)
-
-        return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: write(text)  # type: ignore[method-assign]
+    return streamer
 
 
 def chat(run: Path, prompt: str | None, most: int, system: str, base: bool, console: Any) -> None:

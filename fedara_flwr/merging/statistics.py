@@ -146,8 +146,8 @@ def solve(merged: Merged, bias: bool, variance: float = 1.0) -> tuple[Floats, Fl
 
     With a bias: linear discriminant analysis. Without one, where a layer has none: least squares to the classes' indicators,
     through the origin. Classes weigh as often as they occur. A class without a row is never chosen: it has weights 0 and
-    the lowest bias of all, or, without biases, the mean of the others' weights, which no row
-    nearest to, unless there is but one other class.
+    the lowest bias of all, or, without biases, the mean of the others' weights: unless there is but one other
+    class, no row is nearest to that.
 
     Args:
         variance: mean variance within the classes by other knowledge, for where the sums tell nothing of it.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fedara_flwr.config import QUANTISED
+from fedara_flwr.config import QUANTISED, NumberType
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
@@ -37,9 +37,7 @@ class NodeSettings(Group):
         str(USUAL["model.name"]),
         description="backbones it takes part with, comma-separated: the run's model.name, or NAME=PATH where it lies elsewhere",
     )
-    dtype: Literal["", "float32", "bfloat16", "int8", "int4"] = Field(
-        "", description="number type of the frozen backbone; '' = the run's"
-    )
+    dtype: Literal["", NumberType] = Field("", description="number type of the frozen backbone; '' = the run's")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
     max_memory_mb: float = Field(

@@ -108,8 +108,7 @@ def to_target(run: Run, target: float) -> Reached | None:
     the evaluation before round 1 does not count among the three.
     """
     if run.main.better(number(run.start.get(run.metric)), target):
-        costs = (before_rounds(run, name) for name in ("bytes-total", "seconds", "modelled-seconds"))
-        sent, seconds, modelled = costs
+        sent, seconds, modelled = (before_rounds(run, name) for name in ("bytes-total", "seconds", "modelled-seconds"))
         return Reached(0, sent / 1e6, seconds, modelled)
     points = curve(run, run.metric, start=False)
     for i in range(TARGET_WINDOW - 1, len(points)):

@@ -143,9 +143,11 @@ class HeadStart:
         strategy = self.settings.strategy
         usual = max(strategy.norm_bound, FAR) if strategy.norm_bound else 0.0
         merged = merge(told, usual if strategy.robust == "mean" else FAR)
+        variance = 1.0
         if not merged.freedom:
             logger.warning("head: the sums tell nothing of how features spread, the server's validation rows do")
-        weights, biases, share = solve(merged, bias, variance_within(places.features, places.classes))
+            variance = variance_within(places.features, places.classes)
+        weights, biases, share = solve(merged, bias, variance)
         factor = temperature(places.features @ weights.T + biases, places.classes, bias)
         head = head.copy()
         head[places.weight] = (factor * weights).ravel()

@@ -101,10 +101,16 @@ def read_settings(flat: Mapping[str, Scalar]) -> Settings:
         ConfigError: as there, or there is no such task, or it does not allow its options.
     """
     settings = Settings.from_flat(flat)
-    task, given, left_open = open_task(settings.data), settings.to_flat(), Settings().to_flat()
+    task, given, left_open = open_task(settings.data), settings.to_flat(), _left_open()
     usual = {**USUAL, "data.partition": USUAL["data.partition"] if task.grouped else "iid", **task.defaults}
     filled = {key: value for key, value in usual.items() if given[key] == left_open[key]}
     return Settings.from_flat({**given, **filled}) if filled else settings
+
+
+@cache
+def _left_open() -> Mapping[str, Scalar]:
+    """The configuration's own defaults; every message that a node gets is read against them."""
+    return Settings().to_flat()
 
 
 def open_task(settings: DataSettings) -> Task:
