@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,12 @@ def pairs(names: Sequence[str] = tuple(CONFIGS), tasks: Sequence[Task] = tuple(T
 def some_fast(names: Sequence[str], fast: set[str]) -> list[Any]:
     """Parameters of which only `fast` ones run in `make test`: the others differ in what other tests look at."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps its Arrow files in the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session", autouse=True)

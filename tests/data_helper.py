@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data import federation as dealing
 from fedara_flwr.data import sources
@@ -34,3 +37,9 @@ def shares(settings: DataSettings, seed: int, clients: int) -> list:
 def statistics_of(features, classes, count, scatter=True):
     """Statistics of rows that come in one batch."""
     return Statistics.of([(features, classes)], count, scatter)
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """A jsonl file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

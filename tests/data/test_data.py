@@ -38,10 +38,7 @@ COLOURS = [
 NUMBERS = [{"text": f"row {i}", "label": i % 3} for i in range(6)]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` keeps its Arrow files in the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def write(path: Path, rows: list[dict]) -> Path:

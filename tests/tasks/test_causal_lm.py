@@ -7,14 +7,13 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TASKS
-from data_helper import federation, load, load_own, shares
+from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in_round, written
 from test_output import fill, open_adapted, save_model
@@ -36,14 +35,7 @@ TASK = TASKS["causal-lm"]
 BLUE = [["user", "Which colour?"], ["assistant", "blue"]]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def settings_of(path: Path, options: str = "", **more: object) -> DataSettings:

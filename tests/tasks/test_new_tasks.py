@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import TASKS, mean_loss, metrics
-from data_helper import federation, load, load_own, shares
+from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import config, start
 
@@ -31,14 +30,7 @@ NAMES = ("a", "b", "c")
 PAD = SimpleNamespace(pad_token_id=0, sep_token_id=None, model_input_names=["input_ids"])
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def problem(call) -> str:

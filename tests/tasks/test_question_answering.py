@@ -9,13 +9,12 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import CONFIGS, MINILM, TASKS, mean_loss
-from data_helper import federation, load, load_own, shares
+from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, start
 from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
@@ -99,19 +98,12 @@ SQUAD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(MINILM)
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def answering(path: Path, **options: object) -> DataSettings:
