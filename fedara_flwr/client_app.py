@@ -17,7 +17,7 @@ from fedara_flwr.model.parts import declared
 from fedara_flwr.node import power, worker
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import read_settings
-from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
 
 if TYPE_CHECKING:
     from fedara_flwr.client.session import Session
@@ -129,6 +129,8 @@ def ready(message: Message, context: Context) -> Message:
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["delta"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)
+        if NUM_TARGETS in question and len(data.train):
+            metrics |= node.guard.let_out({NUM_TARGETS: resident.learner.count(data.train)})
         if "calibrate-rank" in question and len(data.train):
             from fedara_flwr.client.capacity import measure
             from fedara_flwr.node.store import NodeStore

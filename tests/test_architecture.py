@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
-LAYERS = """keys config seeds files log plugins model data tasks adapters wire merging strategies node client server
+LAYERS = """keys training config seeds files log plugins model data tasks adapters wire merging strategies node client server
 report runs client_app server_app engine cli""".split()
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 NUMPY_ONLY = ("model", "merging", "strategies", "wire", "node", "data", "report")

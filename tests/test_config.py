@@ -134,7 +134,7 @@ def test_int_is_accepted_for_float():
         ("adapter.alpha", float("inf"), "finite"),
         ("method", 3, "string"),
         ("run.dir", False, "string"),
-        ("strategy.weighting", 1, "'examples' or 'uniform'"),
+        ("strategy.weighting", 1, "'examples', 'tokens' or 'uniform'"),
         ("strategy.options.arbitration", 1, "'budget' or 'threshold'"),
     ],
 )
@@ -205,7 +205,7 @@ def test_bad_choice_names_the_nearest(key, value, near):
 
 def test_bad_choice_far_from_all_lists_all():
     message = problem({"strategy.weighting": "zzz"})
-    assert "'examples' or 'uniform'" in message and "did you mean" not in message
+    assert "'examples', 'tokens' or 'uniform'" in message and "did you mean" not in message
 
 
 @pytest.mark.parametrize(

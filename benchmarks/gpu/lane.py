@@ -36,12 +36,13 @@ from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner, open_learner
 from fedara_flwr.client import session, step, train
 from fedara_flwr.client.vote import SlotVote
-from fedara_flwr.config import LocalTraining, Settings
+from fedara_flwr.config import Settings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.tasks import Encoded, open_task, read_settings
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import TrainPlan
 
 TASK = open_task(Settings().data)

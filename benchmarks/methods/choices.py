@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from trials import DATASETS, Trial  # noqa: E402
+from trials import DATASETS, DRAWN, Trial  # noqa: E402
 
 from fedara_flwr.server import loop  # noqa: E402
 
@@ -37,6 +37,13 @@ CHOICES: dict[str, tuple[str, dict]] = {
     "average": ("fedara", {"strategy.average": 0.7}),
     "float32": ("fedara", {"wire.down": "float32", "wire.up": "float32"}),
     "int4 down": ("fedara", {"wire.down": "int4"}),
+    "int4 down, more blocks gone": ("fedara", {"wire.down": "int4", OPTIONS: "depth-slack = 0.1"}),
+    "paper, solved head": ("fedara", {**DRAWN, "head.start": "statistics", OPTIONS: "depth-slack = 0.0"}),
+    "paper": ("fedara", {**DRAWN, OPTIONS: "depth-slack = 0.0"}),
+    "fedlora as the field runs it": ("fedlora", DRAWN),
+    "legend": ("legend", {}),
+    "federa": ("federa", {}),
+    "ffa-lora": ("ffa-lora", {}),
     **{
         f"{method}, rate {rate}": (method, {"train.learning-rate": rate})
         for method, rates in (("fedara", (1e-2, 5e-3, 1e-3)), ("fedlora", (2e-3, 1e-3, 2.5e-4)))

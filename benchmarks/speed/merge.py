@@ -21,11 +21,11 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import RecordDict
 
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.merging.mean import SlotMean
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.allocation import Vote, arbitrate_budget
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import update_from_content, update_to_content
 

@@ -36,10 +36,11 @@ from fedara_flwr.adapters.stack import problem
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.together import train_together
 from fedara_flwr.client.train import ClientData, Job, train
-from fedara_flwr.config import DataSettings, LocalTraining
+from fedara_flwr.config import DataSettings
 from fedara_flwr.data.federation import federation
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks import Encoded, open_task, read_settings
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import TrainPlan
 
 RANK, SIZE, ROWS = 12, 16, 64

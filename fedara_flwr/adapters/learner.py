@@ -87,6 +87,10 @@ class Learner:
             for rows in cut(order[start : start + BATCH], lengths, batch_tokens):
                 yield self.batch(data, rows)
 
+    def count(self, data: Encoded) -> int:
+        """Predictions of all of `data` that are learnt, by whose number losses are averaged."""
+        return sum(int(self.task.counts(batch).sum()) for batch in self.batches(data))
+
     @torch.no_grad()
     def evaluate(self, data: Encoded, batch_tokens: int = 0) -> dict[str, float]:
         """The task's metrics of the loaded model on all of `data`, in `batches`; no outputs are kept."""

@@ -18,7 +18,6 @@ from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.step import Spent, backward, count_flops, log_shares
 from fedara_flwr.client.terms import Term, find
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.draws import draw, sparse_positions
 from fedara_flwr.model.kept import Kept
 from fedara_flwr.model.parts import declared, in_order
@@ -26,6 +25,7 @@ from fedara_flwr.model.spec import Arrays
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.power import PowerMeter, peak_memory
 from fedara_flwr.tasks.base import Encoded
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 
 SORTING_WINDOW = 8  # batches among which examples are sorted by length

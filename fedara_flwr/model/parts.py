@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from fedara_flwr.plugins import offered
 
 if TYPE_CHECKING:
-    from fedara_flwr.config import LocalTraining
     from fedara_flwr.model.spec import ModuleSpec
+    from fedara_flwr.training import LocalTraining
 
 logger = logging.getLogger(__name__)
 GROUP = "fedara_flwr.parts"

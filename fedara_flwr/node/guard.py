@@ -18,10 +18,12 @@ from fedara_flwr.model.difference import difference, share_within
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.seeds import secure_normal
 from fedara_flwr.tasks.registry import evaluation_metrics
+from fedara_flwr.wire import NUM_TARGETS
 
 logger = logging.getLogger(__name__)
 EXAMPLES = "eval-examples"
 TRAINING = (
+    NUM_TARGETS,
     "loss",
     "loss-last",
     "steps",

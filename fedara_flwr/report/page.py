@@ -167,7 +167,9 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         modules = len(last.get("alive-per-module") or [])
         dead = f", {last.get('dead-modules')} of {modules} modules dead" if modules else ""
         figures.append(("alive slots", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
-    figures.append(("MB in all", figure(total_megabytes(run), 1), "both directions, all clients"))
+    sent_mb, allowed = total_megabytes(run), number((run.facts.get("config") or {}).get("wire.budget-mb"))
+    share = f", {sent_mb / allowed:.2%} of {allowed:,.0f} MB allowed" if allowed > 0 else ""
+    figures.append(("MB in all", figure(sent_mb, 1), f"both directions, all clients{share}"))
     if run.rounds:
         first, now = (sent(line, "up") / 1e6 for line in (run.rounds[0], last))
         figures.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))

@@ -188,7 +188,11 @@ class Keeper(Callback):
         if figures := facts.get("samples-scores"):
             said = ", ".join(f"{name} {one:.3f} (before {two:.3f})" for name, (one, two) in figures.items())
             logger.info("answers to %d validation rows: %s", len(facts["samples"]), said)
-        logger.info("sent: %.1f MB down, %.1f MB up", down, up)
+        allowed = self.settings.wire.budget_mb
+        share = f", {(down + up) / allowed:.2%} of wire.budget-mb = {allowed:,g}" if allowed else ""
+        logger.log(
+            logging.WARNING if 0 < allowed < down + up else logging.INFO, "sent: %.1f MB down, %.1f MB up%s", down, up, share
+        )
         if privacy := facts.get("privacy"):
             logger.info("%s; %s", in_words(self.settings.privacy, privacy["rounds"]), privacy["adjacency"])
         if modelled := facts["modelled"]:

@@ -165,12 +165,12 @@ class RoundLoop(Strategy):
             messages=[],
             limits=self.roster.examples,
             meter=self.meter,
-            weighting=self.settings.strategy.weighting,
+            weights=self.roster.weights,
             norms=Norms(0.0 if private else self.settings.strategy.norm_bound, state.norms),
             start=self._start(),
             client=self.client,
             read=method.read_report,
-            cap=weight_cap(self.settings.strategy.weight_cap, [client.examples for client in clients]),
+            cap=weight_cap(self.settings.strategy.weight_cap, [self.roster.weights[node.key] for node in asked]),
             private=private,
         )
         work.drop_busy(self.roster.busy)

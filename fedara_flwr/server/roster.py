@@ -23,7 +23,7 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import printable
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import replies
-from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
@@ -68,9 +68,10 @@ class Roster:
     ) -> None:
         """`ready` sees what a node that can train says of itself; `asked` is added to the question (server/loop.py)."""
         self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
-        self._ready, self._more = ready, dict(asked or {})
+        self._ready, self._more = ready, {**(asked or {}), **({NUM_TARGETS: 1} if settings.weighting == "tokens" else {})}
         self.nodes: dict[str, Node] = {}
         self.examples: dict[str, int] = {}
+        self.weights: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
         self.busy: dict[str, str] = {}
         self._asked: set[int] = set()
@@ -253,7 +254,13 @@ class Roster:
             small = "too small to train: " if examples == 0 else ""
             self.unfit[key] = f"{small}{str(examples)[:32]} examples, allowed are 1 to {MAX_EXAMPLES}"
             return
+        targets = metrics.get(NUM_TARGETS, 0) if self.settings.weighting == "tokens" else 1
+        if not isinstance(targets, int) or not 1 <= targets <= MAX_EXAMPLES:
+            said = str(targets)[:32] if NUM_TARGETS in metrics else "it does not tell its"
+            self.unfit[key] = f"{said} tokens to learn, with strategy.weighting = 'tokens' allowed are 1 to {MAX_EXAMPLES}"
+            return
         self.examples[key] = examples
+        self.weights[key] = {"examples": examples, "tokens": targets, "uniform": 1}[self.settings.weighting]
         numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
         self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})
 

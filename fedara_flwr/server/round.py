@@ -42,11 +42,11 @@ class Drop:
     detail: str
 
 
-def weight_cap(cap: float, examples: Sequence[int]) -> float:
-    """The most examples that one client may weigh: `cap` times the median that the round's clients declared; 0 = any."""
-    if not cap or not examples:
+def weight_cap(cap: float, weights: Sequence[int]) -> float:
+    """The most that one client may weigh: `cap` times the median of the round's clients; 0 = any."""
+    if not cap or not weights:
         return math.inf
-    return max(1.0, cap * statistics.median_low(examples))
+    return max(1.0, cap * statistics.median_low(weights))
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Round:
     Attributes:
         asked: nodes in the round's order: those with more to do first, equal ones as they were drawn; `plans` and `messages`
             go with them.
-        limits: examples that each node declared first.
+        limits: examples that each node declared first; weights: what it weighs with all of them.
         norms: judges how far an update may move; `start` gives the values that it started from, under its mask.
         client: what the method may know of a node; `read` is its reading of terms' reports.
         coding: what the arrays that were sent lost in their format.
@@ -75,7 +75,7 @@ class Round:
     messages: list[Message]
     limits: dict[str, int]
     meter: ByteMeter
-    weighting: str
+    weights: dict[str, int]
     norms: Norms
     start: Callable[[TrainPlan, RankMask], Arrays]
     client: Callable[[Node], Client]
@@ -189,7 +189,7 @@ class Round:
         if excess := self.norms.excess(moved, beside, step):
             self._drop(node.key, "norm", excess)
             return
-        weight = int(min(update.num_examples, self.cap)) if self.weighting == "examples" else 1
+        weight = int(min(max(1, self.weights[node.key] * update.num_examples // self.limits[node.key]), self.cap))
         self.answered.append(node.key)
         self.records.append(record)
         self.sizes.append(moved)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.keys import Scalar
 from fedara_flwr.model.draws import draw
 from fedara_flwr.model.parts import is_slot_part, of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
+from fedara_flwr.training import LocalTraining
 
 KEPT_SLOTS = "kept-slots"
 """A report that is no term's: which of the plan's slots the client's terms want sent back; the others are not."""

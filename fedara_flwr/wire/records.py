@@ -15,13 +15,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ValidationError
 
-from fedara_flwr.config import Format, LocalTraining
+from fedara_flwr.config import Format
 from fedara_flwr.keys import Scalar
 from fedara_flwr.log import printable
 from fedara_flwr.model import parts
 from fedara_flwr.model.deltas import Piece, piece_lengths
 from fedara_flwr.model.ranks import Bools, RankMask, pack_bits, unpack_bits
 from fedara_flwr.model.spec import Arrays, ModelSpec
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.arrays import MAX_DETAIL, MAX_NAME, Rejected, read_arrays, read_vector, short, to_record
 from fedara_flwr.wire.codec import Coded

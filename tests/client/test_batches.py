@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedara_flwr.client.train import batches
-from fedara_flwr.config import LocalTraining
+from fedara_flwr.training import LocalTraining
 
 
 def plan(steps: int = 0, epochs: int = 1, batch_size: int = 16) -> LocalTraining:

@@ -11,12 +11,12 @@ from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.client.session import own_settings, resident
 from fedara_flwr.client.train import ClientData, Encoded, train
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import SVD
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import read_settings
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import TrainPlan
 
 VOTE = {"budget": 5.0}

@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.deltas import DeltaLog, Holding, Piece, as_dense, compose, dense, factors, from_factors
 from fedara_flwr.model.draws import draw, lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter, payload
 from fedara_flwr.wire.plan import TrainPlan

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from data_helper import write
 from deployment import PATIENCE, TERM, deployment, wait_for
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 from runs_helper import WALL_CLOCK, config, start
+from test_output import save_model
 from typer.testing import CliRunner
 from work import work
 
@@ -136,6 +138,19 @@ class Thread(threading.Thread):
 @pytest.mark.parametrize("method", ["fedara", "flora"])  # flora: deltas, in the node's store and state
 def test_a_run_by_a_worker_is_bit_equal(tiny_bert, place, monkeypatch, method):
     """Every client's ready, train and evaluate go through one real worker; what happens here instead fails."""
+    by_a_worker(config(tiny_bert, method=method, num_server_rounds=3, data__client_validation=0.2), place, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_language_model_in_a_worker(tmp_path, place, monkeypatch):
+    rows = [{"prompt": f"what is {n}?", "completion": f"the number {n}"} for n in range(60)]
+    more = {"data__task": "causal-lm", "data__path": str(write(tmp_path / "d.jsonl", rows)), "data__max_length": 40}
+    model = save_model(tmp_path / "llama", "llama")
+    by_a_worker(config(model, num_server_rounds=3, data__test=0.1, data__client_validation=0.2, **more), place, monkeypatch)
+
+
+def by_a_worker(flat: dict, place: Path, monkeypatch) -> None:
+    """A run of `flat` in one real worker, compared with one without."""
     monkeypatch.setattr(worker, "COMMAND", COMMAND)
     monkeypatch.setattr(worker, "address", lambda node_id: place / "fedara-one")
     asked = []
@@ -152,7 +167,6 @@ def test_a_run_by_a_worker_is_bit_equal(tiny_bert, place, monkeypatch, method):
         asked.append(name)
         return worker.ask(here, message, context)
 
-    flat = config(tiny_bert, method=method, num_server_rounds=3, data__client_validation=0.2)
     without = start(flat)
     by_worker = start(flat, app=app)
     assert {"ready", "train"} <= set(asked) and len(worker.running()) == 1

@@ -428,6 +428,16 @@ def test_hostile_texts_stay_text(tmp_path):
     assert "\x1b" not in report.html and "\u202e" not in report.html
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"), [(200_000.0, ", 0.00% of 200,000 MB allowed"), (5.0, ", 160.00% of 5 MB allowed"), (0.0, "</")]
+)
+def test_the_share_of_what_may_be_sent(tmp_path, budget, words):
+    """8 MB of so many; without a budget no share is told."""
+    config = {**facts()["config"], "wire.budget-mb": budget}
+    page = write_report(make(tmp_path / "run", facts(config=config))).read_text()
+    assert f"both directions, all clients{words}" in page
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_run_that_has_just_begun_has_a_page(tmp_path, rounds):
     changes = {

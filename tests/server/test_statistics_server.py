@@ -21,7 +21,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 from fedara_flwr import engine
 from fedara_flwr.adapters.backbone import load_tokenizer
 from fedara_flwr.adapters.features import features
-from fedara_flwr.config import DRAWN_HEAD, SOLVED_HEAD
 from fedara_flwr.data.federation import shares
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
@@ -31,6 +30,7 @@ from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.strategies.base import Client
+from fedara_flwr.training import DRAWN_HEAD, SOLVED_HEAD
 
 UNCAPPED = {"strategy__weight_cap": 0.0}
 CLOSE = 1e-5  # sums travel in float32, and solving multiplies what they lose

@@ -19,7 +19,7 @@ from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in
 from test_output import fill, open_adapted, save_model
 from test_templates import CHAT, END, learnt, problem, tokenizer
 
-from fedara_flwr import engine
+from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client import session
@@ -605,6 +605,23 @@ def test_a_bfloat16_checkpoint_stays_one(rows, tmp_path):
     assert np.abs(found - stock(base, "", ids)[1]).max() > 0
 
 
+MORE = sorted(strategies.built_in().keys() - {"fedara", "fedlora", "head"})
+
+
+@pytest.mark.parametrize("method", MORE)
+def test_every_other_method_learns_too(folder, rows, method):
+    loop = start(flat_of(folder, rows, method=method, strategy__options=""), clients=4)
+    first, *_, last = [line["loss"] for line in loop.lines if line["type"] in ("start", "round")]
+    assert last < first, method
+
+
+def test_a_private_run(folder, rows):
+    pytest.importorskip("dp_accounting")
+    noised = {"privacy__clip": 1.0, "privacy__noise_multiplier": 2.0, "strategy__weighting": "uniform"}
+    loop = start(flat_of(folder, rows, **noised), clients=4)
+    assert np.all(loop.state.arrays["E"]) and {line["noise"] for line in loop.lines if line["type"] == "round"}
+
+
 def test_a_method_without_adapters_is_refused(folder, rows):
     line = problem(lambda: engine.run(flat_of(folder, rows, method="head", run__dir=""), 4))
     assert line == "method = 'head': data.task = 'causal-lm' has no head, and nothing else would be trained"
@@ -695,6 +712,30 @@ def test_a_node_that_writes_conversations_otherwise_is_left_out(folder, rows, op
     grid.contexts[1002].run_config = {**grid.contexts[1002].run_config, "data.options": f"{OPTIONS}\n{options}"}
     loop.start(grid, loop.initial_arrays(), 1)
     assert set(loop.roster.unfit) == {"2"} and loop.roster.unfit["2"].startswith(f"its {name} differs: ")
+
+
+def test_clients_weigh_by_the_tokens_of_their_answers(folder, tmp_path):
+    """n words have n + 2 tokens that are learnt: the first word is two, and one ends the turn. One client has long ones."""
+    rows = [
+        {"instruction": "hello", "output": " ".join(["world"] * (9 if owner == 0 else 1 + i % 2)), "owner": f"o{owner}"}
+        for owner in range(4)
+        for i in range(20)
+    ]
+    natural = {"data__partition": "natural", "data__id_column": "owner", "data__options": "", "data__test": 0.05}
+    flat = flat_of(folder, write(tmp_path / "d.jsonl", rows), method="fedlora", strategy__weighting="tokens", **natural)
+    loop, grid = prepare(flat | {"strategy.fraction-train": 1.0, "strategy.weight-cap": 2.0}, clients=4)
+    silent = {"metrics": "loss"}  # a node that tells nothing else
+    grid.contexts[1003].node_config = {**grid.contexts[1003].node_config, **silent}
+    loop.start(grid, loop.initial_arrays(), 1)
+    assert loop.roster.unfit == {
+        "3": "it does not tell its tokens to learn, with strategy.weighting = 'tokens' allowed are 1 to 2147483648"
+    }
+    tokens, examples = loop.roster.weights, loop.roster.examples
+    long = next(key for key in tokens if tokens[key] == 11 * examples[key])
+    assert all(3 * examples[key] <= tokens[key] <= 4 * examples[key] for key in tokens if key != long)
+    median = sorted(tokens.values())[1]
+    seen = {reply.client.key: reply.weight for reply in loop.work.replies}
+    assert seen == tokens | {long: 2 * median} and 2 * median < tokens[long]
 
 
 def test_options_that_read_rows_only_may_be_a_devices_own(folder, rows):

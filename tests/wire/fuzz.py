@@ -36,7 +36,6 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import DeltaLog, Piece
 from fedara_flwr.model.draws import draw
@@ -50,6 +49,7 @@ from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Client, Method
 from fedara_flwr.strategies.fedara import FedARA
 from fedara_flwr.tasks import read_settings
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_arrays, to_record
 from fedara_flwr.wire.codec import CODECS, Broadcast
 from fedara_flwr.wire.meter import counted, payload

@@ -16,12 +16,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedara_flwr.config import LocalTraining
 from fedara_flwr.model.parts import BUILT_IN
 from fedara_flwr.model.ranks import RankMask, pack_order, rank_order
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.strategies.allocation import Vote
 from fedara_flwr.strategies.fedara import FedARA
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.arrays import MAX_NAME, Rejected, read_vector, to_record
 from fedara_flwr.wire.meter import ByteMeter, payload
