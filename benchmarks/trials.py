@@ -27,7 +27,31 @@ DATASETS: dict[str, tuple[int, dict]] = {  # name: clients, and how the set is r
     "20news": (50, {"data.dirichlet-alpha": 0.1}),
     "sst2": (50, {"data.dirichlet-alpha": 0.1, "data.validation": 0.02}),
     "docstrings": (20, {"data.dirichlet-alpha": 0.5}),
-    "medquad": (9, {"data.task": "causal-lm", "data.partition": "natural", "data.id-column": "source"}),
+    "medquad": (
+        9,
+        {
+            "data.task": "causal-lm",
+            "data.partition": "natural",
+            "data.id-column": "source",
+            "data.max-length": 128,
+            "data.validation-rows": 64,
+            "data.options": "generate = 0",
+            "strategy.fraction-train": 3 / 9,
+            "strategy.min-train-nodes": 3,
+            "train.steps": 4,
+        },
+    ),
+    "btc": (
+        6,
+        {
+            "data.task": "token-classification",
+            "data.text-column": "tokens",
+            "data.label-column": "ner_tags",
+            "data.partition": "natural",
+            "data.id-column": "section",
+        },
+    ),
+    "qed": (20, {"data.task": "question-answering", "data.partition": "iid", "data.validation-rows": 400}),
     "wnut17": (
         20,
         {
@@ -74,9 +98,9 @@ class Trial(Callback):
             "num-server-rounds": rounds,
             "method": method,
             "seed": seed,
-            **reading,
             "data.path": data if dataset != "docstrings" else "",
             "strategy.fraction-train": 5 / self.clients,
+            **reading,
             **setting,
         }
         self.key = {"stage": stage, "data": dataset, "method": method, "setting": setting, "seed": seed}

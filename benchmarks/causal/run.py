@@ -1,6 +1,6 @@
 """Measures methods on a language model: perplexity by bytes and by counted compute, each site's rows a client.
 
-    python benchmarks/causal/run.py --data DIR/medquad --out FILE [--methods fedlora] [--factors 1] [--seeds 1,2] [--rounds 20]
+    python benchmarks/causal/run.py --data DIR/medquad --out FILE [--methods fedlora] [--factors 1] [--seeds 1,2] [--rounds 15]
 
 Each method's own rate times each factor on the first seed for a third of the rounds; the best by validation goes on with the
 other seeds. Lines are appended as they come; what FILE holds is not run again. One seed of a method takes hours on two cores.
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
     parser.add_argument("--factors", default="0.3,1,3")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     rung = max(EVERY, args.rounds // 3 // EVERY * EVERY)

@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, dict]] = {
     "paper, solved head": ("fedara", {**DRAWN, "head.start": "statistics", OPTIONS: "depth-slack = 0.0"}),
     "paper": ("fedara", {**DRAWN, OPTIONS: "depth-slack = 0.0"}),
     "fedlora as the field runs it": ("fedlora", DRAWN),
+    "head": ("head", {}),
     "legend": ("legend", {}),
     "federa": ("federa", {}),
     "ffa-lora": ("ffa-lora", {}),
