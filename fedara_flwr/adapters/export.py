@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone, locate
 from fedara_flwr.adapters.packaged import NOTES
+from fedara_flwr.adapters.rotary import name_rotary
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.spec import Vector
 
@@ -145,3 +146,4 @@ def save_model(folder: Path, adapted: AdaptedModel) -> None:
     """The loaded model, adapters and delta merged into it; loads in stock transformers. Leaves `adapted` merged."""
     adapted.merge()
     adapted.model.save_pretrained(str(folder))
+    name_rotary(folder)

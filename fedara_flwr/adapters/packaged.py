@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from fedara_flwr.adapters.rotary import name_rotary
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError
 
@@ -115,4 +116,5 @@ def _unpack(name: str, weights: Path, folder: Path) -> None:
     vars(model.config).pop("quantization_config", None)
     model.config.name_or_path = name
     model.bfloat16().save_pretrained(folder)
+    name_rotary(folder)
     tokenizer.save_pretrained(folder)

@@ -23,8 +23,9 @@ from fedara_flwr.data.reading import Column, Example, LeftOut, absent, text
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, LearnerPort, Metric, Sample, Task, pad, pad_labels
 from fedara_flwr.tasks.generation import say
+from fedara_flwr.tasks.ollama import modelfile
 from fedara_flwr.tasks.overlap import exact, rouge_l
-from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, modelfile, shorten
+from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +244,11 @@ class CausalLM(Task):
         """A Modelfile for Ollama beside plain LoRA and merged models: it does not read AdaLoRA's adapters."""
         if kind == "peft":
             return {}
-        return {"Modelfile": modelfile(learner.tokenizer, "" if kind == "merged" else base)}
+        try:
+            return {"Modelfile": modelfile(learner.tokenizer, "" if kind == "merged" else base)}
+        except Refused as error:
+            logger.warning("no Modelfile for Ollama: %s", error)
+            return {}
 
     def snippet(self) -> list[str]:
         """Python lines that print an answer."""

@@ -152,28 +152,3 @@ def shorten(ids: list[int], labels: list[int], most: int) -> tuple[list[int], li
         answer -= 1
     gone = min(over, max(0, answer - most // 2))
     return ids[gone : gone + most], [UNLABELLED, *labels[gone + 1 : gone + most]]
-
-
-def modelfile(tokenizer: Any, base: str) -> str:
-    """An Ollama Modelfile for the folder that it lies in, with the tokenizer's chat template in Ollama's own way of writing.
-
-    Args:
-        base: the base model's folder of safetensors, where this one holds a LoRA adapter; '' = it holds the whole model.
-    """
-    template, (system, prompt, answer) = Template(tokenizer), ("\ue000", "\ue001", "\ue002")
-
-    def written(*messages: tuple[str, str]) -> str:
-        turns = [{"role": role, "content": content} for role, content in messages]
-        text = template.render(turns, answering=True).replace(prompt, "{{ .Prompt }}").replace(system, "{{ .System }}")
-        return text.replace('"""', '\\"\\"\\"')
-
-    bare = written((USER, prompt))
-    try:
-        with_system = written((SYSTEM, system), (USER, prompt))
-    except Refused:  # a template without a place for it
-        with_system = bare
-    ids, _ = template.answers([{"role": USER, "content": prompt}, {"role": ASSISTANT, "content": answer}])
-    end = tokenizer.convert_ids_to_tokens(ids[-1])
-    source = [f"FROM {base}", "ADAPTER ."] if base else ["FROM ."]
-    body = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{bare}{{{{ end }}}}{{{{ .Response }}}}{end}"
-    return "\n".join([*source, f'TEMPLATE """{body}"""', f'PARAMETER stop "{end}"', "PARAMETER temperature 0", ""])

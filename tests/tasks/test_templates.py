@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import TASKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks.base import UNLABELLED
-from fedara_flwr.tasks.templates import ALPACA, PLAIN, Cut, Template, modelfile, shorten
+from fedara_flwr.tasks.ollama import modelfile
+from fedara_flwr.tasks.templates import ALPACA, PLAIN, Cut, Refused, Template, shorten
 
 TASK = TASKS["causal-lm"]
 END, TURN = "<|end|>", "<|turn|>"
@@ -358,22 +362,65 @@ def test_made_up_rows_have_an_answer_in_their_last_third():
 
 
 # -- Ollama ------------------------------------------------------------
+def ollama(file: str, messages: list[tuple[str, str]]) -> str:
+    """What Ollama makes of a conversation by a Modelfile: Go's marks read as Jinja's, the first message of the system apart."""
+    body = re.search('TEMPLATE """(.*)"""\nPARAMETER stop', file, re.S)[1]
+    for go, jinja in (
+        ("{{ $first := true }}", "{% set at = namespace(first=true) %}"),
+        ("{{ range .Messages }}", "{% for m in messages %}"),
+        ('{{ if eq .Role "user" }}', "{% if m[0] == 'user' %}"),
+        ('{{ else if eq .Role "assistant" }}', "{% elif m[0] == 'assistant' %}"),
+        ("{{ if $first }}", "{% if at.first %}"),
+        ("{{ if $.System }}", "{% if system %}"),
+        ("{{ $first = false }}", "{% set at.first = false %}"),
+        ("{{ else }}", "{% else %}"),
+        ("{{ $.System }}", "{{ system }}"),
+        ("{{ .Content }}", "{{ m[1] }}"),
+    ):
+        body = body.replace(go, jinja)
+    ends = iter(["{% endif %}"] * 3 + ["{% endfor %}"])  # of System, first, the roles, and the turns
+    body = re.sub(r"\{\{ end \}\}", lambda _: next(ends), body)
+    found = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(body)
+    return found.render(messages=messages, system=next((text for role, text in messages if role == "system"), ""))
+
+
+@pytest.mark.parametrize("template", [CHAT, ALPACA, PLAIN, "chatml"])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_ollama_writes_a_conversation_as_the_tokenizer_does(template, system, turns):
+    if template == "chatml":
+        template = (
+            "{% if messages[0]['role'] != 'system' %}{{ '<|turn|>system\nYou help.<|end|>\n' }}{% endif %}"
+            "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
+        )
+    found = tokenizer(template, eos="</s>" if template in (ALPACA, PLAIN) else "<|end|>")
+    asked = [("system", "be {{ brief }}")] * system
+    asked += [message for i in range(turns) for message in (("user", f"number {i}?"), ("assistant", f"it is {i}"))][:-1]
+    wanted = Template(found).render([{"role": role, "content": text} for role, text in asked], answering=True)
+    assert ollama(modelfile(found, ""), asked) == wanted
+
+
 def test_modelfile_by_hand():
-    """With and without a system text, as the template has it; the base's folder beside an adapter."""
-    begin = "<|turn|>user\n{{ .Prompt }}<|end|>\n<|turn|>assistant\n"
-    body = f"{{{{ if .System }}}}<|turn|>system\n{{{{ .System }}}}<|end|>\n{begin}{{{{ else }}}}{begin}{{{{ end }}}}"
-    lines = f'TEMPLATE """{body}{{{{ .Response }}}}<|end|>"""\nPARAMETER stop "<|end|>"\nPARAMETER temperature 0\n'
-    assert modelfile(tokenizer(), "") == f"FROM .\n{lines}"
-    assert modelfile(tokenizer(), "/models/m") == f"FROM /models/m\nADAPTER .\n{lines}"
+    """The base's folder beside an adapter; where an answer ends."""
+    text = modelfile(tokenizer(), "/models/m")
+    assert text.startswith('FROM /models/m\nADAPTER .\nTEMPLATE """{{ $first := true }}{{ range .Messages }}')
+    assert text.endswith('"""\nPARAMETER stop "<|end|>"\nPARAMETER temperature 0\n')
+    assert modelfile(tokenizer(), "").startswith('FROM .\nTEMPLATE """')
 
 
 def test_modelfile_of_a_template_without_a_place_for_a_system_text():
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
     text = modelfile(tokenizer(strict), "")
-    assert ".System }}<" in text and "{{ .System }}" not in text and text.count("{{ .Prompt }}") == 2
+    assert "{{ $.System }}" not in text and ollama(text, [("user", "one")]).count("<|turn|>") == 2
 
 
-def test_modelfile_of_alpaca():
-    text = modelfile(tokenizer(ALPACA, eos="</s>"), "")
-    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:{{ end }}{{ .Response }}</s>" in text
-    assert 'PARAMETER stop "</s>"' in text
+def test_marks_of_gos_in_a_template():
+    odd = CHAT.replace("{% for", "{{ '{{ x }} ' + '\"' * 3 }}{% for", 1)
+    assert '{{ "{{" }} x }} {{ "\\"\\"\\"" }}' in modelfile(tokenizer(odd), "")
+
+
+def test_no_modelfile_of_turns_that_are_written_in_two_ways():
+    twice = CHAT + "{{ messages[-1]['content'] }}"
+    with pytest.raises(Refused, match="twice, or not at all"):
+        modelfile(tokenizer(twice), "")
