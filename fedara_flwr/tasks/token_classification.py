@@ -16,7 +16,8 @@ import numpy as np
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, UnknownLabel, absent
+from fedara_flwr.data.reading import BadRow, Column, Example
+from fedara_flwr.data.skipped import LeftOut
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, cross_entropies, pad, pad_labels
 
@@ -64,9 +65,7 @@ class TokenClassification(Task):
                 raise BadRow(f"has {word!r} among its words, allowed is text")
         if not any(word.strip() for word in words):
             raise LeftOut("without text")
-        places = tuple(-1 if absent(tag) else labels.place(tag) for tag in tags)
-        if -1 in places:
-            raise UnknownLabel(labels.value(tags[places.index(-1)]))
+        places = tuple(labels.place(tag) for tag in tags)
         target = (tuple(words), places)
         return Example(" ".join(words), main_type(places, labels.names), target=target, identity=json.dumps(target))
 
