@@ -134,9 +134,10 @@ def test_texts_over_several_lines(tmp_path):
     assert texts == {'one\ntwo, "three"', "four", "five,six"}
     path = saved(tmp_path / "e.csv", content + "seven,pos,more\n")
     assert "line 6 has 3 fields" in problem(path)  # of the file, as an editor counts
-    assert "line 5: a quote that is not closed" in problem(
-        saved(tmp_path / "f.csv", content.replace('six"', "six") + 'x,y\nz,"w\n')
-    )
+    path = saved(tmp_path / "f.csv", content.replace('six"', "six"))
+    assert "line 5: a quote that is not closed" in problem(path)
+    path = saved(tmp_path / "g.csv", content + 'z,"w" or not\n')
+    assert "line 6: a quote in a quoted text must be doubled" in problem(path)
 
 
 def test_too_few_fields_are_counted(tmp_path):
@@ -168,15 +169,12 @@ def test_format_as_the_key_says(tmp_path):
 
 def test_encodings(tmp_path):
     path = saved(tmp_path / "d.csv", lines([("café", "é"), ("thé", "e")]), "cp1252")
-    assert problem(path) == (
-        f"data.path = {str(path)!r}: d.csv cannot be read: line 2 is no utf-8 text; data.format = \"encoding = 'cp1252'\" is likely"
-    )
-    assert pairs(read(path, format="encoding = 'cp1252'")) == {("café", "é"), ("thé", "e")}
+    line = "d.csv cannot be read: line 2 is no utf-8 text; data.format = \"encoding = 'cp1252'\" is likely"
+    assert problem(path) == f"data.path = {str(path)!r}: {line}"
+    expected = {("café", "é"), ("thé", "e")}
+    assert pairs(read(path, format="encoding = 'cp1252'")) == expected
     assert "there is no encoding 'klingon'" in problem(path, format="encoding = 'klingon'")
-    assert pairs(read(saved(tmp_path / "e.csv", lines([("café", "é"), ("thé", "e")]), "utf-16"))) == {
-        ("café", "é"),
-        ("thé", "e"),
-    }
+    assert pairs(read(saved(tmp_path / "e.csv", lines(sorted(expected)), "utf-16"))) == expected
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
