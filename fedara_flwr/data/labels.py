@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, UnknownLabel, absent
+from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, UnknownLabel, absent, spelled
 from fedara_flwr.keys import ConfigError
 
 MAX_LABELS = 10_000
@@ -42,11 +42,9 @@ def written(value: Any) -> str | None:
     """
     if absent(value):
         return None
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, bytes | Mapping | list | tuple):
         raise LeftOut("with a label that is no single value")
-    text = str(value).strip()
+    text = spelled(value).strip()
     if (whole := ZEROS.fullmatch(text)) is not None:
         return whole[1]
     return text or None

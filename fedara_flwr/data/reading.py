@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.skipped import LeftOut, absent
+from fedara_flwr.data.skipped import LeftOut, absent, spelled
 
 
 class BadRow(ValueError):
@@ -71,13 +71,13 @@ class Reader(Protocol):
 
 def text(value: Any, what: str = "text") -> str:
     """The value as text; LeftOut where there is none, or nothing but spaces."""
-    if absent(value) or not str(value).strip():
+    if absent(value) or not (found := spelled(value)).strip():
         raise LeftOut(f"without {what}")
-    return str(value)
+    return found
 
 
 def optional_text(row: Mapping[str, Any], role: str) -> str | None:
     """A text that may be missing in a row (then ''); None where the table has no such column."""
     if role not in row:
         return None
-    return "" if absent(row[role]) else str(row[role])
+    return "" if absent(row[role]) else spelled(row[role])

@@ -28,6 +28,15 @@ def absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def spelled(value: Any) -> str:
+    """A value as text; of a whole number no fraction, which a reader adds where another row has no number.
+
+    Half of a character that is written with two (a lone surrogate, as JSON can hold) becomes a question mark.
+    """
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass
 class Skipped:
     """Rows that were left out of a source.

@@ -17,7 +17,7 @@ from fedara_flwr.data.files import SPLITS, read_files, read_hub
 from fedara_flwr.data.labels import Labels, check_names, names_in, read_names
 from fedara_flwr.data.partitions import split
 from fedara_flwr.data.reading import BadRow, Column, Example, Reader
-from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent
+from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent, spelled
 from fedara_flwr.data.tables import Table, column_problem
 from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.log import error_line
@@ -316,13 +316,16 @@ def _examples(
     examples: list[Example] = []
     for row, values in enumerate(zip(*(_values(table, column.name, key) for column in columns), strict=True)):
         try:
-            examples.append(reader.read(dict(zip(roles, values, strict=True)), labels))
+            example = reader.read(dict(zip(roles, values, strict=True)), labels)
+            if owners is not None and absent(owners[row]):
+                raise LeftOut("without owner")
+            examples.append(example)
             kept.append(row)
         except LeftOut as why:
             skipped.leave(row, why)
         except BadRow as error:
             raise ConfigError(f"{key}: row {row} {error}") from None
-    names = None if owners is None else tuple("" if absent(owners[row]) else str(owners[row]) for row in kept)
+    names = None if owners is None else tuple(spelled(owners[row]) for row in kept)
     return _stack(examples, reader, names)
 
 

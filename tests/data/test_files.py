@@ -177,6 +177,15 @@ def test_encodings(tmp_path):
     assert pairs(read(saved(tmp_path / "e.csv", lines(sorted(expected)), "utf-16"))) == expected
 
 
+def test_numbers_beside_missing_ones_keep_their_form(tmp_path):
+    """Parquet and pandas make them floats; rows without an owner are nobody's, not a client of their own."""
+    columns = {"text": pa.array([7.0, None, 2.5, 9.0]), "label": ["a", "b", "a", "b"], "who": pa.array([1.0, 2.0, 2.0, None])}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    data = read(tmp_path / "d.parquet", id_column="who")
+    assert pairs(data) == {("7", "a"), ("2.5", "a")} and {*data.train.owners, *data.test.owners} == {"1", "2"}
+    assert data.skipped[0].endswith("2 of 4 rows skipped: 1 without owner, 1 without text")
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "content", "line"),
@@ -198,6 +207,12 @@ def test_a_line_with_a_list_of_objects_is_one_row(tmp_path):
     assert list(read_file(saved(tmp_path / "d.jsonl", '{"data": [{"a": 1}, {"a": 2}]}\n'))) == [{"data": [{"a": 1}, {"a": 2}]}]
     with pytest.raises(Unreadable):
         read_file(saved(tmp_path / "e.json", "3"))
+
+
+def test_half_a_character(tmp_path):
+    """A lone surrogate, which no tokenizer and no hash takes."""
+    path = saved(tmp_path / "d.jsonl", r'{"text": "one \ud83d two", "label": "a\ud83d"}' + '\n{"text": "b", "label": "c"}\n')
+    assert pairs(read(path)) == {("one ? two", "a?"), ("b", "c")}
 
 
 def test_other_ends_of_a_line_within_a_text(tmp_path):
