@@ -10,10 +10,6 @@ from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.skipped import LeftOut, absent, spelled
 
 
-class BadRow(ValueError):
-    """A row that must be a mistake; ends the run with the number of the row and this text."""
-
-
 class Example(NamedTuple):
     """One row as its task reads it; the attributes are those of `Examples`."""
 

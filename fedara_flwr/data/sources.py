@@ -16,7 +16,7 @@ from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.files import SPLITS, read_files, read_hub
 from fedara_flwr.data.labels import Labels, check_names, names_in, read_names
 from fedara_flwr.data.partitions import split
-from fedara_flwr.data.reading import BadRow, Column, Example, Reader
+from fedara_flwr.data.reading import Column, Example, Reader
 from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent, spelled
 from fedara_flwr.data.tables import Table, column_problem
 from fedara_flwr.keys import ConfigError, nearest
@@ -323,8 +323,6 @@ def _examples(
             kept.append(row)
         except LeftOut as why:
             skipped.leave(row, why)
-        except BadRow as error:
-            raise ConfigError(f"{key}: row {row} {error}") from None
     names = None if owners is None else tuple(spelled(owners[row]) for row in kept)
     return _stack(examples, reader, names)
 

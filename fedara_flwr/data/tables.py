@@ -232,12 +232,35 @@ def _objects(rows: Iterable[tuple[int, Any]], word: str) -> Table:
     return Table.from_list(found)
 
 
+def _conll(text: str, *_: object) -> Table:
+    """A word a line, its columns behind it, an empty line between sentences: lists of words, and of the last column's tags."""
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        fields = [field.strip() for field in fields]
+        if not any(fields) or fields[0] == "-DOCSTART-" or (fields[0] == "#" and len(fields) != 2):
+            if words[-1]:
+                words.append([])
+                tags.append([])
+            continue
+        if len(fields) < 2:
+            raise Unreadable(f"line {number} has one field, allowed are a word and its tag")
+        words[-1].append(fields[0])
+        tags[-1].append(fields[-1])
+    filled = [i for i, sentence in enumerate(words) if sentence]
+    if not filled:
+        raise Unreadable("it is empty")
+    return Table.from_columns({"text": [words[i] for i in filled], "label": [tags[i] for i in filled]})
+
+
 READERS: dict[str, Callable[[str, str, Sequence[str]], Table]] = {
     ".csv": _csv,
     ".tsv": partial(_csv, usual="\t"),
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), _conll),
 }
 ENDINGS = (".parquet", *READERS, ".arrow")
 
