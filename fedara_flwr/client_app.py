@@ -123,9 +123,8 @@ def ready(message: Message, context: Context) -> Message:
         if "changes-backbone" in question:
             node.check_frozen(read_settings(context.run_config).method)
         resident, data = _open(context, node, tuple(question.get("labels", ())))
-        if data.skipped:
-            where = f"node-config data-path = {node.data_path!r}" if node.data_path else f"client {client_key(context)}"
-            logger.log(logging.WARNING if node.data_path else logging.INFO, "%s: %s", where, data.skipped)
+        where = f"node-config data-path = {node.data_path!r}" if node.data_path else f"client {client_key(context)}"
+        data.overview.log(logger, f"{where}: ")
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["delta"] = ConfigRecord({"digests": list(question["holds"])})
         metrics["num-examples"] = len(data.train)

@@ -138,7 +138,21 @@ class DataSettings(Group):
     name: str = Field(
         "", description="'docstrings' or 'functions', which are built in, or a Hugging Face dataset id; '' = the task's own"
     )
-    path: str = Field("", description="local parquet, csv or jsonl file, or a folder with train.* and test.*")
+    path: str = Field(
+        "",
+        description="local parquet, csv, tsv, jsonl, json or arrow file, several with commas between them, or a folder with "
+        "train.*, validation.* and test.* (docs/data.md)",
+    )
+    format: str = Field(
+        "", description="how files are written, where that is not found, as TOML: delimiter, encoding, columns (docs/data.md)"
+    )
+    subset: str = Field("", description="configuration of a Hugging Face dataset; '' = its only one")
+    train_split: str = Field("", description="split to train on; '' = 'train'")
+    validation_split: str = Field(
+        "",
+        description="split to validate on; '' = 'validation', 'valid', 'val' or 'dev', '-' = cut from the training rows",
+    )
+    test_split: str = Field("", description="split for the final test; '' = 'test', '-' = cut from the training rows")
     text_column: str = Field("text", min_length=1, description="column of the text, or of the list of words")
     pair_column: str = Field("", description="column of the second text of a sentence pair; '' = none")
     label_column: str = Field("label", min_length=1, description="column of the label, or of the list of the words' tags")

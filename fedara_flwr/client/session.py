@@ -22,6 +22,7 @@ from fedara_flwr.model.deltas import compose
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.node.store import NodeStore
 from fedara_flwr.tasks import Encoded
+from fedara_flwr.tasks.overview import Overview, overview
 
 PROBED = 8  # tokens of a made-up row
 CLIENTS_KEPT = 256  # tokenised clients held in memory
@@ -67,16 +68,21 @@ class Session:
         data, seed = self.settings.data, self.settings.seed
         if path:
             own = load_own(data, self.labels, self.task)
-            rows, held_out, skipped = own.train, own.test, str(own.skipped)
+            rows, held_out = own.train, own.test
+            parts = {"train": rows} if held_out is None else {"train": rows, "test": held_out}
+            found = overview(self.task, self.learner.tokenizer, parts, self.labels, data.max_length)
+            found = found._replace(warnings=(*filter(None, (str(own.skipped),)), *found.warnings))
         else:
             rows = self.federation.pool.take(fed.shares(data, seed, self.task, partitions)[partition])
-            held_out, skipped = None, ""
+            held_out, found = None, Overview((), ())
         if held_out is None:
             rows, held_out = fed.hold_out(rows, data, seed, client_key)
         elif not data.client_validation:
             held_out = held_out.take([])
         train = self._encode(rows)
-        return ClientData(train, self._encode(held_out), "; ".join(filter(None, (skipped, train.notes))))
+        if train.notes:
+            found = found._replace(lines=(*found.lines, train.notes))
+        return ClientData(train, self._encode(held_out), found)
 
     def _encode(self, examples: Examples) -> Encoded:
         return self.learner.encode(examples, self.settings.data.max_length)
@@ -121,7 +127,7 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
     if node.data_path:  # all rows are this node's
         columns = {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
         columns["options"] = node.data_options
-        data |= {"id_column": "", **{name: column for name, column in columns.items() if column}}
+        data |= {"id_column": "", "format": node.data_format, **{name: column for name, column in columns.items() if column}}
     groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
     changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}
     return settings.model_copy(update=changed), node.data_path

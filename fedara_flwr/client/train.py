@@ -25,6 +25,7 @@ from fedara_flwr.model.spec import Arrays
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.power import PowerMeter, peak_memory
 from fedara_flwr.tasks.base import Encoded
+from fedara_flwr.tasks.overview import Overview
 from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 
@@ -33,11 +34,11 @@ SORTING_WINDOW = 8  # batches among which examples are sorted by length
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client holds: rows to train on, its own held-out rows (may be none), and what is to say of rows left out."""
+    """What one client holds: rows to train on, its own held-out rows (may be none), and what is to say of all of them."""
 
     train: Encoded
     held_out: Encoded
-    skipped: str = ""
+    overview: Overview = Overview((), ())
 
 
 def batches(lengths: list[int], train: LocalTraining, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -95,9 +95,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test data, their label names (none where the task has no labels), and a line for each part left out."""
+    """Training and test data, their label names (none where the task has no labels), and a line for each part left out.
+
+    `validation` is what the source itself has to validate on; None where it has none.
+    """
 
     train: Examples
     test: Examples
     labels: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    validation: Examples | None = None

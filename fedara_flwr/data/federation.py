@@ -47,9 +47,11 @@ def federation(settings: DataSettings, seed: int, reader: Reader) -> Federation:
     data = load(settings, seed, reader)
     if len(data.train) < 2:
         raise ConfigError(f"data.path = {settings.path!r}: {len(data.train)} rows to train on, at least 2 are needed")
-    pool, validation = split(data.train, seed, settings.validation)
-    rest = data.train.take(pool)
-    held_out = _first(data.train.take(validation), seed, settings.validation_rows)
+    rest, held_out = data.train, data.validation
+    if held_out is None:
+        pool, validation = split(data.train, seed, settings.validation)
+        rest, held_out = data.train.take(pool), data.train.take(validation)
+    held_out = _first(held_out, seed, settings.validation_rows)
     test = _first(data.test, seed, settings.test_rows)
     return Federation(rest, held_out, test, data.labels, rest.digest(), data.skipped)
 

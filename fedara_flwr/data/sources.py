@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from fedara_flwr.config import BUILT_IN_DATA, DOCSTRINGS, FUNCTIONS, DataSettings
 from fedara_flwr.data import docstrings, functions
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.labels import Labels, names_in, read_names
+from fedara_flwr.data.files import SPLITS, read_files, read_hub
+from fedara_flwr.data.labels import Labels, check_names, names_in, read_names
 from fedara_flwr.data.partitions import split
-from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, Reader, Skipped, absent
+from fedara_flwr.data.reading import Column, Example, Reader
+from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent, spelled
+from fedara_flwr.data.tables import Table, column_problem
 from fedara_flwr.keys import ConfigError, nearest
-from fedara_flwr.log import error_line, first_line
+from fedara_flwr.log import error_line
 
-datasets.disable_progress_bars()
-# pandas would read a label "None" or "NA" as missing
-READER_OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
-FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+NONE = "-"  # a split that is there and is not to be used
 
 
 @dataclass(frozen=True)
@@ -55,52 +54,96 @@ class Look:
 
 @lru_cache(maxsize=4)
 def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
-    """Training and test data with label names; test rows are split off where the source has no test split.
+    """Training, validation and test data with label names. What the source has no split for is cut from its training rows: the
+    test here, the validation where the federation is dealt out.
 
     Args:
         settings: which data.
-        seed: of the split.
+        seed: of the cut.
         reader: the task, made with these settings.
 
     Raises:
         ConfigError: no such file, column or label, or data that does not suit the task; the line names the key.
     """
-    named: tuple[str, ...] = ()
     if settings.path:
         key = f"data.path = {settings.path!r}"
-        tables = _read_files(settings.path, key)
-        named = read_names(Path(settings.path).expanduser(), key)
+        found = read_files(settings.path, settings.format, settings.subset, key)
     else:
         key = f"data.name = {settings.name!r}"
-        tables = {"train": _built_in(settings, reader)} if settings.name in BUILT_IN_DATA else _read_hub(settings.name)
-    tables = _unfolded(tables, reader, key)
+        found = (
+            {"train": _built_in(settings, reader)}
+            if settings.name in BUILT_IN_DATA
+            else read_hub(settings.name, settings.subset, key)
+        )
+    tables = _unfolded(_splits(settings, found, key), reader, key)
     columns = _columns(settings, reader, tables["train"])
-    for table in tables.values():
-        _check_columns(table, columns, settings, reader)
-    names = _label_names(settings, reader, columns, tables, named, key) if reader.labelled else ()
-    reader.check_labels(names)
-    parts, skipped = {}, []
-    for part in ("train", "test"):
-        if part not in tables:
-            continue
+    for part, table in list(tables.items()):
+        missing = [column for column in columns if column.role == "label" and column.name not in table.column_names]
+        if missing and part != "train":  # published without its answers
+            columns_of_part = [column for column in columns if column not in missing]
+            _check_columns(table, columns_of_part, settings, reader, key)
+            tables[part] = _with_column(table, missing[0].name)
+        else:
+            _check_columns(table, columns, settings, reader, key)
+    labels = _labels(settings, reader, columns, tables, key)
+    reader.check_labels(labels.names)
+    parts: dict[str, Examples] = {}
+    notes: list[str] = []
+    for part, table in tables.items():
         left = Skipped()
-        parts[part] = _examples(tables[part], columns, settings, reader, Labels(names), left, key)
+        parts[part] = _examples(table, columns, settings, reader, labels, left, key)
         if left.first:
             row, label = left.first
-            raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(names[:20])}")
-        skipped += [f"{key}, {part}: {left}"] if str(left) else []
+            raise ConfigError(f"{key}: row {row} has label {label!r}, allowed are {', '.join(labels.names[:20])}")
         if not len(parts[part]):
-            needed = " and ".join(column.role for column in columns if column.role != "pair")
-            test = "test " if part == "test" else ""
-            raise ConfigError(f"{key}: there are no {test}rows with {needed}")
+            if part == "train" or left.reasons.keys() - {WITHOUT_LABEL}:
+                needed = " and ".join(column.role for column in columns if column.role != "pair")
+                raise ConfigError(f"{key}: there are no {'' if part == 'train' else part + ' '}rows with {needed}")
+            notes.append(f"{key}: no row of the {part} split has a label: it is not used")
+            del parts[part]
+        elif str(left):
+            notes.append(f"{key}, {part}: {left}")
+    if "test" not in parts and "test" in tables and "validation" in parts:
+        notes.append(f"{key}: the validation split is the test; what is validated on is cut from the training rows")
+        parts["test"] = parts.pop("validation")
     train, held_out = parts["train"], parts.get("test")
     if held_out is None:
         rest, own = split(train, seed, settings.test)
         train, held_out = train.take(rest), train.take(own)
-    return Dataset(train, held_out, names, tuple(skipped))
+    return Dataset(train, held_out, labels.names, tuple(notes), parts.get("validation"))
 
 
-def _built_in(settings: DataSettings, reader: Reader) -> Any:
+def _splits(settings: DataSettings, tables: Mapping[str, Table], key: str) -> dict[str, Table]:
+    """The tables that stand for train, validation and test: by the keys, else by their names."""
+    found = {}
+    for part, usual in SPLITS.items():
+        asked: str = getattr(settings, f"{part}_split")
+        if asked == NONE and part != "train":
+            continue
+        if asked and asked not in tables:
+            there = sorted(tables)
+            raise ConfigError(
+                f"data.{part}-split = {asked!r}: allowed with {key} are {', '.join(there)}{nearest(asked, there)}"
+            )
+        name = asked or next((name for name in tables if name.lower() in usual), "")
+        if name:
+            found[part] = tables[name]
+    if "train" not in found:
+        raise ConfigError(f"data.train-split = '': allowed with {key} are {', '.join(sorted(tables))}")
+    return found
+
+
+def _with_column(table: Table, name: str) -> Table:
+    """The table and a column without values."""
+    return Table(
+        [*table.column_names, name],
+        len(table),
+        lambda column: [None] * len(table) if column == name else table[column],
+        short=table.short,
+    )
+
+
+def _built_in(settings: DataSettings, reader: Reader) -> Table:
     """The table of a built-in data set.
 
     Raises:
@@ -108,7 +151,7 @@ def _built_in(settings: DataSettings, reader: Reader) -> Any:
     """
     if settings.name == FUNCTIONS:
         rows = functions.load()
-        return datasets.Dataset.from_dict({name: [getattr(row, name) for row in rows] for name in functions.Function._fields})
+        return Table.from_columns({name: [getattr(row, name) for row in rows] for name in functions.Function._fields})
     if reader.docstrings:
         raise ConfigError(
             f"data.name = {DOCSTRINGS!r}: {reader.docstrings}, allowed with data.task = {reader.name!r} are data.path and "
@@ -116,28 +159,26 @@ def _built_in(settings: DataSettings, reader: Reader) -> Any:
         )
     examples, names = docstrings.load()
     assert examples.groups is not None
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
-    return datasets.Dataset.from_dict({"text": list(examples.texts), "label": examples.groups.tolist()}, features)
+    found = {"text": list(examples.texts), "label": examples.groups.tolist()}
+    return Table(list(found), len(examples), found.__getitem__, {"label": dict(enumerate(names))})
 
 
 def load_own(settings: DataSettings, names: tuple[str, ...], reader: Reader) -> Own:
     """A device's own rows of `data.path`, with its server's label names; rows that do not fit are left out and counted.
 
-    Labels are taken by name (`Labels.of_device`); names of its own the file may have from a class-label column, or from a
-    labels.json beside it.
+    Labels are read as the server reads its own (data/labels); names of its own the file may have from a class-label column, or
+    from a labels.json beside it.
 
     Raises:
         ConfigError: no such file or column, or data that does not suit the task; the line names the key of node-config.
     """
     key = f"node-config data-path = {settings.path!r}"
-    tables = _unfolded(_read_files(settings.path, key), reader, key)
+    found = read_files(settings.path, settings.format, "", key)
+    tables = _unfolded({name: found[name] for name in ("train", "test") if name in found}, reader, key)
     columns = _columns(settings, reader, tables["train"], "node-config ")
     for table in tables.values():
-        _check_columns(table, columns, settings, reader, "node-config ")
-    own: tuple[str, ...] = ()
-    if reader.labelled:
-        own = read_names(Path(settings.path).expanduser(), key) or _class_names(columns, tables["train"])
-    labels, skipped = Labels.of_device(names, own), Skipped()
+        _check_columns(table, columns, settings, reader, key, "node-config ")
+    labels, skipped = _labels(settings, reader, columns, tables, key, names), Skipped()
     parts = {part: _examples(table, columns, settings, reader, labels, skipped, key) for part, table in tables.items()}
     return Own(parts["train"], parts.get("test"), skipped)
 
@@ -153,7 +194,7 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
         ConfigError: the files cannot be read, or their labels cannot be used.
     """
     key = f"node-config data-path = {settings.path!r}"
-    found, skipped = _read_files(settings.path, key), Skipped()
+    found, skipped = read_files(settings.path, settings.format, "", key), Skipped()
     rows, present = {name: len(table) for name, table in found.items()}, found["train"].column_names
     problem: ConfigError | None = None
     for reader in sorted(readers, key=lambda reader: -len(reader.columns(present))):  # who reads more knows more of them
@@ -163,12 +204,11 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
             if not {column.name for column in columns} <= set(tables["train"].column_names):
                 continue
             for table in tables.values():
-                _check_columns(table, columns, settings, reader, "node-config ")
-            named = read_names(Path(settings.path).expanduser(), key)
-            names = _label_names(settings, reader, columns, tables, named, key) if reader.labelled else ()
+                _check_columns(table, columns, settings, reader, key, "node-config ")
+            labels = _labels(settings, reader, columns, tables, key)
             for table in tables.values():
-                _examples(table, columns, settings, reader, Labels(names), skipped, key)
-            return Look({name: len(table) for name, table in tables.items()}, present, reader.name, names, skipped)
+                _examples(table, columns, settings, reader, labels, skipped, key)
+            return Look({name: len(table) for name, table in tables.items()}, present, reader.name, labels.names, skipped)
         except ConfigError as error:
             problem, skipped = problem or error, Skipped()
     if problem is not None:
@@ -176,44 +216,14 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
     return Look(rows, present, "", (), skipped)
 
 
-def _columns(settings: DataSettings, reader: Reader, table: Any, prefix: str = "data.") -> Sequence[Column]:
+def _columns(settings: DataSettings, reader: Reader, table: Table, prefix: str = "data.") -> Sequence[Column]:
     columns = reader.columns(table.column_names)
     if settings.pair_column and all(column.key != "pair-column" for column in columns):
         raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: allowed is '' with data.task = {reader.name!r}")
     return columns
 
 
-# -- files and the Hub --------------------------------------------------------------------------------------------------
-def _read_files(path: str, key: str) -> dict[str, Any]:
-    """Tables of `train` and perhaps `test`, mapped from the library's cache."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = {
-            name: file
-            for name in ("train", "test")
-            if (file := next((place / f"{name}{end}" for end in FILE_FORMATS if (place / f"{name}{end}").is_file()), None))
-        }
-        if "train" not in files:
-            raise ConfigError(f"{key}: no train file in it, allowed endings are {', '.join(FILE_FORMATS)}")
-    elif place.is_file():
-        files = {"train": place}
-    else:
-        raise ConfigError(f"{key}: there is no such file or folder")
-    ending = files["train"].suffix
-    if ending not in FILE_FORMATS:
-        raise ConfigError(f"{key}: allowed endings are {', '.join(FILE_FORMATS)}")
-    try:
-        return {
-            name: datasets.load_dataset(
-                FILE_FORMATS[file.suffix], data_files=str(file), split="train", **READER_OPTIONS.get(file.suffix, {})
-            )
-            for name, file in files.items()
-        }
-    except Exception as error:  # the reader's own errors are many and long
-        raise ConfigError(f"{key}: cannot be read ({_deepest(error)})") from error
-
-
-def _unfolded(tables: dict[str, Any], reader: Reader, key: str) -> dict[str, Any]:
+def _unfolded(tables: Mapping[str, Table], reader: Reader, key: str) -> dict[str, Table]:
     """The tables as the task takes them."""
     try:
         return {name: reader.table(table) for name, table in tables.items()}
@@ -221,26 +231,9 @@ def _unfolded(tables: dict[str, Any], reader: Reader, key: str) -> dict[str, Any
         raise ConfigError(f"{key}: no data as data.task = {reader.name!r} knows it ({error_line(error)})") from None
 
 
-def _read_hub(name: str) -> dict[str, Any]:
-    try:
-        tables = datasets.load_dataset(name)
-    except Exception as error:  # not there, no network, gated: all the same to the user
-        raise ConfigError(f"data.name = {name!r}: cannot be loaded ({_deepest(error)})") from error
-    if "train" not in tables:
-        raise ConfigError(f"data.name = {name!r}: it has no split 'train', but {sorted(tables)}")
-    return dict(tables)
-
-
-def _deepest(error: BaseException) -> str:
-    """First line of the error at the bottom: the library wraps readers' errors in one that says nothing."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
-
-
 # -- columns ------------------------------------------------------------------------------------------------------------
 def _check_columns(
-    table: Any, columns: Sequence[Column], settings: DataSettings, reader: Reader, prefix: str = "data."
+    table: Table, columns: Sequence[Column], settings: DataSettings, reader: Reader, source: str, prefix: str = "data."
 ) -> None:
     owner = [Column("owner", "id-column", settings.id_column)] if settings.id_column else []
     for column in (*columns, *owner):
@@ -249,44 +242,53 @@ def _check_columns(
             raise ConfigError(f"{key}: no such column, allowed are {there}{nearest(column.name, there)}")
         if column.nested:
             continue
-        feature = table.features[column.name]
-        held = isinstance(feature, datasets.List | datasets.LargeList)
-        if column.lists and not (held and isinstance(feature.feature, datasets.Value | datasets.ClassLabel)):
-            raise ConfigError(f"{key}: allowed with data.task = {reader.name!r} are {column.lists}")
-        if held and not column.lists:
-            raise ConfigError(f"{key}: it holds lists, allowed with data.task = {reader.name!r} is one value a row")
+        problem = column_problem(_values(table, column.name, source), bool(column.lists))
+        if problem:
+            allowed = f"are {column.lists}" if column.lists else "is one value a row"
+            raise ConfigError(f"{key}: it holds {problem}, allowed with data.task = {reader.name!r} {allowed}")
 
 
-def _values(table: Any, column: str, key: str) -> list[Any]:
+def _values(table: Table, column: str, key: str) -> list[Any]:
     try:
-        return list(table[column][:])
+        return table[column]
     except UnicodeDecodeError as error:  # parquet and jsonl are not looked at when they are read
         raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})") from None
 
 
-def _label_names(
+def _labels(
     settings: DataSettings,
     reader: Reader,
     columns: Sequence[Column],
-    tables: dict[str, Any],
-    named: tuple[str, ...],
+    tables: Mapping[str, Table],
     key: str,
-) -> tuple[str, ...]:
-    """The run's label names: `data.labels`, else labels.json (`named`), else a class-label column's, else the values."""
-    if settings.labels:
-        return tuple(name.strip() for name in settings.labels.split(","))
-    if names := named or _class_names(columns, tables["train"]):
-        return names
+    names: tuple[str, ...] | None = None,
+) -> Labels:
+    """How the tables' labels are read; `names` are the run's, where it has them: else `data.labels`, what the data says, or all
+    values that it has.
+
+    Raises:
+        ConfigError: labels that cannot be used, or are places outside of a list.
+    """
+    if not reader.labelled:
+        return Labels(())
     column = next(column.name for column in columns if column.role == "label")
-    values = (value for table in tables.values() for value in _flat(_values(table, column, key)) if not absent(value))
-    return names_in(values, column, reader.label_word, reader.bare_ids)
-
-
-def _class_names(columns: Sequence[Column], table: Any) -> tuple[str, ...]:
-    """The names that a class-label column has for its ids; () where it has none."""
-    feature = table.features[next(column.name for column in columns if column.role == "label")]
-    feature = getattr(feature, "feature", feature)
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+    where = f"{key}: column {column!r}"
+    values = [value for table in tables.values() for value in _flat(_values(table, column, key))]
+    ids: Mapping[int, str] = read_names(Path(settings.path).expanduser(), key) if settings.path else {}
+    ids = ids or tables["train"].ids(column)
+    check_names(tuple(ids.values()), where)
+    if names is None and settings.labels:
+        names = check_names(tuple(name.strip() for name in settings.labels.split(",")), f"data.labels = {settings.labels!r}")
+        if not set(ids.values()) <= set(names):  # the list is another one
+            if set(ids.values()) & set(names):
+                raise ConfigError(
+                    f"data.labels = {settings.labels!r}: the data names its ids {', '.join(ids.values())}, allowed are "
+                    "all of these"
+                )
+            ids = {}
+    if names is None and not ids:
+        return Labels.of(names_in(values, where, reader.label_word, reader.bare_ids), {}, values, where, listed=False)
+    return Labels.of(tuple(ids.values()) if names is None else names, ids, values, where)
 
 
 def _flat(column: Sequence[Any]) -> Iterator[Any]:
@@ -296,7 +298,7 @@ def _flat(column: Sequence[Any]) -> Iterator[Any]:
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
 def _examples(
-    table: Any,
+    table: Table,
     columns: Sequence[Column],
     settings: DataSettings,
     reader: Reader,
@@ -305,20 +307,23 @@ def _examples(
     key: str,
 ) -> Examples:
     """The rows that the task can use; the others are counted."""
-    skipped.rows += len(table)
+    skipped.rows += len(table) + table.short
+    if table.short:
+        skipped.reasons["with too few fields"] += table.short
     roles = [column.role for column in columns]
     owners = _values(table, settings.id_column, key) if settings.id_column else None
     kept: list[int] = []
     examples: list[Example] = []
     for row, values in enumerate(zip(*(_values(table, column.name, key) for column in columns), strict=True)):
         try:
-            examples.append(reader.read(dict(zip(roles, values, strict=True)), labels))
+            example = reader.read(dict(zip(roles, values, strict=True)), labels)
+            if owners is not None and absent(owners[row]):
+                raise LeftOut("without owner")
+            examples.append(example)
             kept.append(row)
         except LeftOut as why:
             skipped.leave(row, why)
-        except BadRow as error:
-            raise ConfigError(f"{key}: row {row} {error}") from None
-    names = None if owners is None else tuple("" if absent(owners[row]) else str(owners[row]) for row in kept)
+    names = None if owners is None else tuple(spelled(owners[row]) for row in kept)
     return _stack(examples, reader, names)
 
 

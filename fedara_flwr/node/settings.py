@@ -45,6 +45,7 @@ class NodeSettings(Group):
     )
     busy_when: str = Field("", description="command that says 'not now' by exit code 0")
     data_path: str = Field("", description="own data: a parquet, csv or jsonl file, or a folder with train.* and test.*")
+    data_format: str = Field("", description="how its files are written, as the run's data.format; '' = found")
     text_column: str = Field("", description="column of the text; '' = the run's, as with the next two")
     pair_column: str = Field("", description="column of the second text")
     label_column: str = Field("", description="column of the label")

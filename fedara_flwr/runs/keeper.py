@@ -24,6 +24,7 @@ from fedara_flwr.server.roster import Node
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Method
 from fedara_flwr.tasks import read_settings
+from fedara_flwr.tasks.overview import dealt
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,15 @@ class Keeper(Callback):
         """Write what the run is, and say what privacy all of it will have."""
         self.loop = loop
         self.directory.update(self._facts() | {"outcome": "running", "reason": "", "data": self.model.federation.digest})
+        self.model.overview().log(logger)
         if self.settings.privacy.on:
             logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and say before the first round how the rows lie over a simulation's clients."""
         self.directory.write(line)
+        if line["type"] == "start" and (shares := self._partition()):
+            dealt(shares["partition"], bool(shares["groups"])).log(logger)
 
     def after_round(self, loop: RoundLoop) -> None:
         """Write a checkpoint where one is due, and the facts as they are now."""

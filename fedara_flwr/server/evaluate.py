@@ -24,6 +24,7 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.roster import Expected
 from fedara_flwr.strategies.base import Places
 from fedara_flwr.tasks import Encoded, Sample, open_task, read_settings
+from fedara_flwr.tasks.overview import Overview, overview
 
 MOST_ROWS = 2000  # validation rows by which one temperature is fitted
 Kind = Literal["peft", "lora", "merged"]
@@ -41,8 +42,6 @@ class ServerModel:
         self._with_data = labels is None
         if labels is None:
             labels = self.federation.labels
-            for line in self.federation.skipped:
-                logger.warning("%s", line)
         self.labels = labels
         self.learner = open_learner(settings, self.labels)
         self.adapted = self.learner.adapted
@@ -54,6 +53,13 @@ class ServerModel:
     def federation(self) -> Federation:
         """The run's data, as server and simulated clients share it."""
         return federation(self.settings.data, self.settings.seed, self.task)
+
+    def overview(self) -> Overview:
+        """What data the run has."""
+        data = self.federation
+        parts = {"train": data.pool, "validation": data.validation, "test": data.test}
+        found = overview(self.task, self.learner.tokenizer, parts, self.labels, self.settings.data.max_length)
+        return found._replace(warnings=(*data.skipped, *found.warnings))
 
     def partition(self, clients: int) -> dict[str, Any]:
         """What each of so many simulated clients has, for federated.json.

@@ -224,7 +224,6 @@ class Task:
 
         Raises:
             LeftOut: it cannot be used, and is counted with this reason.
-            BadRow: it cannot be meant so: the run ends.
         """
         raise NotImplementedError
 

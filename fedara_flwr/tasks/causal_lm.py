@@ -19,7 +19,8 @@ from pydantic import Field
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Column, Example, LeftOut, absent, text
+from fedara_flwr.data.reading import Column, Example, text
+from fedara_flwr.data.skipped import LeftOut, absent
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, LearnerPort, Metric, Sample, Task, pad, pad_labels
 from fedara_flwr.tasks.generation import say

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Example, LeftOut, UnknownLabel, absent, optional_text, text
+from fedara_flwr.data.reading import Example, optional_text, text
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, Task, cross_entropies, f1, pad, text_examples
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ class Classification(TextTask):
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
         """A text, or a pair, and its label."""
         main = text(row["text"])
-        if absent(row["label"]):
-            raise LeftOut("without label")
-        place = labels.place(row["label"])
-        if place < 0:
-            raise UnknownLabel(labels.value(row["label"]))
-        return Example(main, group=place, pair=optional_text(row, "pair"))
+        return Example(main, group=labels.place(row["label"]), pair=optional_text(row, "pair"))
 
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[int]) -> Batch:
         """As `pad`, and labels of shape (batch,)."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Column, Example, LeftOut, UnknownLabel, absent, optional_text, text
+from fedara_flwr.data.reading import Column, Example, optional_text, text
+from fedara_flwr.data.skipped import LeftOut
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, f1, pad
 from fedara_flwr.tasks.classification import TextTask
@@ -39,9 +40,7 @@ class MultiLabel(TextTask):
         main = text(row["text"])
         if row["label"] is None:
             raise LeftOut("without label")
-        places = {-1 if absent(label) else labels.place(label) for label in row["label"]}
-        if -1 in places:
-            raise UnknownLabel(next(labels.value(value) for value in row["label"] if absent(value) or labels.place(value) < 0))
+        places = {labels.place(label) for label in row["label"]}
         return Example(main, 1 + min(places, default=-1), optional_text(row, "pair"), tuple(sorted(places)))
 
     def check_labels(self, names: tuple[str, ...]) -> None:

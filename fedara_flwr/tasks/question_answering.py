@@ -18,7 +18,8 @@ from pydantic import Field
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Column, Example, LeftOut, absent, text
+from fedara_flwr.data.reading import Column, Example, text
+from fedara_flwr.data.skipped import LeftOut, absent
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, Task, pad
 from fedara_flwr.tasks.overlap import exact, word_f1

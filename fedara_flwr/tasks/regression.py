@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Example, LeftOut, absent, optional_text, text
+from fedara_flwr.data.reading import Example, optional_text, text
+from fedara_flwr.data.skipped import LeftOut, absent
 from fedara_flwr.tasks.base import Batch, Encoded, Metric, pad
 from fedara_flwr.tasks.classification import TextTask
 

@@ -3,29 +3,43 @@
 The label of a word stands on its first sub-token; other sub-tokens and special tokens have none. Words that `max_length`
 cuts off, and words of which the tokenizer leaves nothing, are neither learnt nor evaluated.
 
-Tags are 'O', 'B-PER' and 'I-PER' as IOB2 has them, or types without a prefix ('PER', 'O').
+Tags are 'O', 'B-PER' and 'I-PER' as IOB2 has them, or types without a prefix ('PER', 'O'); other ways to write them are
+converted (tasks/schemes.py). A table may also have one word a row.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import BadRow, Column, Example, LeftOut, UnknownLabel, absent
-from fedara_flwr.keys import ConfigError
+from fedara_flwr.data.reading import Column, Example
+from fedara_flwr.data.skipped import LeftOut, absent, spelled
+from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, cross_entropies, pad, pad_labels
+from fedara_flwr.tasks.schemes import OUTSIDE, conversion
 
 if TYPE_CHECKING:
     import torch
 
-OUTSIDE = "O"
+logger = logging.getLogger(__name__)
+SHOWN = 12  # converted tags that a line names
 SPACES = ("Ġ", "▁")  # sub-tokens that are nothing but the space before a word, in byte-level BPE and SentencePiece
 EACH = "lists with one entry for each word"
+
+
+class TokenClassificationOptions(Group):
+    """Keys of `data.options` for token-classification."""
+
+    sentence_column: str = Field(
+        "", description="where a row is one word: column that names its sentence; nothing there = that of the row before"
+    )
 
 
 class TokenClassification(Task):
@@ -36,6 +50,7 @@ class TokenClassification(Task):
 
     name = "token-classification"
     title = "a tag for every word, as in named-entity recognition"
+    Options = TokenClassificationOptions
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
     word_places = True
@@ -46,6 +61,29 @@ class TokenClassification(Task):
     metric = Metric("entity-f1")
     metrics = ("accuracy", "macro-f1", "entity-f1", "loss")
     pipeline = "token-classification"
+
+    def table(self, table: Any) -> Any:
+        """One sentence a row, its tags in IOB2 where they are written in another way."""
+        settings, sentence = self.settings, self.options.sentence_column
+        text, label = settings.text_column, settings.label_column
+        if sentence:
+            table = _sentences(table, sentence, text, label)
+        if label not in table.column_names:
+            return table
+        ids, column = table.ids(label), table[label]
+        names = [ids.values()] if ids else [tags for tags in column if isinstance(tags, list)]
+        new = conversion(tag.strip() for tags in names for tag in tags if isinstance(tag, str))
+        if not new:
+            return table
+        logger.info("tags are converted: %s", ", ".join(f"{old} to {tag}" for old, tag in list(new.items())[:SHOWN]))
+
+        def converted(tag: Any) -> Any:
+            tag = ids.get(tag, tag) if isinstance(tag, int) else tag
+            return new.get(tag.strip(), tag) if isinstance(tag, str) else tag
+
+        tags = [[converted(tag) for tag in tags] if isinstance(tags, list) else tags for tags in column]
+        others = {name: table[name] for name in table.column_names if name != label}
+        return type(table).from_columns({**others, label: tags}, table.short)
 
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """The list of a sentence's words, and that of their tags."""
@@ -58,15 +96,11 @@ class TokenClassification(Task):
         if words is None or tags is None:
             raise LeftOut("without text" if words is None else "without label")
         if len(words) != len(tags):
-            raise BadRow(f"has {len(tags)} labels for {len(words)} words, allowed is one for each word")
-        for word in words:
-            if not isinstance(word, str):
-                raise BadRow(f"has {word!r} among its words, allowed is text")
+            raise LeftOut("with more or fewer tags than words")
+        words = ["" if absent(word) else spelled(word) for word in words]
         if not any(word.strip() for word in words):
             raise LeftOut("without text")
-        places = tuple(-1 if absent(tag) else labels.place(tag) for tag in tags)
-        if -1 in places:
-            raise UnknownLabel(labels.value(tags[places.index(-1)]))
+        places = tuple(labels.place(tag) for tag in tags)
         target = (tuple(words), places)
         return Example(" ".join(words), main_type(places, labels.names), target=target, identity=json.dumps(target))
 
@@ -183,6 +217,26 @@ class Entities:
             "entity-f1": float(scores["overall"]["strict"].f1),
             "loss": self.loss / count,
         }
+
+
+def _sentences(table: Any, sentence: str, text: str, label: str) -> Any:
+    """Rows of one word each as rows of one sentence each; words that are missing leave a table as it is to be refused."""
+    if missing := [name for name in (sentence, text, label) if name not in table.column_names]:
+        key = (
+            "data.options sentence-column"
+            if missing[0] == sentence
+            else "data.text-column"
+            if missing[0] == text
+            else "data.label-column"
+        )
+        raise ConfigError(f"{key} = {missing[0]!r}: no such column, allowed are {table.column_names}")
+    rows: list[dict[str, Any]] = []
+    for name, word, tag in zip(table[sentence], table[text], table[label], strict=True):
+        if not rows or not (absent(name) or name == rows[-1][sentence]):
+            rows.append({sentence: name, text: [], label: []})
+        rows[-1][text].append(word)
+        rows[-1][label].append(tag)
+    return type(table).from_list(rows)
 
 
 def _as_in_text(tokenizer: Any, sentences: Sequence[tuple[str, ...]]) -> list[list[str]]:

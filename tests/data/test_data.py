@@ -23,7 +23,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data import docstrings
 from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.partitions import by_hash, split
-from fedara_flwr.data.reading import Skipped, UnknownLabel
+from fedara_flwr.data.skipped import Skipped, UnknownLabel
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks import read_settings
 
@@ -219,7 +219,7 @@ def test_other_columns(tmp_path):
 @formats
 def test_int_labels(tmp_path, ending):
     data = read(write(tmp_path / f"d{ending}", [{"text": "low", "label": 0}, {"text": "high", "label": 3}]))
-    assert data.labels == ("0", "1", "2", "3")
+    assert data.labels == ("0", "3")  # those that occur, no class between them
     assert content(data) == {"low": "0", "high": "3"}
 
 
@@ -337,14 +337,14 @@ def test_missing_file(tmp_path):
 def test_wrong_ending(tmp_path):
     (tmp_path / "d.txt").write_text("text,label\na,b\n")
     line = problem(tmp_path / "d.txt")
-    assert line == f"data.path = {str(tmp_path / 'd.txt')!r}: allowed endings are .parquet, .csv, .jsonl, .json"
+    endings = ".parquet, .csv, .tsv, .jsonl, .ndjson, .json, .arrow; of text also packed, .gz, .bz2, .xz"
+    assert line == f"data.path = {str(tmp_path / 'd.txt')!r}: d.txt: allowed endings are {endings}"
 
 
 def test_folder_without_train(tmp_path):
     write(tmp_path / "d" / "test.csv", COLOURS)
     line = problem(tmp_path / "d")
-    assert line.startswith(f"data.path = {str(tmp_path / 'd')!r}: no train file")
-    assert ".parquet, .csv, .jsonl" in line
+    assert line.startswith(f"data.path = {str(tmp_path / 'd')!r}: no train file in it, but test.csv; allowed are train.*, ")
 
 
 @formats
@@ -391,19 +391,20 @@ def test_unknown_label(tmp_path, ending):
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
 @formats
 def test_int_label_outside(tmp_path, ending, wrong):
+    """One number that is no place in the list, and nobody knows what the others are: the whole column is refused."""
     path = write(tmp_path / f"d{ending}", [*NUMBERS, {"text": "the last", "label": wrong}])
-    assert problem(path, labels="a,b,c") == (f"data.path = {str(path)!r}: row 6 has label {wrong}, allowed are a, b, c")
+    words = f"column 'label': it holds {wrong}, allowed are names, or places from 0 to 2, of a, b, c"
+    assert problem(path, labels="a,b,c") == f"data.path = {str(path)!r}: {words}"
+    assert own_problem(path) == f"node-config data-path = {str(path)!r}: {words.replace('a, b, c', 'red, green, blue')}"
 
 
-def test_negative_label_without_names(tmp_path):
-    path = write(tmp_path / "d.csv", [*NUMBERS, {"text": "the last", "label": -1}])
-    assert problem(path) == f"data.path = {str(path)!r}: row 6 has label -1, allowed are 0, 1, 2"
-
-
-def test_numbers_that_are_no_labels(tmp_path):
-    """A column of ids taken for labels must not become a model with a million classes."""
-    line = problem(write(tmp_path / "d.csv", [*NUMBERS, {"text": "the last", "label": 1_000_000}]))
-    assert "label" in line and "1000000" in line
+def test_too_many_labels(tmp_path):
+    """A column of ids or measurements taken for labels must not become a model with thousands of classes."""
+    rows = [{"text": f"row {i}", "label": i, "weight": i + 0.5} for i in range(10_001)]
+    path = write(tmp_path / "d.csv", rows)
+    assert "column 'label': it holds 10001 different labels, allowed are 10000" in problem(path)
+    assert "10001 different numbers with a fraction" in problem(path, label_column="weight")
+    assert "data.task = 'regression' learns numbers" in problem(path, label_column="weight")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.jsonl", "d.parquet"])
@@ -435,10 +436,12 @@ def test_only_blank_test_rows(tmp_path):
 @pytest.mark.parametrize("name", ["d.parquet", "d.jsonl"])
 def test_broken_file(tmp_path, name):
     (tmp_path / name).write_text("{this is no such file")
-    assert problem(tmp_path / name).startswith(f"data.path = {str(tmp_path / name)!r}: cannot be read (")
+    assert problem(tmp_path / name).startswith(f"data.path = {str(tmp_path / name)!r}: {name} cannot be read: ")
 
 
-@pytest.mark.parametrize("text", ["{not json", "3", '{"a": 0}', '"abc"'])
+@pytest.mark.parametrize(
+    "text", ["{not json", "3", '{"a": "b"}', '"abc"', '["a", "b", "a"]', '["a", "", "b"]', '["a", {}, "b"]', '{"a": 0, "b": 0}']
+)
 def test_broken_labels_file(tmp_path, text):
     path = write(tmp_path / "d.csv", NUMBERS)
     (tmp_path / "labels.json").write_text(text)
@@ -470,9 +473,9 @@ def own(path: Path, names: tuple[str, ...] = SERVER, **options: str):
     return {t: names[i] for t, i in zip(found.train.texts, found.train.groups, strict=True)}, str(found.skipped)
 
 
-def own_problem(path: Path, **options: str) -> str:
+def own_problem(path: Path, names: tuple[str, ...] = SERVER, **options: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        own(path, **options)
+        own(path, names, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -529,10 +532,7 @@ def test_numbers_are_names_where_the_servers_names_are_numbers(tmp_path, ending)
         {"1 stars": "1", "5 stars": "5"},
         "1 of 3 rows skipped: 1 with unknown labels ('0' 1)",
     )
-    assert own(path, ("a", "b")) == (
-        {"0 stars": "a", "1 stars": "b"},
-        "1 of 3 rows skipped: 1 with unknown labels ('5' 1)",
-    )
+    assert "it holds 5, allowed are names, or places from 0 to 1, of a, b" in own_problem(path, ("a", "b"))
 
 
 def test_a_devices_test_file(tmp_path):
@@ -570,10 +570,12 @@ def test_a_row_with_too_many_fields(tmp_path):
     """Where a comma was not quoted nobody knows which is the label; a row with too few is left out."""
     (tmp_path / "d.csv").write_text("text,label\na,red\nb, and more,blue\n")
     line = own_problem(tmp_path / "d.csv")
-    assert line.startswith(f"node-config data-path = {str(tmp_path / 'd.csv')!r}: cannot be read (")
-    assert "Expected 2 fields in line 3, saw 3" in line
+    assert line == (
+        f"node-config data-path = {str(tmp_path / 'd.csv')!r}: d.csv cannot be read: line 3 has 3 fields, 2 are named; "
+        "a text with ',' must stand in quotes"
+    )
     (tmp_path / "e.csv").write_text("text,label\na,red\nb\n")
-    assert own(tmp_path / "e.csv") == ({"a": "red"}, "1 of 2 rows skipped: 1 without label")
+    assert own(tmp_path / "e.csv") == ({"a": "red"}, "1 of 2 rows skipped: 1 with too few fields")
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])

@@ -38,7 +38,7 @@ from fedara_flwr.cli.exporting import export
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data import sources
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.reading import LeftOut
+from fedara_flwr.data.skipped import LeftOut
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.report.loading import base_arguments
 from fedara_flwr.runs.directory import RunDirectory

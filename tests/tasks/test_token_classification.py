@@ -147,7 +147,9 @@ NUMBERED = [{"tokens": ["New", "York"], "ner": [1, 2]}, {"tokens": ["here"], "ne
 
 def test_ids_need_names(tmp_path):
     path = write(tmp_path / "d.jsonl", NUMBERED)
-    assert problem(path).startswith("data.label-column = 'ner': it holds ids, allowed are tags, or ids with their names")
+    assert "column 'ner': it holds ids, allowed are tags, or ids with their names in data.labels or labels.json" in problem(
+        path
+    )
     expected = {("New", "York"): ["B-LOC", "I-LOC"], ("here",): ["O"]}
     assert content(read(path, labels="O, B-LOC,I-LOC")) == expected
     (tmp_path / "labels.json").write_text('["O", "B-LOC", "I-LOC"]')
@@ -189,16 +191,18 @@ def test_columns_without_lists(tmp_path):
     rows = [{"tokens": ["a"], "ner": ["O"], "text": "a", "label": "O", "spans": [{"start": 0}], "nested": [["O"]]}]
     path = write(tmp_path / "d.jsonl", rows)
     said = "allowed with data.task = 'token-classification' are lists with one entry for each word"
-    assert problem(path, text_column="text") == f"data.text-column = 'text': {said}"
-    for column in ("label", "spans", "nested"):
-        assert problem(path, label_column=column) == f"data.label-column = {column!r}: {said}"
+    held = {"label": "single values", "spans": "lists of lists or objects", "nested": "lists of lists or objects"}
+    assert problem(path, text_column="text") == f"data.text-column = 'text': it holds single values, {said}"
+    for column, what in held.items():
+        assert problem(path, label_column=column) == f"data.label-column = {column!r}: it holds {what}, {said}"
     assert problem(path, text_column="token").endswith("did you mean 'tokens'?")
 
 
 @pytest.mark.parametrize("ner", [["O"], ["O", "O", "O"], []])
 def test_another_number_of_labels(tmp_path, ner):
-    path = write(tmp_path / "d.jsonl", [*ROWS, {"tokens": ["a", "b"], "ner": ner}])
-    assert problem(path) == f"data.path = {str(path)!r}: row 3 has {len(ner)} labels for 2 words, allowed is one for each word"
+    """One bad sentence is counted, and no device is lost for it."""
+    data = read(write(tmp_path / "d.jsonl", [*ROWS, {"tokens": ["a", "b"], "ner": ner}]))
+    assert len(content(data)) == 3 and data.skipped[0].endswith("1 of 4 rows skipped: 1 with more or fewer tags than words")
 
 
 def test_unknown_label(tmp_path):
@@ -207,23 +211,111 @@ def test_unknown_label(tmp_path):
         f"data.path = {str(path)!r}: row 0 has label 'B-LOC', allowed are O, B-PER, I-PER"
     )
     path = write(tmp_path / "n.jsonl", NUMBERED)
-    assert problem(path, labels="O,B-LOC").endswith("row 0 has label 2, allowed are O, B-LOC")
-    path = write(tmp_path / "none.jsonl", [{"tokens": ["a", "b"], "ner": ["O", None]}])
-    assert problem(path, labels="O,None").endswith("row 0 has label None, allowed are O, None")
+    assert problem(path, labels="O,B-LOC").endswith("it holds 2, allowed are names, or places from 0 to 1, of O, B-LOC")
+    path = write(tmp_path / "none.jsonl", [*ROWS, {"tokens": ["a", "b"], "ner": ["O", None]}])
+    assert read(path).skipped[0].endswith("1 of 4 rows skipped: 1 without label")
 
 
-def test_words_that_are_no_text(tmp_path):
-    path = write(tmp_path / "d.jsonl", [{"tokens": [101, 7], "ner": ["O", "O"]}])
-    assert problem(path).endswith("row 0 has 101 among its words, allowed is text")
-    path = write(tmp_path / "none.jsonl", [{"tokens": ["a", None], "ner": ["O", "O"]}])
-    assert problem(path).endswith("row 0 has None among its words, allowed is text")
+def test_words_that_are_numbers_or_missing(tmp_path):
+    path = write(tmp_path / "d.jsonl", [*ROWS, {"tokens": [101, None, 7.0], "ner": ["O", "O", "O"]}])
+    assert ("101", "", "7") in content(read(path))
 
 
-def test_other_schemes(tmp_path):
-    rows = [{"tokens": ["a", "b"], "ner": ["B-PER", "E-PER"]}]
-    assert problem(write(tmp_path / "d.jsonl", rows)) == (
-        "data.label-column = 'ner': tag 'E-PER' beside 'B-PER', allowed are 'O', 'B-…' and 'I-…', or types without a prefix"
+PER = [["B-PER", "I-PER", "I-PER", "O", "B-PER"], ["B-LOC", "B-PER"]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        PER,
+        [["B-PER", "I-PER", "E-PER", "O", "S-PER"], ["S-LOC", "S-PER"]],
+        [["B-PER", "I-PER", "L-PER", "O", "U-PER"], ["U-LOC", "U-PER"]],
+        [["B-PER", "M-PER", "E-PER", "O", "S-PER"], ["S-LOC", "S-PER"]],
+        [["B_PER", "I_PER", "I_PER", "O", "B_PER"], ["B_LOC", "B_PER"]],
+        [["PER-B", "PER-I", "PER-I", "OTHER", "PER-B"], ["LOC-B", "PER-B"]],
+        [["PER_B", "PER_I", "PER_E", "o", "PER_S"], ["LOC_S", "PER_S"]],
+        [["b-PER", "i-PER", "i-PER", "o", "b-PER"], ["b-LOC", "b-PER"]],
+    ],
+)
+def test_schemes(tmp_path, rows, caplog):
+    """All ways to write the same entities are the same labels: half an entity that is found is none."""
+    table = [{"tokens": [f"w{i}" for i in range(len(tags))], "ner": tags} for tags in rows]
+    table += [{"tokens": ["a", "b"], "ner": rows[0][3:4] * 2}, {"tokens": ["c"], "ner": rows[0][3:4]}]
+    with caplog.at_level("INFO"):
+        data = read(write(tmp_path / "d.jsonl", table))
+    assert data.labels == ("B-LOC", "B-PER", "I-PER", "O")
+    assert sorted(content(data).values()) == sorted([*PER, ["O", "O"], ["O"]])
+    assert ("tags are converted: " in caplog.text) == (rows is not PER)
+    own = load_own(tagged(write(tmp_path / "own.jsonl", table)), data.labels)
+    assert len(own.train) == 4 and str(own.skipped) == ""
+
+
+def test_class_labels_in_another_scheme(tmp_path):
+    names = ["O", "B-PER", "I-PER", "E-PER", "S-PER"]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner": datasets.List(datasets.ClassLabel(names=names))}
     )
+    rows = {"tokens": [["a", "b", "c"], ["d", "e"], ["f"]], "ner": [[1, 2, 3], [4, 0], [0]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    found = content(read(tmp_path / "d.parquet"))
+    assert found == {("a", "b", "c"): ["B-PER", "I-PER", "I-PER"], ("d", "e"): ["B-PER", "O"], ("f",): ["O"]}
+
+
+def test_types_without_prefix_are_left_alone(tmp_path):
+    """S-Bahn and E-Mail are names of types, and so is OTHER beside O."""
+    for rows in ([["S-Bahn", "O"], ["E-Mail", "O"], ["PER"]], [["OTHER", "O"], ["PER"], ["O"]]):
+        table = [{"tokens": [f"{tags[0]} {i}" for i in range(len(tags))], "ner": tags} for tags in rows]
+        assert sorted(content(read(write(tmp_path / f"{rows[0][0]}.jsonl", table))).values()) == sorted(rows)
+
+
+def test_schemes_that_are_none(tmp_path):
+    rows = [{"tokens": ["a", "b"], "ner": ["B-PER", "PER"]}]
+    assert problem(write(tmp_path / "d.jsonl", rows)) == (
+        "data.label-column = 'ner': tag 'PER' beside 'B-PER', allowed are 'O', 'B-…' and 'I-…', or types without a prefix"
+    )
+
+
+CONLL = """-DOCSTART- -X- O O
+
+Ada NNP B-NP B-PER
+Byron NNP I-NP I-PER
+left VBD B-VP O
+Rome NNP B-NP B-LOC
+
+
+Paris NNP B-NP B-LOC
+
+so RB O O
+"""
+
+
+@pytest.mark.parametrize("name", ["d.conll", "d.bio", "d.iob2"])
+@pytest.mark.parametrize("gap", [" ", "\t", "  "])
+def test_conll_files(tmp_path, name, gap):
+    (tmp_path / name).write_text(CONLL.replace(" ", gap))
+    assert content(load(DataSettings(task=TASK.name, path=str(tmp_path / name)), 0)) == {
+        ("Ada", "Byron", "left", "Rome"): ["B-PER", "I-PER", "O", "B-LOC"],
+        ("Paris",): ["B-LOC"],
+        ("so",): ["O"],
+    }
+    (tmp_path / f"bad{name}").write_text("Ada B-PER\nByron\n")
+    with pytest.raises(ConfigError, match=f"bad{name} cannot be read: line 2 has one field, allowed are a word and its tag"):
+        load(DataSettings(task=TASK.name, path=str(tmp_path / f"bad{name}")), 0)
+
+
+def test_one_word_a_row(tmp_path):
+    """A sentence's name stands in each of its rows, or in the first alone."""
+    for number, names in enumerate((["1", "1", "2", "3"], ["1", "", "2", "3"])):
+        words = zip(names, ("Ada", "Byron", "Paris", "so"), ("B-PER", "I-PER", "B-LOC", "O"), strict=True)
+        (tmp_path / f"{number}.csv").write_text("Sentence #,Word,Tag\n" + "".join(",".join(row) + "\n" for row in words))
+        columns = {"text_column": "Word", "label_column": "Tag", "options": "sentence-column = 'Sentence #'"}
+        data = load(DataSettings(task=TASK.name, path=str(tmp_path / f"{number}.csv"), **columns), 0)
+        assert content(data) == {("Ada", "Byron"): ["B-PER", "I-PER"], ("Paris",): ["B-LOC"], ("so",): ["O"]}
+    with pytest.raises(ConfigError, match="data.options sentence-column = 'sentence': no such column"):
+        load(
+            DataSettings(task=TASK.name, path=str(tmp_path / "0.csv"), **columns | {"options": "sentence-column = 'sentence'"}),
+            0,
+        )
 
 
 def test_pairs_and_docstrings_have_no_tags(tmp_path):

@@ -1,0 +1,146 @@
+"""Which local files a path means, and the tables of its splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from pydantic import Field
+
+from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, is_table, read_file
+from fedara_flwr.keys import ConfigError, Group, check_options, read_options
+from fedara_flwr.log import first_line
+
+datasets.disable_progress_bars()
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+"""What the three splits are called, in files' names and on the Hub."""
+NAMED = re.compile(r"(?P<name>[A-Za-z]+)(?:[-_.].*)?", re.S)
+LIBRARY = ("dataset_dict.json", "state.json", "dataset_info.json")  # what `save_to_disk` writes
+
+
+class FormatOptions(Group):
+    """Keys of `data.format`."""
+
+    delimiter: str = Field("", max_length=1, description="what parts the fields of a csv; '' = found in its first line")
+    encoding: str = Field("", description="of csv and JSON files, as Python calls it, for example 'cp1252'; '' = utf-8")
+    columns: list[str] = Field([], description="names of a csv's columns, where its first line does not name them")
+
+
+def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Table]:
+    """Tables of `train` and, where there are files of that name, of `validation` and `test`.
+
+    Args:
+        path: a file, several with commas between them, or a folder: with files named after the splits, in one piece or
+            several, there or in its folder `data`; one that `datasets` wrote (`save_to_disk`); or a copy of a Hub repository.
+        options: of FormatOptions, as TOML.
+        subset: configuration of a copied Hub repository.
+        key: names the setting in an error's line.
+
+    Raises:
+        ConfigError: nothing there, or it cannot be read; one line that names file and place.
+    """
+    how = check_options(FormatOptions, read_options("data.format", options), "files", "data.format", "reading")
+    assert isinstance(how, FormatOptions)
+    place = Path(path).expanduser()
+    if not place.exists():
+        several = [Path(name.strip()).expanduser() for name in path.split(",")]
+        if len(several) < 2 or not all(file.is_file() for file in several):
+            raise ConfigError(f"{key}: there is no such file or folder")
+        files: dict[str, list[Path]] = {"train": several}
+    elif place.is_dir():
+        if any((place / name).is_file() for name in LIBRARY):
+            return _saved(place, key)
+        files = _by_split(place) or _by_split(place / "data")
+        if "train" not in files:
+            readme = place / "README.md"
+            if readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace"):
+                return read_hub(str(place), subset, key)
+            there = ", ".join(sorted(file.name for file in place.iterdir() if is_table(file))[:9])
+            raise ConfigError(
+                f"{key}: no train file in it{f', but {there}' if there else ''}; allowed are train.*, validation.* and test.*, "
+                f"with one of the endings {', '.join(ENDINGS)}"
+            )
+    else:
+        files = {"train": [place]}
+    return {split: _joined([_read(file, how, key) for file in found], found, key) for split, found in files.items()}
+
+
+def read_hub(name: str, subset: str, key: str) -> dict[str, Table]:
+    """All splits of a data set on the Hub, or of a folder that is a copy of one.
+
+    Raises:
+        ConfigError: it cannot be loaded, or needs a subset.
+    """
+    try:
+        tables = datasets.load_dataset(name, subset or None)
+    except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
+        known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error), re.S)
+        hint = f"data.subset = {subset!r}: allowed are {known[1]}" if known else f"cannot be loaded ({deepest(error)})"
+        raise ConfigError(f"{key}: {hint}") from None
+    return {split: Table.of_library(table) for split, table in tables.items()}
+
+
+def deepest(error: BaseException) -> str:
+    """First line of the error at the bottom: libraries wrap readers' errors in ones that say nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def _by_split(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder by the split that their names begin with, in the order of their names."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        named = NAMED.fullmatch(file.name)
+        if named is None or not file.is_file() or not is_table(file):
+            continue
+        for split, names in SPLITS.items():
+            if named["name"].lower() in names:
+                found.setdefault(split, []).append(file)
+    return found
+
+
+def _read(file: Path, how: FormatOptions, key: str) -> Table:
+    if not is_table(file):
+        packed = ", ".join(filter(None, PACKED))
+        raise ConfigError(f"{key}: {file.name}: allowed endings are {', '.join(ENDINGS)}; of text also packed, {packed}")
+    try:
+        return read_file(file, how.delimiter, how.encoding, how.columns)
+    except Unreadable as error:
+        raise ConfigError(f"{key}: {file.name} cannot be read: {error}") from None
+
+
+def _joined(tables: Sequence[Table], files: Sequence[Path], key: str) -> Table:
+    """The rows of several files as one table; ConfigError where they have other columns."""
+    if len(tables) == 1:
+        return tables[0]
+    first = tables[0]
+    for table, file in zip(tables, files, strict=True):
+        if set(table.column_names) != set(first.column_names):
+            raise ConfigError(
+                f"{key}: {file.name} has the columns {table.column_names}, {files[0].name} has {first.column_names}; allowed "
+                "are the same in all files of a split"
+            )
+    names = first.column_names
+
+    def column(name: str) -> list[Any]:
+        return [value for table in tables for value in table[name]]
+
+    ids = {name: first.ids(name) for name in names if first.ids(name)}
+    return Table(names, sum(map(len, tables)), column, ids, sum(table.short for table in tables))
+
+
+def _saved(place: Path, key: str) -> dict[str, Table]:
+    try:
+        found = datasets.load_from_disk(str(place))
+    except Exception as error:  # a folder that was cut off or copied in part
+        raise ConfigError(f"{key}: cannot be read ({deepest(error)})") from None
+    tables = found if isinstance(found, dict) else {"train": found}
+    return {split: Table.of_library(table) for split, table in tables.items()}

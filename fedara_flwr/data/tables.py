@@ -1,0 +1,281 @@
+"""Tables of local files: what stands in a column, as it is written there. No task and no setting of a run is known here."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedara_flwr.log import first_line
+
+PACKED: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DELIMITERS = ",;\t|"
+ROWS = ("data", "rows", "examples", "instances", "records", "items")  # under which a JSON object may have its rows
+
+
+class Unreadable(Exception):
+    """A file that cannot be read; the text says why and where, never what stands in it."""
+
+
+class Table:
+    """Named columns of equal length, each read when it is asked for.
+
+    Attributes:
+        column_names: in the file's order.
+        short: rows that had fewer fields than the header names, and are in no column.
+    """
+
+    def __init__(
+        self,
+        column_names: Sequence[str],
+        rows: int,
+        read: Callable[[str], list[Any]],
+        ids: Mapping[str, Mapping[int, str]] | None = None,
+        short: int = 0,
+    ) -> None:
+        """`read` gives a column by its name; `ids` are names of class-label columns by id."""
+        self.column_names, self.short = list(column_names), short
+        self._rows, self._read, self._ids = rows, read, ids or {}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        columns = [self[name] for name in self.column_names]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(self.column_names, values, strict=True))
+
+    def ids(self, name: str) -> dict[int, str]:
+        """The names that a class-label column has for its ids; {} where it has none."""
+        return dict(self._ids.get(name, {}))
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, list[Any]], short: int = 0) -> Table:
+        """A table of lists of equal length."""
+        return cls(list(columns), len(next(iter(columns.values()), [])), columns.__getitem__, short=short)
+
+    @classmethod
+    def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> Table:
+        """A table of rows, which may lack columns; these are None there."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return cls.from_columns({name: [row.get(name) for row in rows] for name in names})
+
+    @classmethod
+    def of_library(cls, table: Any) -> Table:
+        """A table of the library `datasets`."""
+        return cls(table.column_names, len(table), lambda name: list(table[name][:]), _class_labels(table.features))
+
+
+def read_file(path: Path, delimiter: str = "", encoding: str = "", columns: Sequence[str] = ()) -> Table:
+    """The table of one file, by its ending.
+
+    Args:
+        delimiter: of a csv; '' = found in its first line.
+        encoding: of a csv or JSON; '' = utf-8, with or without a byte order mark.
+        columns: names of a csv's columns where its first line does not name them.
+
+    Raises:
+        Unreadable: in one line.
+    """
+    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    ending = Path(path.stem if packed else path).suffix.lower()
+    try:
+        if ending == ".parquet":
+            return _parquet(path)
+        if ending == ".arrow":
+            return Table.of_library(datasets.Dataset.from_file(str(path)))
+        with PACKED[packed](path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, ValueError) as error:
+        raise Unreadable(first_line(error)) from None
+    text = decoded(content, encoding)
+    return READERS[ending](text, delimiter, columns)
+
+
+def is_table(path: Path) -> bool:
+    """Whether `read_file` knows the file's ending."""
+    packed = path.suffix.lower() in PACKED
+    return Path(path.stem if packed else path).suffix.lower() in (READERS if packed else ENDINGS)
+
+
+def decoded(content: bytes, encoding: str) -> str:
+    """The text of a file.
+
+    Raises:
+        Unreadable: it has another encoding; the likely one is said.
+    """
+    if not encoding and content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    try:
+        return content.decode(encoding or "utf-8-sig")
+    except LookupError:
+        raise Unreadable(f"there is no encoding {encoding!r}, allowed are those of Python such as 'cp1252'") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        likely = "" if encoding else "; data.format = \"encoding = 'cp1252'\" is likely"
+        raise Unreadable(f"line {line} is no {encoding or 'utf-8'} text{likely}") from None
+
+
+# -- formats ------------------------------------------------------------------------------------------------------------
+def _parquet(path: Path) -> Table:
+    file = pq.ParquetFile(path)
+    schema = file.schema_arrow
+    features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+
+    def column(name: str) -> list[Any]:
+        with pq.ParquetFile(path) as again:
+            return list(again.read([name])[name].to_pylist())
+
+    with file:
+        return Table(schema.names, file.metadata.num_rows, column, _class_labels(features))
+
+
+def _class_labels(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    found = {}
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel) and inner.names:
+            found[name] = dict(enumerate(inner.names))
+    return found
+
+
+def _csv(text: str, delimiter: str, columns: Sequence[str], usual: str = ",") -> Table:
+    """Every value as it is written; None where nothing is. More fields than names are refused."""
+    csv.field_size_limit(sys.maxsize)
+    first = next(iter(text.splitlines()), "")
+    if not first.strip():
+        raise Unreadable("it is empty" if not text.strip() else "its first line is empty")
+    # the one that parts the first line into most columns; the usual one where there is but one
+    mark = delimiter or max(usual + DELIMITERS, key=lambda sign: len(next(csv.reader([first], delimiter=sign))))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    values: list[list[str | None]] = []
+    begun, short = 1, 0
+    try:
+        names = [name.strip() for name in columns or next(reader)]
+        values = [[] for _ in names]
+        begun = reader.line_num + 1
+        for row in reader:
+            if len(row) > len(names):
+                raise Unreadable(
+                    f"line {begun} has {len(row)} fields, {len(names)} are named; a text with {mark!r} must stand in quotes"
+                )
+            if len(row) == len(names):
+                for column, value in zip(values, row, strict=True):
+                    column.append(value or None)
+            else:
+                short += bool(row)
+            begun = reader.line_num + 1
+    except csv.Error as error:
+        why = "a quote that is not closed" if "unexpected end" in str(error) else "a quote in a quoted text must be doubled"
+        raise Unreadable(f"line {begun}: {why}") from None
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Unreadable(f"two columns are called {twice!r}")
+    return Table.from_columns(dict(zip(names, values, strict=True)), short)
+
+
+def _json(text: str, *_: object) -> Table:
+    """An array of objects, also one level down ({"data": […]}), columns of values by row as pandas writes them, or lines."""
+    try:
+        whole = json.loads(text)
+    except ValueError as error:
+        if "\n" not in text.strip():
+            raise Unreadable(f"no JSON ({first_line(error)})") from None
+        return _lines(text)
+    if isinstance(whole, dict):
+        columns = list(whole.values())
+        if columns and all(isinstance(value, dict) and value.keys() == columns[0].keys() for value in columns):
+            return Table.from_columns({str(name): list(value.values()) for name, value in whole.items()})
+        whole = next((whole[name] for name in ROWS if isinstance(whole.get(name), list)), [whole])
+    if not isinstance(whole, list):
+        raise Unreadable("it holds neither a list of objects nor one object a line")
+    return _objects(enumerate(whole, 1), "entry")
+
+
+def _lines(text: str, *_: object) -> Table:
+    """One object a line; what begins as an array is read as one."""
+    if text.lstrip()[:1] == "[":
+        return _json(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other ends of a line
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except ValueError as error:
+                raise Unreadable(f"line {number} is no JSON ({getattr(error, 'msg', 'ValueError')})") from None
+    return _objects(rows, "line")
+
+
+def _objects(rows: Iterable[tuple[int, Any]], word: str) -> Table:
+    found = []
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise Unreadable(f"{word} {number} is no object")
+        found.append(row)
+    if not found:
+        raise Unreadable("it is empty")
+    return Table.from_list(found)
+
+
+def _conll(text: str, *_: object) -> Table:
+    """A word a line, its columns behind it, an empty line between sentences: lists of words, and of the last column's tags."""
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        fields = [field.strip() for field in fields]
+        if not any(fields) or fields[0] == "-DOCSTART-" or (fields[0] == "#" and len(fields) != 2):
+            if words[-1]:
+                words.append([])
+                tags.append([])
+            continue
+        if len(fields) < 2:
+            raise Unreadable(f"line {number} has one field, allowed are a word and its tag")
+        words[-1].append(fields[0])
+        tags[-1].append(fields[-1])
+    filled = [i for i, sentence in enumerate(words) if sentence]
+    if not filled:
+        raise Unreadable("it is empty")
+    return Table.from_columns({"text": [words[i] for i in filled], "label": [tags[i] for i in filled]})
+
+
+READERS: dict[str, Callable[[str, str, Sequence[str]], Table]] = {
+    ".csv": _csv,
+    ".tsv": partial(_csv, usual="\t"),
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), _conll),
+}
+ENDINGS = (".parquet", *READERS, ".arrow")
+
+
+def column_problem(values: Sequence[Any], lists: bool) -> str:
+    """What is wrong with a column's values where each must be one value, or a list of such; '' where nothing is."""
+    for value in values:
+        if isinstance(value, bytes | bytearray):
+            return "bytes"
+        if isinstance(value, Mapping):
+            return "objects"
+        if isinstance(value, list) and not lists:
+            return "lists"
+        if lists and value is not None and not isinstance(value, list):
+            return "single values"
+        if lists and value and any(isinstance(item, list | Mapping | bytes) for item in value):
+            return "lists of lists or objects"
+    return ""
