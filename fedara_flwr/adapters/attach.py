@@ -20,6 +20,7 @@ from peft import AdaLoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedara_flwr.adapters import fit
 from fedara_flwr.adapters.backbone import Backbone
 from fedara_flwr.adapters.layer import PEFT_EPSILON, LowRankLinear
 from fedara_flwr.adapters.output import OutputLayer, checkpointed
@@ -352,6 +353,11 @@ class AdaptedModel:
         with self._running(below):
             states: torch.Tensor = self.model.base_model(**_inputs(batch), **self._plain)[0]  # type: ignore[operator]
         return states
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many tokens a model with learned positions can take; None for others."""
+        return fit.positions(self.model)
 
     @cached_property
     def output_layer(self) -> OutputLayer:

@@ -13,6 +13,7 @@ import torch
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
+from fedara_flwr.adapters.fit import check_fit
 from fedara_flwr.config import Settings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
@@ -128,6 +129,7 @@ def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu
         pad_token_id=tokenizer.pad_token_id,
         device=device,
     )
+    check_fit(settings.model.name, backbone.model, tokenizer, settings.data.max_length)
     train = settings.train
     adapted = AdaptedModel(backbone, train.cache, train.cache_mb, train.cache_disk_mb, train.checkpointing)
     return Learner(adapted, task, tokenizer)

@@ -29,7 +29,7 @@ class OutputLayer:
         """Try it on two rows.
 
         Raises:
-            ConfigError: what comes out are not the model's logits.
+            ConfigError: what comes out are not the model's logits; or the model sees the tokens that it is to say.
         """
         self._adapted, self._base = adapted, adapted.model.base_model
         tokens = torch.arange(12, device=adapted.device).view(2, 6) % adapted.model.config.get_text_config().vocab_size
@@ -37,9 +37,14 @@ class OutputLayer:
         with torch.no_grad():
             whole = adapted.outputs(batch).logits
             again = self(adapted.hidden(batch).flatten(0, 1)).view_as(whole)
+            batch["input_ids"] = torch.cat([tokens[:, :-1], tokens.roll(1, 0)[:, -1:]], dim=1)  # another last token
+            before = adapted.outputs(batch).logits[:, :-1]
         kind = torch.float32 if adapted.backbone.dtype == "float32" else torch.bfloat16
-        if not bool((again - whole).abs().max() <= TOLERANCE[kind] * whole.abs().max()):
-            name = type(adapted.model).__name__
+        name, bound = type(adapted.model).__name__, TOLERANCE[kind] * whole.abs().max()
+        if not bool((before - whole[:, :-1]).abs().max() <= bound):
+            line = f"{name} sees what comes after a token, allowed are decoders, which do not"
+            raise ConfigError(f"model.name = {adapted.backbone.name!r}: {line}")
+        if not bool((again - whole).abs().max() <= bound):
             raise ConfigError(f"model.name = {adapted.backbone.name!r}: {name} makes its logits from more than its last block")
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

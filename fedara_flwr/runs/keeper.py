@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from fedara_flwr import strategies
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import error_line
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.report import write_report
@@ -19,7 +20,7 @@ from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_
 from fedara_flwr.runs.trackers import Trackers, open_trackers
 from fedara_flwr.server.checkpoint import Checkpoints
 from fedara_flwr.server.evaluate import ServerModel
-from fedara_flwr.server.loop import Callback, RoundLoop
+from fedara_flwr.server.loop import Callback, RoundLoop, RunFailed
 from fedara_flwr.server.roster import Node
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.strategies.base import Method
@@ -27,6 +28,7 @@ from fedara_flwr.tasks import read_settings
 from fedara_flwr.tasks.overview import dealt
 
 logger = logging.getLogger(__name__)
+Kind = TypeVar("Kind")
 
 
 class Keeper(Callback):
@@ -58,17 +60,18 @@ class Keeper(Callback):
         """The state of the run's newest good checkpoint; later lines of metrics.jsonl are taken back.
 
         Raises:
-            ConfigError: no checkpoint can be used, or the data is not what it was.
+            ConfigError: no checkpoint can be used, or the data or the tokenizer is not what it was.
         """
         digest = self.model.federation.digest
         if (before := self.directory.facts.get("data", digest)) != digest:
             raise ConfigError(
                 f"run.resume: the training data's hash is {digest[:16]!r}, it was {before[:16]!r} when the run began"
             )
+        _check_tokenizer("run.resume", self.directory.facts, self.model)
         state, length = _newest(self.checkpoints, self.model)
         self.directory.go_on(self.settings)
         self.directory.cut(length)
-        resumed = [*self.directory.facts["resumed"], state.server_round]
+        resumed = [*self.directory.facts.get("resumed", ()), state.server_round]
         self.directory.update({"resumed": resumed, "outcome": "running", "reason": ""})
         return state
 
@@ -81,7 +84,8 @@ class Keeper(Callback):
     def begin(self, loop: RoundLoop) -> None:
         """Write what the run is, and say what privacy all of it will have."""
         self.loop = loop
-        self.directory.update(self._facts() | {"outcome": "running", "reason": "", "data": self.model.federation.digest})
+        common = {"data": self.model.federation.digest, "tokenizer": self.model.learner.tokenizer_digest}
+        self.directory.update(self._facts() | {"outcome": "running", "reason": ""} | common)
         self.model.overview().log(logger)
         if self.settings.privacy.on:
             logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
@@ -100,24 +104,44 @@ class Keeper(Callback):
         self.directory.update(self._facts())
 
     def conclude(self, outcome: str, reason: str = "") -> None:
-        """Test once if the run is complete, export what was reached, write page and summary."""
-        method, model, directory, state = self.method, self.model, self.directory, self.state
-        try:
-            done = outcome == "completed"
-            test = model.evaluate(method.weights(state.shown()), "test") if done else {}
-            more = compared(model, method.weights(state.shown())) if done else {}
-            exported = model.export(directory.path, method.exported(state.shown()))
-        except Exception as error:
-            directory.update({"outcome": "failed", "reason": f"its results could not be written: {error}"})
-            raise
+        """Export what was reached, test it once if the run is complete, write page and summary.
+
+        Raises:
+            RunFailed: the results could not be made. Everything else is written, and the outcome is "failed".
+        """
+        directory, state, failure = self.directory, self.state, None
+        exported = self._export(reason)
+        results: dict[str, Any] = {"test": {}}
+        if outcome == "completed":
+            try:
+                weights = self.method.weights(state.shown())
+                results["test"] = self.model.evaluate(weights, "test")
+                results |= compared(self.model, weights)
+            except Exception as error:
+                failure, outcome = error, "failed"
+                reason = f"all rounds are done and {exported.name}/ is written, but not its results: {error_line(error)}"
         end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": self._seconds()}
-        end |= {f"test-{name}": value for name, value in test.items()}
+        end |= {f"test-{name}": value for name, value in results["test"].items()}
         self.record(end)
         self._trackers.take(end)
-        results = {"outcome": outcome, "reason": reason, "test": test, "exported": exported.name, **more}
-        directory.update(self._facts() | results | {"modelled": directory.modelled()})
-        write_card(exported, directory.facts, "merged" if exported.name == "model" else "peft")
-        self._show(test, exported)
+        results |= {"outcome": outcome, "reason": reason, "modelled": directory.modelled()}
+        directory.update(self._facts() | results)
+        _describe(exported, directory.facts)
+        self._show(results["test"], exported)
+        if failure is not None:
+            raise RunFailed(reason) from failure
+
+    def _export(self, reason: str) -> Path:
+        """Write what was reached, before anything that may fail; `reason` is why the run ended, '' where it is complete."""
+        try:
+            exported = self.model.export(self.directory.path, self.method.exported(self.state.shown()))
+        except Exception as error:
+            why = f"{reason}; " if reason else ""
+            self.directory.update({"outcome": "failed", "reason": f"{why}its model could not be written: {error_line(error)}"})
+            self._trackers.close()
+            raise
+        self.directory.update({"exported": exported.name})
+        return exported
 
     def fail(self, reason: str) -> None:
         """The rounds ended by an error: finish with what there is; a run that learnt nothing yet leaves nothing."""
@@ -257,40 +281,82 @@ def open_run(path: Path) -> SavedRun:
     """Open a run that exists, as its newest good checkpoint has it.
 
     Raises:
-        ConfigError: `path` is no run's folder, the model cannot be loaded, or no checkpoint can be used.
+        ConfigError: `path` is no run's folder, the model cannot be loaded, its tokenizer is not what it was, or no checkpoint
+            can be used.
     """
     run, _ = _open(path)
     return run
 
 
 def conclude_stopped(path: Path) -> None:
-    """Finish the folder of a run that was stopped: its newest checkpoint is exported; without one nothing is left.
+    """Finish the folder of a run that was stopped: its newest checkpoint is exported.
+
+    Without one nothing is left, unless the run was stopped after its last round, when its model was written already.
 
     Raises:
         ConfigError: as `open_run`.
     """
     directory = RunDirectory.open(path)
     try:
-        if not any((path / "checkpoint").glob("round-*")):
+        outcome, reason, facts = "stopped", "stopped by the user", directory.facts
+        if any((path / "checkpoint").glob("round-*")):
+            run, length = _open(path)
+            directory.cut(length)
+            Keeper(directory, run.method, run.model, run.state).conclude(outcome, reason)
+        elif facts.get("outcome") == "running" and "exported" in facts:
+            directory.update({"outcome": outcome, "reason": reason})
+            _describe(path / facts["exported"], facts)
+        else:
             directory.discard()
-            return
-        run, length = _open(path)
-        directory.cut(length)
-        Keeper(directory, run.method, run.model, run.state).conclude("stopped", "stopped by the user")
     finally:
         directory.close()
 
 
 def _open(path: Path) -> tuple[SavedRun, int]:
     facts, settings = read_facts(path), read_settings(read_config(path))
-    model = ServerModel(settings, tuple(facts["labels"]))
+    labels = _fact(path, facts, "labels", list)
+    model = ServerModel(settings, tuple(labels))
+    _check_tokenizer(str(path), facts, model)
     method = strategies.find(settings.method)(settings, model)
     state, length = _newest(_checkpoints(path, facts, model), model)
     return SavedRun(method, state, model), length
 
 
 def _checkpoints(path: Path, facts: dict[str, Any], model: ServerModel) -> Checkpoints:
-    return Checkpoints(path / "checkpoint", {"run": facts["id"], "fingerprint": model.spec.fingerprint})
+    identity = {"run": _fact(path, facts, "id", str), "fingerprint": model.spec.fingerprint}
+    return Checkpoints(path / "checkpoint", identity)
+
+
+def _fact(path: Path, facts: dict[str, Any], name: str, kind: type[Kind]) -> Kind:
+    """What a run's federated.json must say for it to be opened.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not isinstance(found := facts.get(name), kind):
+        raise ConfigError(f"{path / 'federated.json'}: it has no {name!r} as a run writes it, the run cannot be opened")
+    return found
+
+
+def _check_tokenizer(where: str, facts: dict[str, Any], model: ServerModel) -> None:
+    """Refuse a model that would be spoken to otherwise than it was taught; of older runs it is not known.
+
+    Raises:
+        ConfigError: the tokenizer's digest is not what it was when the run began.
+    """
+    digest = model.learner.tokenizer_digest
+    if facts.get("tokenizer", digest) != digest:
+        name = model.settings.model.name
+        line = "its vocabulary, chat template or system text has changed since the run began"
+        raise ConfigError(f"{where}: model.name = {name!r}: {line}")
+
+
+def _describe(exported: Path, facts: dict[str, Any]) -> None:
+    """Write the card of an export; without one it is a whole model still."""
+    try:
+        write_card(exported, facts, "merged" if exported.name == "model" else "peft")
+    except Exception as error:
+        logger.warning("no model card (%s); `fedara export` tries again", error_line(error))
 
 
 def _newest(checkpoints: Checkpoints, model: ServerModel) -> tuple[ServerState, int]:

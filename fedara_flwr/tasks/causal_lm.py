@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fedara_flwr.data.examples import Examples
-from fedara_flwr.data.labels import Labels
+from fedara_flwr.data.labels import NOTHING, Labels
 from fedara_flwr.data.reading import Column, Example, text
-from fedara_flwr.data.skipped import LeftOut, absent
+from fedara_flwr.data.skipped import LeftOut, absent, spelled
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, LearnerPort, Metric, Sample, Task, pad, pad_labels
-from fedara_flwr.tasks.generation import say
+from fedara_flwr.tasks.generation import all_ends, say
 from fedara_flwr.tasks.ollama import modelfile
 from fedara_flwr.tasks.overlap import exact, rouge_l
 from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, shorten
@@ -44,7 +44,9 @@ PRESETS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"text": ("question",), "answer": ("answer", "response")},
     {"messages": ("messages", "conversations")},
 )
-"""Columns as published sets have them; the context may be missing."""
+"""Columns as published sets have them, in any case; the context may be missing."""
+ANSWERS = ("output", "response", "completion", "answer")
+NONE = "-"  # no column, whatever there is
 
 
 class CausalLMOptions(Group):
@@ -56,7 +58,7 @@ class CausalLMOptions(Group):
     system: str = Field("", description="system text before every conversation that has none; '' = none")
     answer_column: str = Field(
         "",
-        description="column of the answer to data.text-column; '' = found by usual names, without one a text is learnt whole",
+        description="column of the answer to data.text-column; '' = found by usual names, '-' = none: texts are learnt whole",
     )
     context_column: str = Field("", description="column of what a prompt refers to, put behind it; '' = none")
     messages_column: str = Field("", description="column of conversations: lists of role and content, or from and value")
@@ -115,16 +117,21 @@ class CausalLM(Task):
         ]
 
     def _roles(self, there: tuple[str, ...]) -> dict[str, str]:
-        options, prompt = self.options, self.settings.text_column
+        options, text_column = self.options, self.settings.text_column
         category = options.category_column or ("area" if self.grouped else "")
         if options.messages_column:
             roles = {"messages": options.messages_column}
-        elif options.answer_column:
-            roles = {"text": prompt, "answer": options.answer_column, "context": options.context_column}
         else:
-            roles = {"text": prompt, **_preset(there)} if prompt == "text" else {"text": prompt}
-            if "messages" in roles:
-                del roles["text"]
+            # the prompt's column as the key names it, else by the names that published sets have
+            roles = dict(_preset(there, "" if text_column == "text" else text_column))
+            if "messages" in roles and (options.answer_column or text_column != "text"):
+                roles = {}
+            roles |= {"answer": options.answer_column} if options.answer_column else {}
+            if roles.get("answer") == NONE:
+                roles = {}
+            roles |= {"context": options.context_column} if options.context_column else {}
+            if "messages" not in roles:
+                roles = {"text": text_column, **roles}
         return {role: name for role, name in {**roles, "category": category}.items() if name}
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
@@ -134,14 +141,15 @@ class CausalLM(Task):
             messages = _messages(row["messages"])
         elif "answer" in row:
             prompt, answer = text(row["text"], "prompt"), text(row["answer"], "answer")
-            if not absent(row.get("context")) and str(row["context"]).strip():
-                prompt = f"{prompt}\n\n{row['context']}"
+            context = "" if absent(row.get("context")) else spelled(row["context"])
+            if context.strip() and context.strip() not in NOTHING:
+                prompt = f"{prompt}\n\n{context}"
             messages = [[USER, prompt], [ASSISTANT, answer]]
         else:
             return Example(text(row["text"]), category=category)
         if self.options.system and messages[0][0] != SYSTEM:
             messages = [[SYSTEM, self.options.system], *messages]
-        return Example(messages[-1][1], target=messages, identity=json.dumps(messages), category=category)
+        return Example(messages[-1][1], target=messages, identity=json.dumps(messages, ensure_ascii=False), category=category)
 
     # -- the tokenizer
     def check_tokenizer(self, tokenizer: Any, model: str) -> None:
@@ -190,6 +198,7 @@ class CausalLM(Task):
             kept.append(number)
         if why is not None and cut.refused == len(examples):
             raise why
+        cut.passed_over = template.passed_over
         ids_of, labels_of = ([row[i] for row in rows] for i in (0, 1))
         return Encoded(ids_of, labels_of, examples.take(kept), cut.words(max_length))
 
@@ -242,23 +251,32 @@ class CausalLM(Task):
 
     # -- words
     def files(self, learner: LearnerPort, kind: str, base: str) -> dict[str, str]:
-        """A Modelfile for Ollama beside plain LoRA and merged models: it does not read AdaLoRA's adapters."""
-        if kind == "peft":
-            return {}
-        try:
-            return {"Modelfile": modelfile(learner.tokenizer, "" if kind == "merged" else base)}
-        except Refused as error:
-            logger.warning("no Modelfile for Ollama: %s", error)
-            return {}
+        """What ends an answer, for transformers; a Modelfile for Ollama, which does not read AdaLoRA's adapters."""
+        from transformers import GenerationConfig
+
+        pad = learner.tokenizer.pad_token_id
+        config = GenerationConfig(do_sample=False, eos_token_id=all_ends(learner), pad_token_id=pad)
+        files = {"generation_config.json": config.to_json_string()}
+        if kind != "peft":
+            try:
+                files["Modelfile"] = modelfile(learner.tokenizer, "" if kind == "merged" else base, self.options.system)
+            except Refused as error:
+                logger.warning("no Modelfile for Ollama: %s", error)
+        return files
 
     def snippet(self) -> list[str]:
         """Python lines that print an answer."""
+        system = "{'role': 'system', 'content': system}, " if self.options.system else ""
         return [
-            'messages = [{"role": "user", "content": "What is a tuple?"}]',
+            "from transformers import GenerationConfig",
+            "",
+            *([f"system = {self.options.system!r}  # as it was taught"] if self.options.system else []),
+            f"messages = [{system}{{'role': 'user', 'content': 'What is a tuple?'}}]".replace("'", '"'),
             "batch = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",
-            "answer = model.generate(**batch, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id)",
+            "config = GenerationConfig.from_pretrained(tokenizer.name_or_path)  # knows what ends an answer",
+            "answer = model.generate(**batch, generation_config=config, max_new_tokens=64)",
             'print(tokenizer.decode(answer[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))',
         ]
 
@@ -314,10 +332,18 @@ class Perplexity:
 
 
 @cache
-def _preset(there: tuple[str, ...]) -> dict[str, str]:
-    """Roles of columns that are called as published sets call them; {} where none fit. Said once for a table."""
-    for preset in PRESETS:
-        found = {role: next((name for name in names if name in there), "") for role, names in preset.items()}
+def _preset(there: tuple[str, ...], prompt: str) -> dict[str, str]:
+    """Roles of columns that are called as published sets call them; {} where none fit. Said once for a table.
+
+    Args:
+        prompt: the prompt's column, where a key names it: then its answer is looked for; '' = both are.
+    """
+    lower = {name.lower(): name for name in reversed(there)}
+    for preset in (*PRESETS, {"text": ("text",), "answer": ANSWERS}):
+        names = {**preset, "text": (prompt.lower(),)} if prompt and "text" in preset else preset
+        found = {role: next((lower[name] for name in of if name in lower), "") for role, of in names.items()}
+        if (prompt and "text" not in preset) or found.get("answer", "") == found.get("text"):
+            continue
         if all(name for role, name in found.items() if role != "context"):
             said = ", ".join(f"{role} from {name!r}" for role, name in found.items() if name)
             logger.info("columns by their names: %s (data.options says otherwise)", said)
@@ -334,7 +360,7 @@ def _last_answer(labels: Sequence[int]) -> int:
 
 
 def _messages(value: Any) -> list[list[str]]:
-    """A conversation as [role, content] of each message, up to its last answer.
+    """A conversation as [role, content] of each message, up to its last answer; several of one role in a row as one.
 
     Raises:
         LeftOut: it cannot be read, or has no answer.
@@ -342,11 +368,16 @@ def _messages(value: Any) -> list[list[str]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise LeftOut("with messages that are no JSON") from None
-    messages = [_message(message) for message in value] if isinstance(value, list | tuple) else []
-    if any(not content for _, content in messages) or any(role == SYSTEM for role, _ in messages[1:]):
-        raise LeftOut("with messages that are empty or out of place")
+    messages: list[list[str]] = []
+    for role, content in [_message(message) for message in value] if isinstance(value, list | tuple) else []:
+        if messages and messages[-1][0] == role:  # most templates want turns
+            messages[-1][1] += f"\n\n{content}"
+        else:
+            messages.append([role, content])
+    if any(role == SYSTEM for role, _ in messages[1:]):
+        raise LeftOut("with a system text that is not first")
     while messages and messages[-1][0] != ASSISTANT:
         messages.pop()
     if not any(role == USER for role, _ in messages):
@@ -356,14 +387,22 @@ def _messages(value: Any) -> list[list[str]]:
     return messages
 
 
-def _message(value: Any) -> list[str]:
-    """Role and content of one message."""
-    if isinstance(value, Mapping):
-        role, content = (value.get(name) if value.get(name) is not None else value.get(other) for name, other in KEYS)
-        role = NAMES.get(str(role), role)
-        if role in ROLES and isinstance(content, str):
-            return [str(role), content if content.strip() else ""]
-    raise LeftOut("with messages that are not of system, user and assistant")
+def _message(value: Any) -> tuple[str, str]:
+    """Role and content of one message; of content in parts their texts."""
+    if not isinstance(value, Mapping):
+        raise LeftOut("with messages that are no objects")
+    role, content = (value.get(name) if value.get(name) is not None else value.get(other) for name, other in KEYS)
+    role = str(role).lower()
+    role = NAMES.get(role, role)
+    if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
+        if any(part.get("type") not in (None, "text") or not isinstance(part.get("text"), str) for part in content):
+            raise LeftOut("with messages that are not text alone")
+        content = "\n".join(part["text"] for part in content)
+    if role not in ROLES:
+        raise LeftOut("with messages of others than system, user and assistant")
+    if not isinstance(content, str) or not content.strip():
+        raise LeftOut("with messages that are empty")
+    return role, spelled(content)
 
 
 def _whole(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:

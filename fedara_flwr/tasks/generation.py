@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fedara_flwr.tasks.base import LearnerPort
+from fedara_flwr.tasks.templates import ASSISTANT, USER, Template
 
 
 class Said(NamedTuple):
@@ -17,10 +18,14 @@ class Said(NamedTuple):
 
 def ends(tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's end of text, and what its chat template puts behind an answer."""
-    from fedara_flwr.tasks.templates import ASSISTANT, USER, Template
-
     ids, _ = Template(tokenizer).answers([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": "b"}])
     return sorted({int(tokenizer.eos_token_id), ids[-1]})
+
+
+def all_ends(learner: LearnerPort) -> list[int]:
+    """Tokens that end an answer, also by what the published model says of itself."""
+    own = learner.adapted.model.generation_config.eos_token_id
+    return sorted({*ends(learner.tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
 def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer: Any = None) -> list[Said]:
@@ -35,7 +40,11 @@ def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer:
     from transformers import GenerationConfig
 
     adapted, tokenizer = learner.adapted, learner.tokenizer
-    stops, longest = ends(tokenizer), max(len(prompt) for prompt in prompts)
+    stops, longest = all_ends(learner), max(len(prompt) for prompt in prompts)
+    places = learner.adapted.positions  # of a model with learned ones
+    most = most if places is None else min(most, places - longest)
+    if most < 1:
+        return [Said("", False) for _ in prompts]
     pad = tokenizer.pad_token_id
     tokens = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts], device=adapted.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=adapted.device)
@@ -47,8 +56,13 @@ def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer:
             out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
     finally:
         adapted.model.generation_config = own
-    said = []
+    said, opening = [], _words(tokenizer, tokenizer(Template(tokenizer).opening(), add_special_tokens=False)["input_ids"])
     for row in out[:, longest:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), len(row))
-        said.append(Said(tokenizer.decode(row[:end], skip_special_tokens=True).strip(), end < len(row)))
+        said.append(Said(_words(tokenizer, row[:end]).removeprefix(opening).strip(), end < len(row)))
     return said
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()

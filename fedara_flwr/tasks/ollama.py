@@ -24,11 +24,12 @@ class _Pieces(NamedTuple):
     again: str
 
 
-def modelfile(tokenizer: Any, base: str) -> str:
+def modelfile(tokenizer: Any, base: str, system: str = "") -> str:
     """An Ollama Modelfile for the folder that it lies in.
 
     Args:
         base: the base model's folder of safetensors, where this one holds a LoRA adapter; '' = it holds the whole model.
+        system: the system text that the model was taught with; '' = none.
 
     Raises:
         Refused: the template writes later turns otherwise than first ones.
@@ -39,16 +40,17 @@ def modelfile(tokenizer: Any, base: str) -> str:
         with_system = _pieces(template, {"role": SYSTEM, "content": TEXTS[3]})
     except Refused:  # a template without a place for it
         with_system = bare
-    system = _go(with_system.first).replace(TEXTS[3], "{{ $.System }}")
+    place = _go(with_system.first).replace(TEXTS[3], "{{ $.System }}")
     body = (
         '{{ $first := true }}{{ range .Messages }}{{ if eq .Role "user" }}'
-        f"{{{{ if $first }}}}{{{{ if $.System }}}}{system}{{{{ else }}}}{_go(bare.first)}{{{{ end }}}}{{{{ $first = false }}}}"
+        f"{{{{ if $first }}}}{{{{ if $.System }}}}{place}{{{{ else }}}}{_go(bare.first)}{{{{ end }}}}{{{{ $first = false }}}}"
         f"{{{{ else }}}}{_go(bare.again)}{{{{ end }}}}{{{{ .Content }}}}{_go(bare.ask)}"
         f'{{{{ else if eq .Role "assistant" }}}}{_go(bare.lead)}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}'
     )
     ids, _ = template.answers([{"role": USER, "content": TEXTS[0]}, {"role": ASSISTANT, "content": TEXTS[1]}])
     end = tokenizer.convert_ids_to_tokens(ids[-1])
     source = [f"FROM {base}", "ADAPTER ."] if base else ["FROM ."]
+    source += [f'SYSTEM """{system}"""'] if system and '"""' not in system else []
     return "\n".join([*source, f'TEMPLATE """{body}"""', f'PARAMETER stop "{end}"', "PARAMETER temperature 0", ""])
 
 

@@ -1,14 +1,17 @@
 """Extractive question answering: the answer is a stretch of a text, or there is none (SQuAD, arXiv 1606.05250, 1806.03822).
 
 A text that is longer than `data.max-length` is read in windows that overlap. Each is a row of its own when the model learns; a
-window without the answer, like a question without one, has its answer at the first token. For an evaluation the best span of
-all windows counts, cut out of the original text.
+window without the answer, like a question without one, has its answer at the first token. Nothing is learnt of a window that
+holds a part of it, nor of any window where none holds the whole: that there is no answer would be wrong. For an evaluation the
+best span of all windows counts, cut out of the original text.
 """
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +22,10 @@ from pydantic import Field
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, text
-from fedara_flwr.data.skipped import LeftOut, absent
+from fedara_flwr.data.skipped import LeftOut, absent, spelled
 from fedara_flwr.keys import ConfigError, Group
-from fedara_flwr.tasks.base import Batch, Encoded, Metric, Task, pad
-from fedara_flwr.tasks.overlap import exact, word_f1
+from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
+from fedara_flwr.tasks.overlap import squad_exact, word_f1
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +51,8 @@ class Window:
 
     Attributes:
         example: its place among the examples.
-        offsets: where in the context each token begins and ends, shape (tokens, 2); (-1, -1) of others.
+        offsets: where in the context each token begins and ends, marks on its last letter included, shape (tokens, 2);
+            (-1, -1) of others.
     """
 
     example: int
@@ -112,8 +116,11 @@ class QuestionAnswering(Task):
 
     # -- learning
     def encode(self, tokenizer: Any, examples: Examples, max_length: int) -> Encoded:
-        """Windows of every row; a label is [first token, last token, first and last of the context, the window's number]."""
-        stride = self.options.stride or max_length // 4
+        """Windows of every row; a label is [first token, last token, first and last of the context, the window's number].
+
+        The first two are NONE where there is no answer, and UNLABELLED where nothing is learnt (`_spans`).
+        """
+        stride = self._stride(max_length)
         room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - 1  # one token more than is shared
         most = min(max_length // 2, room)
         if most < 1 or stride >= max_length // 2:
@@ -121,37 +128,31 @@ class QuestionAnswering(Task):
         ids: list[list[int]] = []
         labels: list[list[int]] = []
         windows: list[Window] = []
-        cut = empty = 0
+        cut = empty = unlearnt = 0
         for number in range(len(examples)):
             question, shortened = _shortened(tokenizer, examples.texts[number], most)
-            cut += shortened
             assert examples.pairs is not None and examples.targets is not None
-            encoded = tokenizer(
-                question,
-                examples.pairs[number],
-                truncation="only_second",
-                max_length=max_length,
-                stride=stride,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-                split_special_tokens=True,
-            )
-            count, before = len(encoded["input_ids"]), len(ids)
-            for place, tokens in enumerate(encoded["input_ids"]):
-                inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(place)])
-                if not inside.any():
-                    continue
-                offsets = np.where(inside[:, None], np.array(encoded["offset_mapping"][place]), -1).astype(np.int32)
-                where = np.flatnonzero(inside)
-                ends = (place == 0, place == count - 1)
-                first, last = _tokens(offsets, where, examples.targets[number], ends)
-                labels.append([first, last, int(where[0]), int(where[-1]), len(windows)])
-                ids.append(list(tokens))
+            found = _windows(tokenizer, question, examples.pairs[number], max_length, stride)
+            spans = _spans([offsets for _, offsets in found], examples.targets[number])
+            for (tokens, offsets), span in zip(found, spans, strict=True):
+                where = _of_context(offsets)
+                labels.append([*span, int(where[0]), int(where[-1]), len(windows)])
+                ids.append(tokens)
                 windows.append(Window(number, offsets))
-            empty += len(ids) == before
-        said = ((cut, f"cut at {most} tokens"), (empty, "left out, of whose context no token is left"))
+            cut += shortened
+            empty += not found
+            unlearnt += bool(found) and all(span[0] == UNLABELLED for span in spans)
+        said = (
+            (cut, f"cut at {most} tokens"),
+            (empty, "left out, of whose context no token is left"),
+            (unlearnt, "whose answer is in no window whole (data.options stride)"),
+        )
         notes = ", ".join(f"{count} {what}" for count, what in said if count)
         return Encoded(ids, labels, (windows, examples), f"of {len(examples)} questions {notes}" if notes else "")
+
+    def _stride(self, max_length: int) -> int:
+        """Tokens that two windows share."""
+        return int(self.options.stride) or max_length // 4
 
     def collate(self, tokenizer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Batch:
         """As `pad`, and labels of shape (batch, 5)."""
@@ -164,16 +165,20 @@ class QuestionAnswering(Task):
         return [0, 0, 0, length - 1, 0]
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        """One for each window, shape (rows,)."""
-        return batch["labels"].new_ones(len(batch["labels"]))
+        """One for each window of which something is learnt, shape (rows,)."""
+        return (batch["labels"][:, 0] != UNLABELLED).long()
 
     def losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Mean of both cross-entropies of each window in nats, over its context and the token of no answer; shape (rows,)."""
+        """Mean of both cross-entropies of each window in nats, over its context and the token of no answer; shape (rows,).
+
+        0 of a window of which nothing is learnt.
+        """
         import torch
 
         labels = batch["labels"]
         both = zip(_logits(outputs, labels), (labels[:, 0], labels[:, 1]), strict=True)
-        losses = [torch.nn.functional.cross_entropy(logits, truth, reduction="none") for logits, truth in both]
+        loss = torch.nn.functional.cross_entropy
+        losses = [loss(logits, truth, ignore_index=UNLABELLED, reduction="none") for logits, truth in both]
         return (losses[0] + losses[1]) / 2
 
     def evaluation(self, data: Encoded, names: tuple[str, ...]) -> Spans:
@@ -183,24 +188,32 @@ class QuestionAnswering(Task):
 
     # -- words
     def snippet(self) -> list[str]:
-        """Python lines that cut an answer out of a text: transformers 5 has no pipeline for it."""
+        """Python lines that cut an answer out of a text: transformers 5 has no pipeline for it.
+
+        Whether the model may say that there is none depends on the data: there is a line to say so.
+        """
+        length = self.settings.max_length or int(self.defaults["data.max-length"])
         return [
             'question, context = "Who wrote it?", "The page was written by Ada Lovelace in 1843."',
+            f"# one window: a longer context needs windows, here of {length} tokens that share {self._stride(length)};",
+            "# the best span of all counts",
             'batch = tokenizer(question, context, truncation="only_second", return_offsets_mapping=True, return_tensors="pt")',
             'offsets, places = batch.pop("offset_mapping")[0], batch.sequence_ids(0)',
             "outputs = model(**batch)",
             "begin, end = outputs.start_logits[0], outputs.end_logits[0]",
-            "pairs = [(i, j) for i in range(len(places)) for j in range(i, min(i + 30, len(places)))]",
+            f"pairs = [(i, j) for i in range(len(places)) for j in range(i, min(i + {self.options.longest}, len(places)))]",
             "pairs = [(i, j) for i, j in pairs if places[i] == places[j] == 1]",
             "i, j = max(pairs, key=lambda pair: begin[pair[0]] + end[pair[1]])",
-            'print(context[offsets[i][0] : offsets[j][1]] if begin[i] + end[j] > begin[0] + end[0] else "no answer")',
+            "may_be_none = False  # True if it learnt from questions without an answer, too",
+            "none = may_be_none and begin[0] + end[0] >= begin[i] + end[j]",
+            'print("no answer" if none else context[offsets[i][0] : offsets[j][1]])',
         ]
 
 
 class Spans:
     """f1 and exact-match: of the answer with the best of those that the data has, means over questions; has-answer-f1: of those
     that have one; answerability: share of questions of which the model rightly says whether there is an answer (always, where
-    every question has one: then it must answer); loss: mean over windows.
+    every question has one: then it must answer); loss: mean over windows of which something is learnt.
     """
 
     def __init__(self, task: QuestionAnswering, windows: Sequence[Window], examples: Examples) -> None:
@@ -214,7 +227,7 @@ class Spans:
         """Take a batch of windows."""
         labels = batch["labels"]
         self.loss += float(self.task.losses(outputs, batch).double().sum())
-        self.rows += len(labels)
+        self.rows += int(self.task.counts(batch).sum())
         starts, ends = (logits.float().cpu().numpy() for logits in _logits(outputs, labels))
         for start, end, (_, _, first, last, number) in zip(starts, ends, labels.tolist(), strict=True):
             window = self.windows[number]
@@ -244,7 +257,7 @@ class Spans:
         for answer, target in zip(said, self.examples.targets or (), strict=True):
             texts = [each for each, _ in target] or [""]
             f1.append(max(word_f1(answer, each) for each in texts))
-            hits.append(max(exact(answer, each) for each in texts))
+            hits.append(max(squad_exact(answer, each) for each in texts))
             right.append(float(bool(answer) == bool(target)))
             having += [f1[-1]] if target else []
         means = {"f1": f1, "exact-match": hits, "has-answer-f1": having, "answerability": right}
@@ -279,24 +292,94 @@ def _logits(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return start, end
 
 
-def _tokens(
-    offsets: NDArray[np.int32], where: NDArray[np.int64], target: Sequence[Sequence[Any]], ends: tuple[bool, bool]
-) -> tuple[int, int]:
-    """First and last token of the first answer; NONE twice where the window does not hold all of it.
+def _windows(
+    tokenizer: Any, question: str, context: str, max_length: int, stride: int
+) -> list[tuple[list[int], NDArray[np.int32]]]:
+    """Token ids and `Window.offsets` of each window of a context, from its beginning on; none without a token of it."""
+    with _cut_at_the_end(tokenizer):
+        encoded = tokenizer(
+            question,
+            context,
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            split_special_tokens=True,
+        )
+    ends = _ends(context)
+    found = []
+    for place, tokens in enumerate(encoded["input_ids"]):
+        inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(place)])
+        if not inside.any():
+            continue
+        offsets = np.where(inside[:, None], np.array(encoded["offset_mapping"][place]), -1).astype(np.int32)
+        offsets[inside, 1] = ends[offsets[inside, 1]]
+        found.append((list(tokens), offsets))
+    return found
+
+
+@contextmanager
+def _cut_at_the_end(tokenizer: Any) -> Iterator[None]:
+    """A tokenizer that cuts at the beginning makes windows from the end on, of other stretches than all others make."""
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = side
+
+
+def _of_context(offsets: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The tokens of a window that are its context's."""
+    return np.flatnonzero(offsets[:, 0] >= 0)
+
+
+def _spans(windows: Sequence[NDArray[np.int32]], target: Sequence[Sequence[Any]]) -> list[tuple[int, int]]:
+    """First and last token of the first answer in each window of a question.
+
+    NONE twice where the window has nothing of it; UNLABELLED twice where it has a part of it, and in every window where none
+    has all of it that is in tokens (a space at its end may be in none).
 
     Args:
-        ends: whether the window is the context's first, and its last: what of an answer is no token there, such as a space,
-            does not stand in another one.
+        windows: the offsets of each.
     """
     if not target:
-        return NONE, NONE
+        return [(NONE, NONE)] * len(windows)
     answer, begin = target[0]
     end = begin + len(answer)
-    inside = offsets[where]
-    if (begin < inside[0, 0] and not ends[0]) or (end > inside[-1, 1] and not ends[1]):
-        return NONE, NONE
-    touched = where[(inside[:, 0] < end) & (inside[:, 1] > begin)]
-    return (int(touched[0]), int(touched[-1])) if len(touched) else (NONE, NONE)
+    touched = [np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin)) for offsets in windows]
+    held = [
+        (int(offsets[tokens[0], 0]), int(offsets[tokens[-1], 1])) if len(tokens) else None
+        for offsets, tokens in zip(windows, touched, strict=True)
+    ]
+    there = [part for part in held if part is not None]
+    whole = (min(part[0] for part in there), max(part[1] for part in there)) if there else None
+    if whole is None or whole not in held:
+        return [(UNLABELLED, UNLABELLED)] * len(windows)
+    spans = []
+    for part, tokens in zip(held, touched, strict=True):
+        absence = NONE if part is None else UNLABELLED
+        spans.append((int(tokens[0]), int(tokens[-1])) if part == whole else (absence, absence))
+    return spans
+
+
+def _ends(context: str) -> NDArray[np.int32]:
+    """Where a stretch that ends at each place ends with the marks on its last letter, shape (characters + 1,).
+
+    What a mark is written with may be in no token: an uncased BERT drops accents.
+    """
+    ends = np.arange(len(context) + 1, dtype=np.int32)
+    if not context.isascii():
+        for place in range(len(context) - 1, -1, -1):
+            if _is_mark(context[place]):
+                ends[place] = ends[place + 1]
+    return ends
+
+
+def _is_mark(char: str) -> bool:
+    """Whether it combines with the character before it, such as an accent."""
+    return unicodedata.category(char).startswith("M")
 
 
 def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
@@ -307,20 +390,30 @@ def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
 
 
 def _answers(value: Any) -> list[tuple[str, Any]]:
-    """Answers with where they begin, None where the data does not say."""
-    if absent(value):
-        return []
-    if isinstance(value, str):
-        return [(value, None)] if value.strip() else []
+    """Answers with where they begin, None where the data does not say; none of an annotator who gave no text."""
     if isinstance(value, Mapping):
         texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
+        if not texts and not isinstance(value.get("answer_start"), list | tuple):
+            return []  # one annotator's, who gave a place alone
         starts = starts or [None] * len(texts)
         if len(texts) != len(starts):
             raise LeftOut("with answers of which not each has a place")
-        return [(str(answer), start) for answer, start in zip(texts, starts, strict=True) if str(answer).strip()]
+        pairs = [(_text(answer), start) for answer, start in zip(texts, starts, strict=True)]
+        return [(answer, start) for answer, start in pairs if answer]
     if isinstance(value, list | tuple):
         return [answer for each in value for answer in _answers(each)]
-    raise LeftOut("with answers that are no text")
+    answer = _text(value)
+    return [(answer, None)] if answer else []
+
+
+def _text(value: Any) -> str:
+    """An answer as text, a number too; '' where there is none, or nothing but spaces."""
+    if absent(value):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise LeftOut("with answers that are no text")
+    answer = spelled(value)
+    return answer if answer.strip() else ""
 
 
 def _listed(value: Any) -> list[Any]:
@@ -329,7 +422,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _place(answer: str, start: Any, context: str) -> list[Any]:
-    """The answer and where it begins; by its first occurrence where the data does not say."""
+    """The answer, marks on its last letter included, and where it begins; its first occurrence where the data does not say."""
     try:
         begin = context.find(answer) if absent(start) else int(start)
         whole = absent(start) or begin == float(start)
@@ -339,7 +432,10 @@ def _place(answer: str, start: Any, context: str) -> list[Any]:
         raise LeftOut("with an answer whose place is no whole number")
     if begin < 0 or context[begin : begin + len(answer)] != answer:
         raise LeftOut("with an answer that is not where it should be")
-    return [answer, begin]
+    end = begin + len(answer)
+    while end < len(context) and _is_mark(context[end]):
+        end += 1
+    return [context[begin:end], begin]
 
 
 def _unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -352,8 +448,15 @@ def _unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
                     "title": article.get("title") or "",
                     "context": paragraph["context"],
                     "question": qa["question"],
-                    "answers": {
-                        "text": [answer["text"] for answer in answers],
-                        "answer_start": [answer["answer_start"] for answer in answers],
-                    },
+                    "answers": _in_lists(answers),
                 }
+
+
+def _in_lists(answers: Any) -> dict[str, list[Any]]:
+    """A question's answers of SQuAD's articles as the texts of all and the places of all, as a table's column can hold them."""
+    if isinstance(answers, Mapping):
+        texts, starts = _listed(answers["text"]), _listed(answers.get("answer_start"))
+    else:
+        entries = [each if isinstance(each, Mapping) else {"text": each} for each in _listed(answers)]
+        texts, starts = [each["text"] for each in entries], [each.get("answer_start") for each in entries]
+    return {"text": [None if absent(text) else spelled(text) for text in texts], "answer_start": starts}

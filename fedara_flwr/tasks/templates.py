@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from fedara_flwr.keys import ConfigError
@@ -11,6 +12,7 @@ from fedara_flwr.log import first_line
 from fedara_flwr.tasks.base import UNLABELLED
 
 Message = Mapping[str, str]
+MARK = "\ue000"  # stands for a text; of Unicode's private use, so no template has it
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
 
 # as tokenizers carry them, so that whatever loads an export speaks as the model was taught
@@ -47,6 +49,7 @@ class Cut:
         left_out: rows of which no token of an answer was left.
         refused: rows that the template does not take.
         neutralised: rows in which somebody had written a control token.
+        passed_over: rows of which earlier answers are not learnt.
     """
 
     rows: int = 0
@@ -54,6 +57,7 @@ class Cut:
     left_out: int = 0
     refused: int = 0
     neutralised: int = 0
+    passed_over: int = 0
 
     def words(self, most: int) -> str:
         """In words; '' where nothing was done."""
@@ -63,6 +67,10 @@ class Cut:
                 (self.cut, f"cut at {most} tokens (data.max-length)"),
                 (self.left_out, "left out, no token of an answer is left"),
                 (self.refused, "left out, the template does not take them"),
+                (
+                    self.passed_over,
+                    "learnt without their earlier answers, which the template changes when more follows",
+                ),
                 (self.neutralised, "hold control tokens, taken as text"),
             )
             if count
@@ -71,11 +79,15 @@ class Cut:
 
 
 class Template:
-    """A tokenizer's chat template: conversations to token ids, and which of these are answers."""
+    """A tokenizer's chat template: conversations to token ids, and which of these are answers.
+
+    Attributes:
+        passed_over: conversations so far of which earlier answers are not learnt.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a fast one, with a chat template."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.passed_over = tokenizer, 0
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._controls = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
 
@@ -98,48 +110,97 @@ class Template:
             text = message["content"]
             for token in self._controls:
                 if token in text:
-                    found, text = True, text.replace(token, f"{token[0]} {token[1:]}")
+                    found, text = True, text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
             out.append({"role": message["role"], "content": text})
         return out, found
 
     def answers(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and for each the same id where an assistant says it, else UNLABELLED.
 
-        An answer is what its conversation has beyond the prompt for it (the prefix rule), up to the token that ends the turn;
-        where the template ends none, the tokenizer's end of text is put behind the last answer.
+        An answer is what its conversation has beyond the prompt for it (the prefix rule), up to the first control token behind
+        its text; where the template ends none, the tokenizer's end of text is put behind the last answer. An earlier answer
+        that the template writes otherwise once more follows it, as those do that drop thoughts, is not learnt.
 
         Raises:
-            Refused: as `render`, or a prompt is not the beginning of the conversation that goes on from it.
+            Refused: as `render`, or the last prompt is not the beginning of the conversation that goes on from it.
         """
         whole = self.render(messages)
-        spans = list(self._spans(messages, whole))
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        labels = [UNLABELLED] * len(ids)
-        for begin, end in spans:
-            # from the first token that has a letter of the answer to the last: some have spaces alone, and no width
-            inside = [i for i, (first, last) in enumerate(offsets) if last > begin and first < end and last > first]
-            if inside:
-                labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+        spans = self._spans(messages, whole)
+        self.passed_over += len(spans) < sum(message["role"] == ASSISTANT for message in messages)
+        ids, labels = self._tokens(whole, spans)
         last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
         ids, labels = ids[: last + 1], labels[: last + 1]  # nothing is learnt from what follows the last answer
         if labels and str(self.tokenizer.convert_ids_to_tokens(ids[-1])) not in self._controls:
             ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
         return ids, labels
 
-    def _spans(self, messages: Sequence[Message], whole: str) -> Iterator[tuple[int, int]]:
+    def opening(self) -> str:
+        """What the template itself writes between the prompt for an answer and the answer's text: '' in most."""
+        asked = [{"role": USER, "content": "a"}]
+        prompt, said = self.render(asked, answering=True), self.render([*asked, {"role": ASSISTANT, "content": MARK}])
+        begin, found, _ = said.partition(MARK)
+        return begin[len(prompt) :] if found and begin.startswith(prompt) else ""
+
+    def _tokens(self, whole: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids and labels of a text of which stretches are learnt.
+
+        Where one token would hold the end of a prompt and the beginning of its answer, the text is parted there: whoever
+        generates has the tokens of the prompt alone.
+        """
+        encoded = self._encode(whole)
+        cuts = [begin for begin, _ in spans if any(first < begin < last for _, first, last in encoded)]
+        if cuts:
+            edges = [0, *cuts, len(whole)]
+            encoded = [token for begin, end in pairwise(edges) for token in self._encode(whole[begin:end], begin)]
+        ids = [token for token, _, _ in encoded]
+        labels = [UNLABELLED] * len(ids)
+        for begin, end in spans:
+            # from the first token that has a letter of the answer to the last: some have spaces alone, and no width
+            inside = [i for i, (_, first, last) in enumerate(encoded) if last > begin and first < end and last > first]
+            if inside:
+                labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+        return ids, labels
+
+    def _encode(self, text: str, at: int = 0) -> list[tuple[int, int, int]]:
+        """(id, first, behind the last character) of the tokens of a stretch that begins `at` so many characters."""
+        mark = str(self.tokenizer.eos_token) if at else ""  # some tokenizers put a space before a text, but not behind a token
+        found = self.tokenizer(mark + text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        shift = at - len(mark)
+        return [(token, first + shift, last + shift) for token, (first, last) in tokens if last > len(mark) or not mark]
+
+    def _spans(self, messages: Sequence[Message], whole: str) -> list[tuple[int, int]]:
+        """Where the answers that can be learnt stand in `whole`, each with the token that ends it."""
+        spans, last = [], max((turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT), default=-1)
         for turn, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
             prompt = self.render(messages[:turn], answering=True)
             said = self.render(messages[: turn + 1])
-            for begin, text in ((prompt, said), (said, whole)):
-                if not text.startswith(begin):
-                    place = next(i for i, (one, two) in enumerate(zip(begin + "\0", text + "\0", strict=False)) if one != two)
-                    found, wanted = text[place : place + 20], begin[place : place + 20]
-                    line = f"after {place} characters it has {found!r} where its own prompt has {wanted!r}"
-                    raise Refused(f"data.options: the chat template does not go on from its prompt: {line}")
-            yield len(prompt), len(said.rstrip())
+            end = self._end(messages[:turn], said)
+            for begin, text in ((prompt, said), (said[:end], whole)):
+                if text.startswith(begin):
+                    continue
+                if turn < last:
+                    break
+                place = next(i for i, (one, two) in enumerate(zip(begin + "\0", text + "\0", strict=False)) if one != two)
+                found, wanted = text[place : place + 20], begin[place : place + 20]
+                line = f"after {place} characters it has {found!r} where its own prompt has {wanted!r}"
+                raise Refused(f"data.options: the chat template does not go on from its prompt: {line}")
+            else:
+                spans.append((len(prompt), end))
+        return spans
+
+    def _end(self, before: Sequence[Message], said: str) -> int:
+        """Where in `said` the answer ends: behind the first control token after its text, else behind the last letter."""
+        _, found, rest = self.render([*before, {"role": ASSISTANT, "content": MARK}]).rpartition(MARK)
+        if not found or not said.endswith(rest):
+            return len(said.rstrip())
+        places = [(place, -len(token)) for token in self._controls if (place := rest.find(token)) >= 0]
+        if not places:
+            return len(said.rstrip())
+        place, length = min(places)
+        return len(said) - len(rest) + place - length
 
 
 def shorten(ids: list[int], labels: list[int], most: int) -> tuple[list[int], list[int]]:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -17,6 +23,7 @@ from typer.testing import CliRunner
 from fedara_flwr import engine
 from fedara_flwr.cli import app
 from fedara_flwr.cli.chat import HELP, Chat, chat
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import find_run
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks.generation import say
@@ -111,16 +118,18 @@ def test_the_oldest_turns_go_first(talk):
     assert len(talk.turns) == 6  # they are forgotten for the model alone
 
 
-def test_a_question_longer_than_all_places(talk):
-    """Its end is left, and where the answer begins."""
-    ids = talk.prompt("hello " * 200)
-    assert len(ids) == 80 and text(talk, ids).endswith("hello <|end|>\n<|turn|>assistant\n")
-
-
-def test_answers_longer_than_all_places_of_a_small_model(run):
-    """The end of a question is always read."""
-    longest, usual = (Chat(run, most=most).prompt("hello " * 200) for most in (400, 16))
-    assert 8 <= len(longest) < len(usual) and longest == usual[-len(longest) :]
+@pytest.mark.parametrize("most, allowed", [(16, 80), (400, 48)])
+def test_a_question_longer_than_all_places_is_refused(run, most, allowed):
+    """Nothing of it is cut away, nor of what stands before it; half of a small model's places are the prompt's at least."""
+    talk = Chat(run, most)
+    beside = len(talk.prompt("hello")) - 1
+    fitting = "hello" + " hello" * (allowed - beside - 1)
+    talk.keep("a", "b")
+    assert len(talk.prompt(fitting)) == allowed and talk.left_out == 2
+    line = f"the question has {allowed + 1} tokens with the system text and the template, allowed are {allowed}: "
+    line += f"the model has 96 places, and {96 - allowed} are kept for the answer"
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        talk.prompt(fitting + " hello")
 
 
 # -- voices ------------------------------------------------------------
@@ -138,7 +147,7 @@ def test_the_voices_differ_and_are_the_run_and_its_base(run, talk):
     said, heard = [], []
     for voice in ("tuned", "base", "tuned"):
         pieces: list[str] = []
-        said.append(talk.ask("what is number 3?", voice, pieces.append))
+        said.append(talk.ask(talk.prompt("what is number 3?"), voice, pieces.append))
         heard.append("".join(pieces).strip())
     assert said == heard == [answer_of(run, True), answer_of(run, False), answer_of(run, True)] and said[0] != said[1]
 
@@ -195,8 +204,45 @@ def test_a_question_that_fails_is_one_line_and_not_remembered(run, console, monk
     assert "error: no [memory]" in shown and "at all" not in shown and talk.turns == []
 
 
+def test_that_turns_are_left_out_is_said_once_until_all_are_forgotten(run, console, monkeypatch):
+    line = "the conversation is longer than the model reads: its oldest turns are left out"
+    long = "hello " * 30
+    shown, _ = converse(run, console, monkeypatch, ["hello", long, long, long, "/clear", "hello"])
+    assert shown.count(line) == 1
+    shown, _ = converse(run, console, monkeypatch, [long, long, long, "/clear", long, long])
+    assert shown.count(line) == 2
+
+
+def test_a_question_that_is_too_long_is_one_line_and_the_chat_goes_on(run, console, monkeypatch):
+    console.width = 300
+    shown, talk = converse(run, console, monkeypatch, ["/both", "hello " * 300, "hello"])
+    assert shown.count("error: the question has ") == 1 and [turn["content"] for turn in talk.turns][:1] == ["hello"]
+
+
+def test_a_line_that_is_no_text(run, console, monkeypatch):
+    """Bytes of another encoding come as lone surrogates; those of UTF-8 are read as such."""
+    shown, talk = converse(run, console, monkeypatch, ["a\udcff", "\udcc3\udca9"])
+    assert shown.count("error: this line: it holds bytes that are no UTF-8 text") == 1
+    assert [turn["content"] for turn in talk.turns][:1] == ["é"]
+
+
+def test_ctrl_c_while_a_model_is_loaded_leaves_no_half_of_it(run, talk, monkeypatch):
+    """Whoever speaks next is loaded anew."""
+
+    def interrupt(weights: object) -> None:
+        raise KeyboardInterrupt
+
+    asked = talk.prompt("what is number 3?")
+    before = talk.ask(asked, "tuned", str)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(talk.model, "load", interrupt)
+        talk.ask(asked, "base", str)
+    talk.model.load(talk.model.unadapted())  # as far as it had come
+    assert talk.ask(asked, "tuned", str) == before
+
+
 # -- the command ------------------------------------------------------------
-def command(*words: object, given: str | None = None):
+def command(*words: object, given: str | bytes | None = None):
     return CliRunner().invoke(app, ["chat", *map(str, words)], input=given)
 
 
@@ -219,8 +265,8 @@ def test_a_run_is_found_by_its_name(run, monkeypatch):
     assert command("talk", "--prompt", "hello", "--max-tokens", 1).exit_code == 0
 
 
-def refused(*words: object) -> str:
-    done = command(*words)
+def refused(*words: object, given: bytes | None = None) -> str:
+    done = command(*words, given=given)
     assert done.exit_code == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     return done.stderr
@@ -228,6 +274,14 @@ def refused(*words: object) -> str:
 
 def test_nothing_to_ask(run):
     assert "--prompt: there is nothing in it" in refused(run, "--prompt", "  ")
+
+
+def test_a_prompt_that_cannot_be_asked(run):
+    wrong = "it holds bytes that are no UTF-8 text"
+    assert refused(run, "--prompt", "a\udcff") == f"error: --prompt: {wrong}\n"
+    assert refused(run, "--prompt", "-", given=b"a\xffb") == f"error: --prompt: {wrong}\n"
+    assert refused(run, "--prompt", "hello", "--system", "\ud800") == f"error: --system: {wrong}\n"
+    assert "error: the question has " in refused(run, "--prompt", "hello " * 300)
 
 
 def test_what_is_no_run(tmp_path):
@@ -252,3 +306,104 @@ def test_a_run_without_a_checkpoint(root, run):
 
 def test_every_task_says_whether_it_talks():
     assert {name for name, task in TASKS.items() if task.talks} == {"causal-lm"}
+
+
+# -- a tokenizer that changed -----------------------------------------------
+def changed(run: Path, target: Path) -> Path:
+    """A copy of the run whose model speaks in another template than it was taught in."""
+    shutil.copytree(run, target)
+    model = Path(json.loads((run / "config.json").read_text())["model.name"])
+    shutil.copytree(model, target / "base")
+    template = target / "base" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|> "))
+    flat = json.loads((target / "config.json").read_text()) | {"model.name": str(target / "base")}
+    (target / "config.json").write_text(json.dumps(flat))
+    return target
+
+
+def test_a_template_that_changed_since_the_run_is_refused(run, tmp_path):
+    """By all that opens a run; nothing is written."""
+    other = changed(run, tmp_path / "talk")
+    line = "its vocabulary, chat template or system text has changed since the run began"
+    expected = f"error: {other}: model.name = {str(other / 'base')!r}: {line}\n"
+    assert refused(other, "--prompt", "hello") == expected
+    done = CliRunner().invoke(app, ["export", str(other), "--format", "lora"])
+    assert done.exit_code == 1 and done.stderr == expected and not list(other.glob("exports/*"))
+    with pytest.raises(ConfigError, match=line):
+        engine.run(json.loads((other / "config.json").read_text()) | {"run.resume": str(other), "num-server-rounds": 2}, 4)
+
+
+def test_of_a_run_that_keeps_no_digest_nothing_is_checked(run, tmp_path):
+    other = changed(run, tmp_path / "talk")
+    facts = json.loads((other / "federated.json").read_text())
+    assert facts.pop("tokenizer") == open_run(run).model.learner.tokenizer_digest
+    (other / "federated.json").write_text(json.dumps(facts))
+    assert command(other, "--prompt", "hello", "--max-tokens", 1).exit_code == 0
+
+
+# -- processes ------------------------------------------------------------
+SLOW = """
+import sys, time
+from fedara_flwr.cli import app
+import fedara_flwr.cli.chat
+chat = sys.modules["fedara_flwr.cli.chat"]
+write = chat._write
+chat._write = lambda text: (write(text), time.sleep(0.3))
+app()
+"""
+
+
+def start(*words: object, **options: object) -> subprocess.Popen:
+    """`fedara chat` of a model that takes 0.3 s for every word."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-c", SLOW, "chat", *map(str, words)], text=True, **pipes)
+
+
+def read_until(process: subprocess.Popen, pattern: str) -> str:
+    """What a process has written when the pattern matches it."""
+    shown = b""
+    while not re.search(pattern, shown.decode(errors="replace"), re.DOTALL):
+        piece = os.read(process.stdout.fileno(), 1000)
+        assert piece, shown + process.stderr.read().encode()
+        shown += piece
+    return shown.decode(errors="replace")
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(run):
+    process = start(run, "--max-tokens", 48)
+    process.stdin.write("what is number 3?\n")
+    process.stdin.flush()
+    read_until(process, r"tuned +\S")
+    process.send_signal(signal.SIGINT)
+    read_until(process, r" …\n\nyou ")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (out.strip(), err, process.returncode) == ("", "", 0)
+
+
+def test_ctrl_c_ends_the_only_answer(run):
+    process = start(run, "--prompt", "what is number 3?", "--max-tokens", 48)
+    read_until(process, r"\S")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out.endswith("\n") and (err, process.returncode) == ("", 130)
+
+
+def test_a_terminal_that_shows_few_letters(run):
+    """Everything that it cannot show is a question mark."""
+    process = start(run, "--max-tokens", 2, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate("what is ünder 3?\n", timeout=120)
+    assert (err, process.returncode) == ("", 0) and "/tuned: with it ? /both" in out and "error" not in out
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ((), "the standard input is closed, nothing can be typed: --prompt asks one question"),
+        (("--prompt", "-"), "--prompt -: the standard input is closed"),
+    ],
+)
+def test_a_closed_input(run, words, line):
+    command = f'exec "$0" -c "$1" chat "$2" {" ".join(words)} <&-'
+    done = subprocess.run(["bash", "-c", command, sys.executable, SLOW, str(run)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")

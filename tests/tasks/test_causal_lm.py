@@ -91,7 +91,12 @@ def test_columns_by_the_keys(tmp_path):
     assert found == [[["user", "Which colour?\n\nthe sky"], ["assistant", "blue"]]]
     row["m"] = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "blue"}]
     assert read(tmp_path, [row], "messages-column = 'm'")[0] == [BLUE]
-    assert read(tmp_path, [row], text_column="q")[0] == ["Which colour?"]  # a text, since nothing names an answer
+    assert read(tmp_path, [row], text_column="q")[0] == [[["user", "Which colour?"], ["assistant", "no"]]]  # said in a line
+    assert read(tmp_path, [row], "answer-column = '-'", text_column="q")[0] == ["Which colour?"]  # a text, not a prompt
+    passage = {"question": "Which colour?", "answer": "blue", "passage": "the sky"}
+    assert read(tmp_path, [passage], "context-column = 'passage'")[0] == found
+    for names in (("text", "answer"), ("Prompt", "Completion"), ("INSTRUCTION", "Output")):
+        assert read(tmp_path, [dict(zip(names, ("Which colour?", "blue"), strict=True))])[0] == [BLUE]
 
 
 @pytest.mark.parametrize(
@@ -143,11 +148,31 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
         ),
     ]
     found, line = read(tmp_path, [{"messages": value} for value in values])
-    assert found == [BLUE, [["system", "Be brief."], ["user", "a"], ["assistant", "b"]]]
-    assert line == (
-        "13 of 15 rows skipped: 5 without answer, 4 with messages that are not of system, user and assistant, "
-        "3 with messages that are empty or out of place, 1 with messages that are no JSON"
-    )
+    assert found == [BLUE, BLUE, [["system", "Be brief."], ["user", "a"], ["assistant", "b"]]]
+    head, *reasons = line.replace("system, user", "system; user").split(", ")
+    assert head == "12 of 15 rows skipped: 5 without answer"
+    assert sorted(reasons) == [
+        "1 with a system text that is not first",
+        "1 with messages of others than system; user and assistant",
+        "1 with messages that are no JSON",
+        "1 with messages that are no objects",
+        "3 with messages that are empty",
+    ]
+
+
+def test_messages_as_other_tools_write_them(tmp_path):
+    """Roles in capitals, content in parts, several messages of one role in a row; nesting without an end is no JSON."""
+    rows = [
+        [{"role": "User", "content": "Which colour?"}, {"role": "Assistant", "content": "blue"}],
+        [{"role": "user", "content": [{"type": "text", "text": "Which"}, {"type": "text", "text": "colour?"}]}, BLUE[1]],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}],
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}, {"role": "assistant", "content": "b"}],
+    ]
+    rows[1][1] = {"role": "assistant", "content": "blue"}
+    values = [*map(json.dumps, rows), "[" * 200_000]
+    found, line = read(tmp_path, [{"messages": value} for value in values])
+    assert found == [BLUE, [["user", "Which\ncolour?"], BLUE[1]], [["user", "a"], ["assistant", "b\n\nc"]]]
+    assert line == "2 of 5 rows skipped: 1 with messages that are no JSON, 1 with messages that are not text alone"
 
 
 def test_prompts_and_answers_that_are_missing(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedara_flwr.tasks.overlap import exact, normalised, rouge_l, word_f1
+from fedara_flwr.tasks.overlap import exact, normalised, rouge_l, squad_exact, word_f1
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,38 @@ def test_normalised(text, words):
     assert normalised(text) == words
 
 
-def test_exact():
-    assert exact("The Eiffel Tower.", "eiffel tower") == 1
-    assert exact("eiffel", "eiffel tower") == 0 and exact("tower eiffel", "eiffel tower") == 0
-    assert exact("", "") == exact("the", "") == 1 and exact("a word", "") == 0
+def test_squads_exact_match():
+    assert squad_exact("The Eiffel Tower.", "eiffel tower") == 1
+    assert squad_exact("eiffel", "eiffel tower") == 0 and squad_exact("tower eiffel", "eiffel tower") == 0
+    assert squad_exact("", "") == squad_exact("the", "") == 1 and squad_exact("a word", "") == 0
+    assert squad_exact("...", "A") == squad_exact("+", "-") == 1, "as SQuAD's own script has it"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [
+        ("The Eiffel Tower.", "eiffel tower", 1),
+        ("eiffel", "eiffel tower", 0),
+        ("tower eiffel", "eiffel tower", 0),
+        ("a word", "", 0),
+        ("", "", 1),
+        ("", " \n", 1),
+        ("the", "", 0),
+        ("...", "A", 0),
+        ("A.", "a", 1),  # an article is all there is: it counts, the full stop does not
+        ("A", "an", 0),
+        ("the", "the cat", 0),
+        ("+", "-", 0),
+        (" +\n", "+", 1),
+        ("+", "A", 0),
+        ("<", "", 0),
+        ("C++", "c", 1),  # something is left of both
+        ("да.", "Да", 1),
+    ],
+)
+def test_exact_of_answers_that_are_written(answer, expected, value):
+    """Articles and punctuation go where something is left of both."""
+    assert exact(answer, expected) == exact(expected, answer) == value
 
 
 @pytest.mark.parametrize(
@@ -61,9 +89,27 @@ def test_f1(answer, expected, value):
         ("x_y-z", "x y z", 1),  # letters and digits alone
         ("ONE two", "one, two!", 1),
         ("", "", 1),
-        ("?", "", 1),
+        ("?", "", 0),  # without words on a side the texts themselves count
+        ("+", "-", 0),
+        (" + ", "+", 1),
+        ("👍", "👍", 1),
+        ("👍", "👎", 0),
+        ("?", "one", 0),
         ("one", "", 0),
         ("one", "two", 0),
+        ("совсем другое", "привет мир", 0),
+        ("привет, мир!", "Привет большой мир", 2 * 2 / 5),
+        ("x", "привет мир", 0),
+        ("caf\u00e9", "cafe", 0),  # another word
+        ("caf\u00e9", "caf", 0),
+        ("le caf\u00e9", "le cafe\u0301 noir", 2 * 2 / 5),  # é in one character and in two
+        ("错误", "正确的答案", 0),
+        ("正确答案", "正确的答案。", 2 * 4 / 9),  # no spaces: characters
+        ("東京タワー", "東京 tower", 2 * 2 / (5 + 3)),
+        ("iPhone很好", "iphone 很差", 2 * 2 / 6),
+        ("서울 타워", "서울 탑", 2 * 1 / 4),  # Korean has spaces
+        ("ที่", "ที่นี่", 2 * 1 / 3),  # Thai: letters with their marks
+        ("हिन्दी भाषा", "हिन्दी", 2 * 1 / 3),  # vowel signs are no ends of words
     ],
 )
 def test_rouge_l(answer, expected, value):
@@ -76,7 +122,7 @@ sentences = st.lists(st.sampled_from("a b c d".split()), max_size=7).map(" ".joi
 @given(sentences, sentences)
 def test_bounds_and_symmetry(one, two):
     """F1 does not ask which is the answer; no order is as alike as the words without one, articles aside."""
-    for figure in (exact, word_f1, rouge_l):
+    for figure in (exact, squad_exact, word_f1, rouge_l):
         assert figure(one, two) == figure(two, one) and 0 <= figure(one, two) <= 1 and figure(one, one) == 1
     letters = [text.replace("a", "e") for text in (one, two)]
     assert rouge_l(*letters) <= word_f1(*letters) + 1e-12
