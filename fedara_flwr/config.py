@@ -81,13 +81,6 @@ class StrategySettings(Group):
     norm_bound: float = Field(
         20.0, ge=0, description="an update counts if no part moved further than this many times the usual median; 0 = all count"
     )
-    average: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="the model that is evaluated and exported is a mean over rounds, in which what was before weighs so much: "
-        "single rounds swing where clients have few of the labels; 0 = the last round's. Not where a method makes factors anew",
-    )
     robust: Literal["mean", "median", "trimmed-mean", "norm-clip", "multi-krum"] = Field(
         "mean", description="rule that merges updates; all but mean withstand bad ones (docs/robustness.md)"
     )

@@ -34,7 +34,6 @@ CHOICES: dict[str, tuple[str, dict]] = {
     "more blocks gone": ("fedara", {OPTIONS: "depth-slack = 0.1"}),
     "40% of rounds at the final budget": ("fedara", {OPTIONS: "final-rounds = 8"}),
     "falling rates": ("fedara", {"train.final-rate": 0.1}),
-    "average": ("fedara", {"strategy.average": 0.7}),
     "float32": ("fedara", {"wire.down": "float32", "wire.up": "float32"}),
     "int4 down": ("fedara", {"wire.down": "int4"}),
     "int4 down, more blocks gone": ("fedara", {"wire.down": "int4", OPTIONS: "depth-slack = 0.1"}),

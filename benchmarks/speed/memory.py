@@ -29,7 +29,7 @@ def measured(run: Path, way: str, batch: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     saved = open_run(run)
     model, learner = saved.model, saved.model.learner
-    weights = saved.method.weights(saved.state.shown())
+    weights = saved.method.weights(saved.state)
     mask = weights.mask if way == WAYS[1] else RankMask.full(list(weights.mask.ranks))
     trained = frozenset({"B", "E", "A", "head"}) & frozenset(weights.arrays)
     rng = np.random.default_rng(0)

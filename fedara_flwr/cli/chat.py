@@ -50,7 +50,7 @@ class Chat:
             talking = ", ".join(name for name, task in tasks().items() if task.talks)
             line = f"data.task = {self.model.task.name!r} has nothing to say, allowed are runs of {talking}"
             raise ConfigError(f"{run}: {line}")
-        self._weights = {"tuned": saved.method.weights(saved.state.shown()), "base": self.model.unadapted()}
+        self._weights = {"tuned": saved.method.weights(saved.state), "base": self.model.unadapted()}
         self._loaded: Voice | None = None
         self.template = Template(self.model.learner.tokenizer)
         self._most = min(most, self._places() // 2)

@@ -63,7 +63,7 @@ def export(
     from fedara_flwr.runs.keeper import open_run
 
     saved = open_run(run)
-    method, state, model = saved.method, saved.state.shown(), saved.model
+    method, state, model = saved.method, saved.state, saved.model
     if model.revision:
         facts["revision"] = model.revision
     with _beside(out) as made:

@@ -114,7 +114,7 @@ class Keeper(Callback):
         results: dict[str, Any] = {"test": {}}
         if outcome == "completed":
             try:
-                weights = self.method.weights(state.shown())
+                weights = self.method.weights(state)
                 results["test"] = self.model.evaluate(weights, "test")
                 results |= compared(self.model, weights)
             except Exception as error:
@@ -134,7 +134,7 @@ class Keeper(Callback):
     def _export(self, reason: str) -> Path:
         """Write what was reached, before anything that may fail; `reason` is why the run ended, '' where it is complete."""
         try:
-            exported = self.model.export(self.directory.path, self.method.exported(self.state.shown()))
+            exported = self.model.export(self.directory.path, self.method.exported(self.state))
         except Exception as error:
             why = f"{reason}; " if reason else ""
             self.directory.update({"outcome": "failed", "reason": f"{why}its model could not be written: {error_line(error)}"})

@@ -101,7 +101,6 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
     pieces, delta = state.delta.dump()
     tensors: Tensors = {f"arrays.{part}": vector for part, vector in state.arrays.items()}
     tensors |= {f"delta.{name}": array for name, array in pieces.items()}
-    tensors |= {f"average.{part}": vector for part, vector in state.average.items()}
     tensors["mask"] = np.packbits(state.mask.bits)
     facts = {
         "format": CHECKPOINT_FORMAT,
@@ -130,11 +129,8 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
     if len(ranks) != len(spec.modules):
         raise BadCheckpoint(f"it has {len(ranks)} modules, the model has {len(spec.modules)}")
     mask = RankMask(ranks, np.unpackbits(tensors["mask"], count=sum(ranks)).astype(bool))
-    arrays, average = (
-        {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        for prefix in ("arrays.", "average.")
-    )
-    for part, vector in (*arrays.items(), *average.items()):
+    arrays = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("arrays.")}
+    for part, vector in arrays.items():
         try:  # of the backbone a run may train drawn entries alone, whose number is the method's
             expected = spec.length(part, mask) if part != "backbone" else len(vector)
         except ValueError as error:
@@ -155,5 +151,4 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],
         solved=facts["solved"],
-        average=average,
     )

@@ -209,9 +209,7 @@ class RoundLoop(Strategy):
             state.failed_rounds = 0
             merged = merger.result()
             left_out = set(getattr(merger, "left_out", ()))
-            mask, version = state.mask, state.delta.version
             self.method.next(state, merged, [reply for reply in work.replies if reply.client.key not in left_out], merger)
-            state.take_average(self.spec, self.method.averaged, mask, version)
             work.merging = merger.report()
         metrics = client_means(work.records)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
@@ -340,7 +338,7 @@ class RoundLoop(Strategy):
                 yield reply
 
     def _validate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord(dict(self.method.model.evaluate(self.method.weights(self.state.shown()))))
+        return MetricRecord(dict(self.method.model.evaluate(self.method.weights(self.state))))
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         if (metrics := evaluate(server_round, arrays)) is not None:

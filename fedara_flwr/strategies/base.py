@@ -241,11 +241,6 @@ class Method:
         return check_options(cls.Options, settings.options, cls.name)
 
     @property
-    def averaged(self) -> float:
-        """Share of the average over former rounds in the model that is evaluated and exported; 0 where numbers are remade."""
-        return 0.0 if self.remade else self.settings.strategy.average
-
-    @property
     def calibration(self) -> Mapping[str, int]:
         """Numbers to ask a node with whether it is ready; `calibrate-batch` and `calibrate-rank` ask for one timed batch."""
         return {}

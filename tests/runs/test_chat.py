@@ -136,7 +136,7 @@ def test_a_question_longer_than_all_places_is_refused(run, most, allowed):
 def answer_of(run: Path, tuned: bool, most: int = 16) -> str:
     """What the run's model, or its base, says to a question; by the product's own loading, without a chat."""
     saved = open_run(run)
-    weights = saved.method.weights(saved.state.shown()) if tuned else saved.model.unadapted()
+    weights = saved.method.weights(saved.state) if tuned else saved.model.unadapted()
     saved.model.load(weights)
     rendered = turn("system", "Be brief.") + turn("user", "what is number 3?") + "<|turn|>assistant\n"
     ids = saved.model.learner.tokenizer(rendered, add_special_tokens=False)["input_ids"]

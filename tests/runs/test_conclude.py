@@ -121,7 +121,7 @@ def test_a_merged_model_is_tested_as_it_was_trained(tiny_bert, tmp_path, monkeyp
     run = engine.run(config(tiny_bert, run__dir=str(tmp_path), run__name="run", **own), CLIENTS)
     saved = open_run(run.path)
     fresh = ServerModel(saved.model.settings)
-    expected = fresh.evaluate(saved.method.weights(saved.state.shown()), "test")
+    expected = fresh.evaluate(saved.method.weights(saved.state), "test")
     assert run.facts["exported"] == "model" and run.facts["test"] == pytest.approx(expected, abs=1e-6)
 
 

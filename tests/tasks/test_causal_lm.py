@@ -18,6 +18,7 @@ from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in_round, written
 from test_output import fill, open_adapted, save_model
 from test_templates import CHAT, END, learnt, problem, tokenizer
+from transformers import GenerationConfig
 
 from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner
@@ -579,7 +580,7 @@ def stock(base: Path, folder: Path | str, ids: torch.Tensor, merge: bool = False
 def result_of(run: Path, ids: torch.Tensor) -> np.ndarray:
     """Logits of what the run made, by the product."""
     saved = open_run(run)
-    saved.model.load(saved.method.weights(saved.state.shown()))
+    saved.model.load(saved.method.weights(saved.state))
     with torch.no_grad():
         return saved.model.adapted.outputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits.float().numpy()
 
@@ -601,6 +602,8 @@ def test_exports_in_stock_libraries(finished, folder, method):
             assert np.allclose(stock(base, adapter, ids, merge=True)[1], expected, atol=1e-4)
         if kind != "merged":
             assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+        config = GenerationConfig.from_pretrained(out)  # what the card's lines generate by
+        assert config.eos_token_id == ends(tokenizer()) and not config.do_sample
         modelfile = out / "Modelfile"
         assert modelfile.exists() == (kind != "peft")
         if kind != "peft":
@@ -610,6 +613,17 @@ def test_exports_in_stock_libraries(finished, folder, method):
         code = card[card.index("```python\n") + 10 : card.rindex("```")].replace("path/to/this/folder", str(out))
         code = code.replace(f"'{folder.name}'", repr(str(folder))) + "\nimport torch\nlogits = torch.zeros(1)\n"
         stock_run(code)
+
+
+def test_exports_know_the_system_text(folder):
+    """A model that was taught under one is used under it."""
+    task = open_task(DataSettings(task="causal-lm", options="system = 'Say red.'"))
+    learner = Learner(open_adapted(folder), task, tokenizer())
+    files = task.files(learner, "merged", "")
+    assert 'SYSTEM """Say red."""\n' in files["Modelfile"]
+    assert "system = 'Say red.'  # as it was taught" in task.snippet()
+    assert any('[{"role": "system", "content": system}, {"role": "user"' in line for line in task.snippet())
+    assert not any("system" in line for line in TASK.snippet())
 
 
 def test_a_bfloat16_checkpoint_stays_one(rows, tmp_path):
