@@ -163,10 +163,10 @@ def names_in(values: Iterable[Any], key: str, word: str, bare_ids: bool) -> tupl
         measured = sum(not WHOLE.fullmatch(text) for text in found)
         if measured > MAX_DECIMALS:
             raise ConfigError(
-                f"{key}: it holds {len(found)} different numbers with a fraction, allowed are {word}; data.task = 'regression' "
-                "learns numbers"
+                f"{key}: it holds {len(found)} different numbers with a fraction, allowed are {word}; they look "
+                "measured, and `fedara tasks` says what learns numbers"
             )
-        names = tuple(sorted(found, key=float))
+        names = tuple(sorted(found, key=lambda text: (float(text), text)))
     else:
         names = tuple(sorted(found))
     if len(names) > MAX_LABELS:

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -20,13 +19,14 @@ from pydantic import Field
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import NOTHING, Labels
 from fedara_flwr.data.reading import Column, Example, text
-from fedara_flwr.data.skipped import LeftOut, absent, spelled
+from fedara_flwr.data.skipped import absent, spelled
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, LearnerPort, Metric, Sample, Task, pad, pad_labels
+from fedara_flwr.tasks.conversations import NO_COLUMN, messages_of, preset
 from fedara_flwr.tasks.generation import all_ends, say
 from fedara_flwr.tasks.ollama import modelfile
 from fedara_flwr.tasks.overlap import exact, rouge_l
-from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, shorten
+from fedara_flwr.tasks.templates import ASSISTANT, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +36,6 @@ logger = logging.getLogger(__name__)
 PIECE = 256  # positions whose logits exist at a time
 SHARE = 3  # one token in so many of a made-up row is of an answer
 MOST = 700.0  # above it exp() has no number
-NAMES = {"human": USER, "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "prompter": USER}
-KEYS = (("role", "from"), ("content", "value"))  # of a message, in both usual ways to write one
-PRESETS: tuple[dict[str, tuple[str, ...]], ...] = (
-    {"text": ("instruction",), "answer": ("output", "response"), "context": ("input", "context")},
-    {"text": ("prompt",), "answer": ("completion", "response", "answer")},
-    {"text": ("question",), "answer": ("answer", "response")},
-    {"messages": ("messages", "conversations")},
-)
-"""Columns as published sets have them, in any case; the context may be missing."""
-ANSWERS = ("output", "response", "completion", "answer")
-NONE = "-"  # no column, whatever there is
 
 
 class CausalLMOptions(Group):
@@ -123,11 +112,11 @@ class CausalLM(Task):
             roles = {"messages": options.messages_column}
         else:
             # the prompt's column as the key names it, else by the names that published sets have
-            roles = dict(_preset(there, "" if text_column == "text" else text_column))
+            roles = dict(preset(there, "" if text_column == "text" else text_column))
             if "messages" in roles and (options.answer_column or text_column != "text"):
                 roles = {}
             roles |= {"answer": options.answer_column} if options.answer_column else {}
-            if roles.get("answer") == NONE:
+            if roles.get("answer") == NO_COLUMN:
                 roles = {}
             roles |= {"context": options.context_column} if options.context_column else {}
             if "messages" not in roles:
@@ -138,7 +127,7 @@ class CausalLM(Task):
         """A conversation that ends with an answer, or a text."""
         category = None if "category" not in row else "" if absent(row["category"]) else str(row["category"])
         if "messages" in row:
-            messages = _messages(row["messages"])
+            messages = messages_of(row["messages"])
         elif "answer" in row:
             prompt, answer = text(row["text"], "prompt"), text(row["answer"], "answer")
             context = "" if absent(row.get("context")) else spelled(row["context"])
@@ -331,78 +320,12 @@ class Perplexity:
         return {"perplexity": math.exp(min(loss, MOST)), "accuracy": self.hits / max(1, self.count), "loss": loss}
 
 
-@cache
-def _preset(there: tuple[str, ...], prompt: str) -> dict[str, str]:
-    """Roles of columns that are called as published sets call them; {} where none fit. Said once for a table.
-
-    Args:
-        prompt: the prompt's column, where a key names it: then its answer is looked for; '' = both are.
-    """
-    lower = {name.lower(): name for name in reversed(there)}
-    for preset in (*PRESETS, {"text": ("text",), "answer": ANSWERS}):
-        names = {**preset, "text": (prompt.lower(),)} if prompt and "text" in preset else preset
-        found = {role: next((lower[name] for name in of if name in lower), "") for role, of in names.items()}
-        if (prompt and "text" not in preset) or found.get("answer", "") == found.get("text"):
-            continue
-        if all(name for role, name in found.items() if role != "context"):
-            said = ", ".join(f"{role} from {name!r}" for role, name in found.items() if name)
-            logger.info("columns by their names: %s (data.options says otherwise)", said)
-            return found
-    return {}
-
-
 def _last_answer(labels: Sequence[int]) -> int:
     """The place where a row's last answer begins."""
     start = len(labels)
     while start and labels[start - 1] != UNLABELLED:
         start -= 1
     return start
-
-
-def _messages(value: Any) -> list[list[str]]:
-    """A conversation as [role, content] of each message, up to its last answer; several of one role in a row as one.
-
-    Raises:
-        LeftOut: it cannot be read, or has no answer.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise LeftOut("with messages that are no JSON") from None
-    messages: list[list[str]] = []
-    for role, content in [_message(message) for message in value] if isinstance(value, list | tuple) else []:
-        if messages and messages[-1][0] == role:  # most templates want turns
-            messages[-1][1] += f"\n\n{content}"
-        else:
-            messages.append([role, content])
-    if any(role == SYSTEM for role, _ in messages[1:]):
-        raise LeftOut("with a system text that is not first")
-    while messages and messages[-1][0] != ASSISTANT:
-        messages.pop()
-    if not any(role == USER for role, _ in messages):
-        raise LeftOut("without answer")
-    if next(role for role, _ in messages if role != SYSTEM) != USER:
-        raise LeftOut("with messages that begin with an answer")
-    return messages
-
-
-def _message(value: Any) -> tuple[str, str]:
-    """Role and content of one message; of content in parts their texts."""
-    if not isinstance(value, Mapping):
-        raise LeftOut("with messages that are no objects")
-    role, content = (value.get(name) if value.get(name) is not None else value.get(other) for name, other in KEYS)
-    role = str(role).lower()
-    role = NAMES.get(role, role)
-    if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
-        if any(part.get("type") not in (None, "text") or not isinstance(part.get("text"), str) for part in content):
-            raise LeftOut("with messages that are not text alone")
-        content = "\n".join(part["text"] for part in content)
-    if role not in ROLES:
-        raise LeftOut("with messages of others than system, user and assistant")
-    if not isinstance(content, str) or not content.strip():
-        raise LeftOut("with messages that are empty")
-    return role, spelled(content)
 
 
 def _whole(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:

@@ -9,7 +9,6 @@ best span of all windows counts, cut out of the original text.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from pydantic import Field
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, text
-from fedara_flwr.data.skipped import LeftOut, absent, spelled
 from fedara_flwr.keys import ConfigError, Group
+from fedara_flwr.tasks.annotations import answers_of, is_mark, placed, unfolded
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
 from fedara_flwr.tasks.overlap import squad_exact, word_f1
 
@@ -87,7 +86,7 @@ class QuestionAnswering(Task):
         if not nested or self.options.context_column in table.column_names:
             return table
         articles = [row for rows in table["data"] for row in rows] if nested == "data" else list(table)
-        return type(table).from_list(list(_unfolded(articles)))
+        return type(table).from_list(list(unfolded(articles)))
 
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """Question, context and answers."""
@@ -102,7 +101,7 @@ class QuestionAnswering(Task):
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
         """A question, its context, and where in it the answers stand."""
         question, context = text(row["text"], "question"), text(row["context"], "context")
-        answers = [_place(answer, start, context) for answer, start in _answers(row["answers"])]
+        answers = [placed(answer, start, context) for answer, start in answers_of(row["answers"])]
         return Example(question, pair=context, target=answers, identity=json.dumps([question, context, answers]))
 
     # -- the model
@@ -372,14 +371,9 @@ def _ends(context: str) -> NDArray[np.int32]:
     ends = np.arange(len(context) + 1, dtype=np.int32)
     if not context.isascii():
         for place in range(len(context) - 1, -1, -1):
-            if _is_mark(context[place]):
+            if is_mark(context[place]):
                 ends[place] = ends[place + 1]
     return ends
-
-
-def _is_mark(char: str) -> bool:
-    """Whether it combines with the character before it, such as an accent."""
-    return unicodedata.category(char).startswith("M")
 
 
 def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
@@ -387,76 +381,3 @@ def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
     encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     offsets = encoded["offset_mapping"]
     return (question, False) if len(offsets) <= most else (question[: offsets[most][0]].rstrip(), True)
-
-
-def _answers(value: Any) -> list[tuple[str, Any]]:
-    """Answers with where they begin, None where the data does not say; none of an annotator who gave no text."""
-    if isinstance(value, Mapping):
-        texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
-        if not texts and not isinstance(value.get("answer_start"), list | tuple):
-            return []  # one annotator's, who gave a place alone
-        starts = starts or [None] * len(texts)
-        if len(texts) != len(starts):
-            raise LeftOut("with answers of which not each has a place")
-        pairs = [(_text(answer), start) for answer, start in zip(texts, starts, strict=True)]
-        return [(answer, start) for answer, start in pairs if answer]
-    if isinstance(value, list | tuple):
-        return [answer for each in value for answer in _answers(each)]
-    answer = _text(value)
-    return [(answer, None)] if answer else []
-
-
-def _text(value: Any) -> str:
-    """An answer as text, a number too; '' where there is none, or nothing but spaces."""
-    if absent(value):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise LeftOut("with answers that are no text")
-    answer = spelled(value)
-    return answer if answer.strip() else ""
-
-
-def _listed(value: Any) -> list[Any]:
-    """The values of a list; a bare one as a list of it."""
-    return [] if absent(value) else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _place(answer: str, start: Any, context: str) -> list[Any]:
-    """The answer, marks on its last letter included, and where it begins; its first occurrence where the data does not say."""
-    try:
-        begin = context.find(answer) if absent(start) else int(start)
-        whole = absent(start) or begin == float(start)
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise LeftOut("with an answer whose place is no whole number")
-    if begin < 0 or context[begin : begin + len(answer)] != answer:
-        raise LeftOut("with an answer that is not where it should be")
-    end = begin + len(answer)
-    while end < len(context) and _is_mark(context[end]):
-        end += 1
-    return [context[begin:end], begin]
-
-
-def _unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row a question of SQuAD's articles."""
-    for article in articles:
-        for paragraph in article.get("paragraphs") or ():
-            for qa in paragraph.get("qas") or ():
-                answers = [] if qa.get("is_impossible") else qa.get("answers") or []
-                yield {
-                    "title": article.get("title") or "",
-                    "context": paragraph["context"],
-                    "question": qa["question"],
-                    "answers": _in_lists(answers),
-                }
-
-
-def _in_lists(answers: Any) -> dict[str, list[Any]]:
-    """A question's answers of SQuAD's articles as the texts of all and the places of all, as a table's column can hold them."""
-    if isinstance(answers, Mapping):
-        texts, starts = _listed(answers["text"]), _listed(answers.get("answer_start"))
-    else:
-        entries = [each if isinstance(each, Mapping) else {"text": each} for each in _listed(answers)]
-        texts, starts = [each["text"] for each in entries], [each.get("answer_start") for each in entries]
-    return {"text": [None if absent(text) else spelled(text) for text in texts], "answer_start": starts}

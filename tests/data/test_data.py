@@ -337,8 +337,9 @@ def test_missing_file(tmp_path):
 def test_wrong_ending(tmp_path):
     (tmp_path / "d.txt").write_text("text,label\na,b\n")
     line = problem(tmp_path / "d.txt")
-    endings = ".parquet, .csv, .tsv, .jsonl, .ndjson, .json, .arrow; of text also packed, .gz, .bz2, .xz"
-    assert line == f"data.path = {str(tmp_path / 'd.txt')!r}: d.txt: allowed endings are {endings}"
+    endings = ".parquet, .csv, .tsv, .jsonl, .ndjson, .json, .conll, .iob, .iob2, .bio, .arrow"
+    packed = "; of text also packed, .gz, .bz2, .xz"
+    assert line == f"data.path = {str(tmp_path / 'd.txt')!r}: d.txt: allowed endings are {endings}{packed}"
 
 
 def test_folder_without_train(tmp_path):
@@ -404,7 +405,7 @@ def test_too_many_labels(tmp_path):
     path = write(tmp_path / "d.csv", rows)
     assert "column 'label': it holds 10001 different labels, allowed are 10000" in problem(path)
     assert "10001 different numbers with a fraction" in problem(path, label_column="weight")
-    assert "data.task = 'regression' learns numbers" in problem(path, label_column="weight")
+    assert "`fedara tasks` says what learns numbers" in problem(path, label_column="weight")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.jsonl", "d.parquet"])

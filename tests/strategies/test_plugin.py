@@ -587,7 +587,7 @@ def test_the_page_names_all_that_a_hook_is_given(cls):
 def test_the_page_tells_the_attributes_defaults():
     said = {name: cell.rstrip(" |") for name, cell in table(HOOKS, column=2).items() if "(" not in name and name.islower()}
     none = {frozenset(): "none", False: "no", "": "empty"}
-    apart = ("averaged", "calibration", "trained")
+    apart = ("calibration", "trained")
     found = {name: value for name, value in vars(Method).items() if name in said and name not in apart}
     assert {name: none.get(value, str(value)) for name, value in found.items()} == {name: said[name] for name in found}
     assert said["trained"] == ", ".join(("B", "E", "A", "head")) and Method.trained == frozenset(said["trained"].split(", "))

@@ -28,7 +28,7 @@ from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.keeper import open_run
-from fedara_flwr.tasks import Encoded, causal_lm, open_task, read_settings
+from fedara_flwr.tasks import Encoded, causal_lm, conversations, open_task, read_settings
 from fedara_flwr.tasks.causal_lm import Answers, Perplexity
 from fedara_flwr.tasks.generation import ends, say
 
@@ -77,7 +77,7 @@ def test_columns_by_the_names_that_published_sets_have(tmp_path, row, prompt):
 
 
 def test_columns_that_were_taken_by_their_names_are_said(tmp_path, caplog):
-    causal_lm._preset.cache_clear()
+    conversations.preset.cache_clear()
     with caplog.at_level("INFO"):
         read(tmp_path, [{"instruction": "a", "response": "b", "other": 1}])
     assert (

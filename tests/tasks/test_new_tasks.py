@@ -159,7 +159,8 @@ def test_unknown_names(tmp_path):
 def test_one_value_is_no_list(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "t", "label": "a"}])
     assert problem(lambda: load(DataSettings(task="multi-label", path=str(path)), 0)) == (
-        "data.label-column = 'label': allowed with data.task = 'multi-label' are lists of label names, which may be empty"
+        "data.label-column = 'label': it holds single values, allowed with data.task = 'multi-label' are lists of label names, "
+        "which may be empty"
     )
 
 

@@ -592,7 +592,7 @@ class Loop(RoundLoop):
         expected = Expected("f" * 64, "t", "d", ("a", "b"), frozenset())
         super().__init__(settings, Given(settings, Model(SPEC)), state, expected, run_id="5" * 32)
         self.roster.nodes = {str(i): Node(str(i), node_id, len(ids)) for i, node_id in enumerate(ids)}
-        self.roster.examples = dict.fromkeys(self.roster.nodes, MOST)
+        self.roster.examples = self.roster.weights = dict.fromkeys(self.roster.nodes, MOST)
         self.roster._asked = set(ids)
 
 
