@@ -53,6 +53,10 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise ConfigError(
+            f"model.name = {name!r}: its tokenizer knows no word, allowed are models with their tokenizer's files"
+        )
     if task is not None:
         task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
@@ -91,7 +95,7 @@ class Backbone:
             dtype: of the frozen weights, as `model.dtype`.
             pooling: as `model.pooling`.
             target_modules: as `adapter.target-modules`.
-            pad_token_id: for architectures whose classification needs it (decoders).
+            pad_token_id: the tokenizer's; decoders find a row's last token by it.
             device: where the model goes.
 
         Raises:
@@ -103,7 +107,7 @@ class Backbone:
         source = locate(name)
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
-            if config.pad_token_id is None:
+            if config.pad_token_id is None or config.pad_token_id < 0:
                 config.pad_token_id = pad_token_id
             # in the checkpoint's own type, whatever it is to become: a float32 copy of a large one would not fit
             open_model = partial(
@@ -124,6 +128,8 @@ class Backbone:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.stored = self.model.dtype
         """The checkpoint's own number type."""
+        if pad_token_id is not None:  # by another one decoders would take a padding position for a row's last token
+            self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = pad_token_id
         self.model.requires_grad_(False)
         self.model.eval()
         blocks = _block_list(self.model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import TASKS
@@ -26,7 +28,7 @@ from fedara_flwr.adapters import fit
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.adapters.output import OutputLayer
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.tasks import read_settings
+from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.tasks.generation import Said, say
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -115,3 +117,32 @@ def test_an_encoder_is_no_language_model(tmp_path):
     with pytest.raises(ConfigError, match="BertLMHeadModel sees what comes after a token, allowed are decoders, which do not"):
         OutputLayer(learner.adapted)
     assert TASKS["causal-lm"].head == "none"
+
+
+def test_a_folder_without_a_tokenizers_files(tmp_path):
+    """transformers makes an empty one of five entries, to which every text is unknown."""
+    config = BertConfig(**SHAPE, max_position_embeddings=64)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    line = f"model.name = {str(tmp_path)!r}: its tokenizer knows no word, allowed are models with their tokenizer's files"
+    with pytest.raises(ConfigError) as caught:
+        open_learner(read_settings({"model.name": str(tmp_path)}), ("a", "b"))
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("pad", [5, -1, None])
+def test_one_padding_token_for_model_and_tokenizer(tmp_path, pad):
+    """A decoder that looks for another one takes a padding position for the last token: a row's logits are those it has alone."""
+    words = tokenizer()
+    config = LlamaConfig(**SHAPE | {"vocab_size": len(words)}, pad_token_id=5)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "pad_token_id": pad}))
+    named = {"model.name": str(tmp_path), "model.pooling": "pretrained"}
+    learner = open_learner(read_settings(named), ("a", "b"))
+    data = Encoded([[7, 8, 9, 10, 11], [12, 13]], [0, 1])
+    with torch.no_grad():
+        together = learner.adapted.outputs(learner.batch(data, [0, 1])).logits
+        alone = torch.cat([learner.adapted.outputs(learner.batch(data, [row])).logits for row in (0, 1)])
+    assert torch.allclose(together, alone, atol=1e-5) and learner.adapted.model.config.pad_token_id == words.pad_token_id
