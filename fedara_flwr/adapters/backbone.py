@@ -54,9 +54,7 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
     except LOAD_ERRORS as error:
         raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
-        raise ConfigError(
-            f"model.name = {name!r}: its tokenizer knows no word, allowed are models with their tokenizer's files"
-        )
+        raise ConfigError(f"model.name = {name!r}: its tokenizer knows no word, allowed are models with a tokenizer's files")
     if task is not None:
         task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:

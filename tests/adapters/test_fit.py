@@ -123,7 +123,7 @@ def test_a_folder_without_a_tokenizers_files(tmp_path):
     """transformers makes an empty one of five entries, to which every text is unknown."""
     config = BertConfig(**SHAPE, max_position_embeddings=64)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    line = f"model.name = {str(tmp_path)!r}: its tokenizer knows no word, allowed are models with their tokenizer's files"
+    line = f"model.name = {str(tmp_path)!r}: its tokenizer knows no word, allowed are models with a tokenizer's files"
     with pytest.raises(ConfigError) as caught:
         open_learner(read_settings({"model.name": str(tmp_path)}), ("a", "b"))
     assert str(caught.value) == line
@@ -131,7 +131,7 @@ def test_a_folder_without_a_tokenizers_files(tmp_path):
 
 @pytest.mark.parametrize("pad", [5, -1, None])
 def test_one_padding_token_for_model_and_tokenizer(tmp_path, pad):
-    """A decoder that looks for another one takes a padding position for the last token: a row's logits are those it has alone."""
+    """A decoder that looks for another one takes padding for the last token: a row's logits are those it has alone."""
     words = tokenizer()
     config = LlamaConfig(**SHAPE | {"vocab_size": len(words)}, pad_token_id=5)
     torch.manual_seed(0)
