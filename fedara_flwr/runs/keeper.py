@@ -42,6 +42,7 @@ class Keeper(Callback):
         self.checkpoints = _checkpoints(directory.path, directory.facts, model)
         self._before = float(directory.facts.get("seconds", 0.0))
         self._began = time.monotonic()
+        self._dealt = False
         self._trackers = Trackers({})
 
     @property
@@ -91,9 +92,10 @@ class Keeper(Callback):
             logger.info("%s", in_words(self.settings.privacy, self.settings.num_server_rounds))
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and say before the first round how the rows lie over a simulation's clients."""
+        """Append one line to metrics.jsonl, and say once who is there how rows lie over the clients of a simulation."""
         self.directory.write(line)
-        if line["type"] == "start" and (shares := self._partition()):
+        if not self._dealt and not self.settings.privacy.on and (shares := self._partition()):
+            self._dealt = True
             dealt(shares["partition"], bool(shares["groups"])).log(logger)
 
     def after_round(self, loop: RoundLoop) -> None:

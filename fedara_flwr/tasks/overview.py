@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedara_flwr.data.examples import Examples
+from fedara_flwr.data.labels import NUMBER, WHOLE
 from fedara_flwr.tasks.base import Task
 
 LOOKED_AT = 2000  # rows of each part whose tokens are counted
@@ -90,6 +91,8 @@ def _gaps(task: Task, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     found: list[str] = []
     if not task.labelled:
         return found
+    if any(NUMBER.fullmatch(name) and not WHOLE.fullmatch(name) for name in train):
+        found.append(f"the {word} are numbers with a fraction: should numbers be learnt (`fedara tasks`)?")
     if len([count for count in train.values() if count]) == 1:
         found.append(f"all rows to train on have one and the same of the {word}: there is nothing to learn")
     if missing := [name for name, count in train.items() if not count]:
