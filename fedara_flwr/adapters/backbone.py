@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from fedara_flwr.adapters import fit
 from fedara_flwr.adapters import packaged as packages
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED
@@ -126,7 +127,8 @@ class Backbone:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.stored = self.model.dtype
         """The checkpoint's own number type."""
-        if pad_token_id is not None:  # by another one decoders would take a padding position for a row's last token
+        # by another one decoders would take padding for a row's last token; RoBERTa's kind counts its positions from it, though
+        if pad_token_id is not None and not fit.counts_from_padding(self.model):
             self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = pad_token_id
         self.model.requires_grad_(False)
         self.model.eval()

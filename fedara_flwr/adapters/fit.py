@@ -36,10 +36,21 @@ def check_fit(name: str, model: nn.Module, tokenizer: Any, max_length: int) -> N
 
 def positions(model: nn.Module) -> int | None:
     """How many tokens a model with learned positions can take; None for others."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED:
-            before = getattr(module, "offset", None)  # BART's and OPT's first two rows stand for no place
-            if before is None:
-                before = 0 if module.padding_idx is None else module.padding_idx + 1  # nor RoBERTa's up to the padding
-            return module.num_embeddings - int(before)
-    return None
+    module = _learned(model)
+    if module is None:
+        return None
+    before = getattr(module, "offset", None)  # BART's and OPT's first two rows stand for no place
+    if before is None:
+        before = 0 if module.padding_idx is None else module.padding_idx + 1  # nor RoBERTa's up to the padding
+    return module.num_embeddings - int(before)
+
+
+def counts_from_padding(model: nn.Module) -> bool:
+    """Whether a token's position depends on which token is padding, as in RoBERTa."""
+    module = _learned(model)
+    return module is not None and module.padding_idx is not None
+
+
+def _learned(model: nn.Module) -> nn.Embedding | None:
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return next((module for name, module in named if isinstance(module, nn.Embedding) and name in LEARNED), None)
