@@ -70,8 +70,8 @@ class Session:
             own = load_own(data, self.labels, self.task)
             rows, held_out = own.train, own.test
             parts = {"train": rows} if held_out is None else {"train": rows, "test": held_out}
-            found = overview(self.task, self.learner.tokenizer, parts, self.labels, data.max_length)
-            found = found._replace(warnings=(*filter(None, (str(own.skipped),)), *found.warnings))
+            skipped = tuple(filter(None, (str(own.skipped),)))
+            found = overview(self.task, self.learner.tokenizer, parts, self.labels, data.max_length, skipped)
         else:
             rows = self.federation.pool.take(fed.shares(data, seed, self.task, partitions)[partition])
             held_out, found = None, Overview((), ())

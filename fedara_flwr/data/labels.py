@@ -65,12 +65,11 @@ class Labels:
     by_place: bool = False
 
     @classmethod
-    def of(cls, names: tuple[str, ...], ids: Mapping[int, str], values: Iterable[Any], key: str, listed: bool = True) -> Labels:
-        """How the values of one column are to be read, decided by all of them.
+    def of(cls, names: tuple[str, ...], ids: Mapping[int, str], values: Iterable[Any], key: str) -> Labels:
+        """How the values of one column are to be read by somebody's list of names, decided by all of them.
 
         Args:
             key: names the column in an error's line.
-            listed: whether `names` are somebody's list, not what was found in this very column.
 
         Raises:
             ConfigError: whole numbers that should be places in a list and lie outside of it.
@@ -84,7 +83,7 @@ class Labels:
                     f"{key}: it holds {outside[0]}, allowed are ids from {min(ids)} to {max(ids)}, of {_shown(names)}"
                 )
             return cls(names, ids)
-        if ids and not numbers or not listed or not names:
+        if ids and not numbers or not names:
             return cls(names)
         words = found - NOTHING
         if not words or numbers != words or any(NUMBER.fullmatch(name) or name.lower() in BOOLEANS[0] for name in names):

@@ -287,7 +287,7 @@ def _labels(
                 )
             ids = {}
     if names is None and not ids:
-        return Labels.of(names_in(values, where, reader.label_word, reader.bare_ids), {}, values, where, listed=False)
+        return Labels(names_in(values, where, reader.label_word, reader.bare_ids))
     return Labels.of(tuple(ids.values()) if names is None else names, ids, values, where)
 
 

@@ -10,7 +10,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Unreadable(Exception):
 
 
 class Table:
-    """Named columns of equal length, each read when it is asked for.
+    """Named columns of equal length, each read once, when it is first asked for.
 
     Attributes:
         column_names: in the file's order.
@@ -47,7 +47,7 @@ class Table:
     ) -> None:
         """`read` gives a column by its name; `ids` are names of class-label columns by id."""
         self.column_names, self.short = list(column_names), short
-        self._rows, self._read, self._ids = rows, read, ids or {}
+        self._rows, self._read, self._ids = rows, cache(read), ids or {}
 
     def __len__(self) -> int:
         return self._rows

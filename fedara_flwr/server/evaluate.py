@@ -58,8 +58,8 @@ class ServerModel:
         """What data the run has."""
         data = self.federation
         parts = {"train": data.pool, "validation": data.validation, "test": data.test}
-        found = overview(self.task, self.learner.tokenizer, parts, self.labels, self.settings.data.max_length)
-        return found._replace(warnings=(*data.skipped, *found.warnings))
+        most = self.settings.data.max_length
+        return overview(self.task, self.learner.tokenizer, parts, self.labels, most, data.skipped)
 
     def partition(self, clients: int) -> dict[str, Any]:
         """What each of so many simulated clients has, for federated.json.

@@ -32,16 +32,24 @@ class Overview(NamedTuple):
                 logger.log(level, "%s%s", where, line)
 
 
-def overview(task: Task, tokenizer: Any, parts: Mapping[str, Examples], names: tuple[str, ...], max_length: int) -> Overview:
+def overview(
+    task: Task,
+    tokenizer: Any,
+    parts: Mapping[str, Examples],
+    names: tuple[str, ...],
+    max_length: int,
+    skipped: Sequence[str] = (),
+) -> Overview:
     """Look at the rows that are used.
 
     Args:
         parts: rows by their use, a key of PARTS; "train" is among them.
         names: label names; () where the task has none.
         max_length: tokens after which a text is cut.
+        skipped: lines about rows that are not used; the first of the warnings.
     """
     rows = ", ".join(f"{len(examples):,} {PARTS[part]}" for part, examples in parts.items() if part == "train" or len(examples))
-    lines, warnings = [f"data: {rows}"], []
+    lines, warnings = [f"data: {rows}"], list(skipped)
     counts = {part: tally(examples, task.group_names(names)) for part, examples in parts.items()}
     if counts["train"]:
         lines.append(_labels(task, counts["train"]))

@@ -205,7 +205,7 @@ def test_a_label_that_is_an_object(tmp_path):
 @given(st.lists(st.one_of(st.integers(-5, 300), st.booleans(), st.text("abc 01.", max_size=4), st.none()), max_size=20))
 def test_every_value_is_the_name_it_is_written_as(values):
     names = names_in(values, "column", "labels", True)
-    labels = Labels.of(names, {}, values, "column", listed=False)
+    labels = Labels(names)
     for value in values:
         text = written(value)
         if text is None:
