@@ -38,6 +38,12 @@ def spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
+def mean_of(values: list[float], digits: int) -> str:
+    """Mean, and sample standard deviation where there are several values."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def means(curves: list[Curve]) -> tuple[list[float], list[float]]:
     """Megabytes and smoothed accuracies, evaluation by evaluation, over the trials of one setting."""
     points = list(zip(*curves, strict=False))

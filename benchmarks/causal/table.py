@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from curves import read  # noqa: E402
+from curves import mean_of, read  # noqa: E402
 
 AGAINST = "fedlora"
 COLUMNS = (
@@ -43,12 +43,6 @@ def reached(lines: list[dict], target: float) -> dict | None:
     return next((line for line in lines if line["score"] <= target), None)
 
 
-def mean(values: list[float], digits: int) -> str:
-    """Mean, and sample standard deviation where there are several values."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
 def to_target(found: list[dict | None], key: str, unit: float) -> str:
     """Mean over the seeds that reach the target, and how many do."""
     there = [line[key] / unit for line in found if line is not None]
@@ -71,14 +65,14 @@ def main() -> None:
         found = [reached(lines, target[seed]) for seed, lines in own.items() if seed in target]
         last = [lines[-1] for lines in own.values()]
         cells = [
-            mean([lines[0]["score"] for lines in own.values()], 2),
-            mean([line["score"] for line in last], 2),
-            mean([line["test-score"] for line in last], 2),
-            mean([line["mb"] for line in last], 1),
-            mean([line["client-flops"] / 1e12 for line in last], 1),
+            mean_of([lines[0]["score"] for lines in own.values()], 2),
+            mean_of([line["score"] for line in last], 2),
+            mean_of([line["test-score"] for line in last], 2),
+            mean_of([line["mb"] for line in last], 1),
+            mean_of([line["client-flops"] / 1e12 for line in last], 1),
             to_target(found, "mb", 1),
             to_target(found, "client-flops", 1e12),
-            mean([line["dead-modules"] for line in last], 0),
+            mean_of([line["dead-modules"] for line in last], 0),
         ]
         print("|", " | ".join([method, f"{rate:.2g}", str(len(own)), *cells]), "|")
     print("\nRates that were tried (first seed, at the last round that all of a method's rates have):\n")

@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from curves import read  # noqa: E402
+from curves import mean_of, read  # noqa: E402
 
 COLUMNS = ("set", "choice", "seeds", "before round 1", "validation", "test", "MB", "client TFLOP", "dead modules")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 9: 2.31, 10: 2.26, 12: 2.20, 15: 2.14}
@@ -37,12 +37,6 @@ def figures(lines: list[dict]) -> tuple[float, ...]:
     last = lines[-1]
     end = statistics.mean(line["score"] for line in lines[-2:])
     return lines[0]["score"], end, last["test-score"], last["mb"], last["client-flops"] / 1e12, last["dead-modules"]
-
-
-def mean_of(values: list[float], digits: int) -> str:
-    """Mean, and sample standard deviation where there are several values."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def interval(values: list[float]) -> str:

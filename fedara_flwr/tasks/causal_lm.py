@@ -255,12 +255,12 @@ class CausalLM(Task):
 
     def snippet(self) -> list[str]:
         """Python lines that print an answer."""
-        system = "{'role': 'system', 'content': system}, " if self.options.system else ""
+        system = '{"role": "system", "content": system}, ' if self.options.system else ""
         return [
             "from transformers import GenerationConfig",
             "",
             *([f"system = {self.options.system!r}  # as it was taught"] if self.options.system else []),
-            f"messages = [{system}{{'role': 'user', 'content': 'What is a tuple?'}}]".replace("'", '"'),
+            f'messages = [{system}{{"role": "user", "content": "What is a tuple?"}}]',
             "batch = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",

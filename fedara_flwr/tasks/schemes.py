@@ -34,7 +34,6 @@ def conversion(tags: Iterable[str]) -> dict[str, str]:
         new = {tag: f"{'B' if match['prefix'].upper() in BEGINS else 'I'}-{match['type']}" for tag, match in parts.items()}
         new |= dict.fromkeys(bare, OUTSIDE)
         return {} if all(tag == other for tag, other in new.items()) else new
-    bare = [tag for tag in found if tag.lower() in NO_ENTITY]
-    if len(bare) == 1 and bare[0] != OUTSIDE and bare[0].lower() == "o":
-        return {tag: OUTSIDE if tag == bare[0] else tag for tag in found}
+    if [tag for tag in found if tag.lower() in NO_ENTITY] == ["o"]:
+        return {tag: OUTSIDE if tag == "o" else tag for tag in found}
     return {}

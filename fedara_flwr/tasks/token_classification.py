@@ -220,16 +220,14 @@ class Entities:
 
 
 def _sentences(table: Any, sentence: str, text: str, label: str) -> Any:
-    """Rows of one word each as rows of one sentence each; words that are missing leave a table as it is to be refused."""
-    if missing := [name for name in (sentence, text, label) if name not in table.column_names]:
-        key = (
-            "data.options sentence-column"
-            if missing[0] == sentence
-            else "data.text-column"
-            if missing[0] == text
-            else "data.label-column"
-        )
-        raise ConfigError(f"{key} = {missing[0]!r}: no such column, allowed are {table.column_names}")
+    """Rows of one word each as rows of one sentence each.
+
+    Raises:
+        ConfigError: a column is not there.
+    """
+    for key, name in (("options sentence-column", sentence), ("text-column", text), ("label-column", label)):
+        if name not in table.column_names:
+            raise ConfigError(f"data.{key} = {name!r}: no such column, allowed are {table.column_names}")
     rows: list[dict[str, Any]] = []
     for name, word, tag in zip(table[sentence], table[text], table[label], strict=True):
         if not rows or not (absent(name) or name == rows[-1][sentence]):
