@@ -24,6 +24,7 @@ class Chat:
 
     Attributes:
         name: the run's.
+        said: which round's model it is, and why.
         voices: who answers, in this order: "tuned", "base" or both.
         turns: what was asked and answered.
         left_out: how many of the oldest turns did not fit into the last prompt.
@@ -31,7 +32,7 @@ class Chat:
     """
 
     def __init__(self, run: Path, most: int = MOST_TOKENS, system: str = "") -> None:
-        """Open the run's newest checkpoint on its base.
+        """Open the model that the run leaves on its base.
 
         Args:
             most: tokens of an answer.
@@ -45,7 +46,7 @@ class Chat:
         from fedara_flwr.tasks.templates import Template
 
         saved = open_run(run)
-        self.model, self.name = saved.model, run.name
+        self.model, self.name, self.said = saved.model, run.name, str(saved.export["said"])
         if not self.model.task.talks:
             talking = ", ".join(name for name, task in tasks().items() if task.talks)
             line = f"data.task = {self.model.task.name!r} has nothing to say, allowed are runs of {talking}"
@@ -143,20 +144,21 @@ def chat(run: Path, prompt: str | None, most: int, system: str, base: bool, cons
             raise typer.Exit(130) from None
         return
     console.print(f"{talk.name}  {talk.model.settings.model.name}", style="bold", highlight=False, markup=False)
+    console.print(talk.said, style="dim", highlight=False, markup=False)
     console.print(HELP, style="dim", highlight=False)
     going_on = True
     while going_on:
         try:
             line = console.input("\n[bold cyan]you[/bold cyan]   ")
         except (EOFError, KeyboardInterrupt):
-            console.print()
+            _write("\n")  # the console would write an interrupted prompt again
             return
         except OSError as error:
             raise ConfigError(f"the standard input cannot be read ({error.strerror or error})") from None
         try:
             going_on = _answer(talk, line, console)
         except KeyboardInterrupt:
-            console.print()
+            _write("\n")
 
 
 def _answer(talk: Chat, line: str, console: Any) -> bool:
