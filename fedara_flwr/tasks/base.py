@@ -21,6 +21,7 @@ from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example
 from fedara_flwr.keys import ConfigError, Group, Scalar, check_options, read_options
+from fedara_flwr.tasks.spelled import read
 
 if TYPE_CHECKING:
     import torch
@@ -330,13 +331,13 @@ def text_examples(tokenizer: Any, examples: Examples, max_length: int) -> list[l
     """Token ids with special tokens of texts or pairs; the longer text of a pair is cut first."""
     if not len(examples):
         return []
-    encoded = tokenizer(
+    encoded = read(
+        tokenizer,
         list(examples.texts),
         list(examples.pairs) if examples.pairs is not None else None,
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,
-        split_special_tokens=True,  # a text that spells out "[SEP]" has no separator in it
     )
     return encoded["input_ids"]
 

@@ -26,6 +26,7 @@ from fedara_flwr.tasks.conversations import NO_COLUMN, messages_of, preset
 from fedara_flwr.tasks.generation import all_ends, say
 from fedara_flwr.tasks.ollama import modelfile
 from fedara_flwr.tasks.overlap import exact, rouge_l
+from fedara_flwr.tasks.spelled import read
 from fedara_flwr.tasks.templates import ASSISTANT, SYSTEM, TEMPLATES, USER, Cut, Refused, Template, shorten
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ def _last_answer(labels: Sequence[int]) -> int:
 
 def _whole(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
     """Ids of a text with its end, all of which are learnt but the first."""
-    ids = list(tokenizer(content, split_special_tokens=True)["input_ids"])
+    ids = list(read(tokenizer, content)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return ids, [UNLABELLED, *ids[1:]]

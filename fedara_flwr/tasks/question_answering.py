@@ -25,6 +25,7 @@ from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.annotations import answers_of, is_mark, placed, unfolded
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
 from fedara_flwr.tasks.overlap import squad_exact, word_f1
+from fedara_flwr.tasks.spelled import read
 
 if TYPE_CHECKING:
     import torch
@@ -296,7 +297,8 @@ def _windows(
 ) -> list[tuple[list[int], NDArray[np.int32]]]:
     """Token ids and `Window.offsets` of each window of a context, from its beginning on; none without a token of it."""
     with _cut_at_the_end(tokenizer):
-        encoded = tokenizer(
+        encoded = read(
+            tokenizer,
             question,
             context,
             truncation="only_second",
@@ -304,7 +306,6 @@ def _windows(
             stride=stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
-            split_special_tokens=True,
         )
     ends = _ends(context)
     found = []
@@ -378,6 +379,6 @@ def _ends(context: str) -> NDArray[np.int32]:
 
 def _shortened(tokenizer: Any, question: str, most: int) -> tuple[str, bool]:
     """A question of at most so many tokens, cut at the end of one, and whether it was cut."""
-    encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    encoded = read(tokenizer, question, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     return (question, False) if len(offsets) <= most else (question[: offsets[most][0]].rstrip(), True)

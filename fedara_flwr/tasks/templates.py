@@ -10,6 +10,7 @@ from typing import Any
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import first_line
 from fedara_flwr.tasks.base import UNLABELLED
+from fedara_flwr.tasks.spelled import control_tokens
 
 Message = Mapping[str, str]
 MARK = "\ue000"  # stands for a text; of Unicode's private use, so no template has it
@@ -88,8 +89,7 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a fast one, with a chat template."""
         self.tokenizer, self.passed_over = tokenizer, 0
-        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._controls = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._controls = sorted(control_tokens(tokenizer), key=len, reverse=True)
 
     def render(self, messages: Sequence[Message], answering: bool = False) -> str:
         """A conversation as text; `answering`: up to where the next answer begins.

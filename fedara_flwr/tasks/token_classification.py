@@ -24,6 +24,7 @@ from fedara_flwr.data.skipped import LeftOut, absent, spelled
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, cross_entropies, pad, pad_labels
 from fedara_flwr.tasks.schemes import OUTSIDE, conversion
+from fedara_flwr.tasks.spelled import read
 
 if TYPE_CHECKING:
     import torch
@@ -132,13 +133,13 @@ class TokenClassification(Task):
             return Encoded([], [])
         assert examples.targets is not None
         words, tags_of_rows = zip(*examples.targets, strict=True)
-        encoded = tokenizer(
+        encoded = read(
+            tokenizer,
             _as_in_text(tokenizer, words),
             is_split_into_words=True,
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,
-            split_special_tokens=True,  # a word that spells out "[SEP]" is no separator
         )
         vocabulary = tokenizer.get_vocab()
         spaces = {vocabulary[token] for token in SPACES if token in vocabulary}
