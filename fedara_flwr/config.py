@@ -7,6 +7,7 @@ pyproject.toml (`[tool.flwr.app.config]`), which a test compares.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
@@ -65,12 +66,26 @@ class StrategySettings(Group):
     fraction_train: float = Field(0.25, gt=0, le=1, description="share of the nodes that train each round")
     min_train_nodes: int = Field(2, ge=1, description="at least so many nodes train each round")
     min_available_nodes: int = Field(
-        2, ge=1, description="nodes to wait for at the start where nodes do not tell num-partitions"
+        2, ge=1, description="nodes to wait for at the start, up to node-timeout; a simulation waits for all of its own"
     )
     min_replies: int = Field(1, ge=1, description="good replies below which a round leaves the model as it was")
     max_failed_rounds: int = Field(3, ge=1, description="so many such rounds in a row end the run")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for nodes and for their answers to queries")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round goes on with the replies it has")
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the asked nodes whose good replies are enough, the others then have straggler-timeout; 1 = all "
+        "have round-timeout",
+    )
+    straggler_timeout: float = Field(30.0, ge=0, description="seconds that nodes have to reply once there is the quorum")
+    max_client_failures: int = Field(
+        2,
+        ge=1,
+        description="so many failures of a client in a row (no reply, an error, a refused update) make it sit out a round; "
+        "each further one, twice as many as before",
+    )
     weighting: Literal["examples", "tokens", "uniform"] = Field(
         "examples",
         description="weight of a client in every average; tokens: of its rows that are learnt, such as those of answers",
@@ -88,6 +103,10 @@ class StrategySettings(Group):
         0.2, ge=0, lt=0.5, description="share of bad clients that trimmed-mean and multi-krum reckon with in a round"
     )
     options: str = Field("", description="keys of the method alone (`fedara methods`), as TOML: 'a = 1' or '{a = 1, b = 2}'")
+
+    def replies_enough(self, asked: int) -> int:
+        """Good replies, of so many that were asked for, that make the quorum."""
+        return max(self.min_replies, ceil(self.quorum * asked - 1e-9))
 
 
 class PrivacySettings(Group):
@@ -186,7 +205,14 @@ class OutputSettings(Group):
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time")
     dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs")
     resume: str = Field("", description="run to go on with at its next round: a name under run.dir, or an absolute path")
-    checkpoint_every: int = Field(1, ge=0, description="rounds between checkpoints; the last round has one; 0 = none at all")
+    checkpoint_every: int = Field(
+        1, ge=0, description="rounds between checkpoints; the last round and the best one have theirs; 0 = none at all"
+    )
+    export: Literal["best", "last"] = Field(
+        "best",
+        description="the round whose model is left: best = by the task's main metric on the server's validation data, of equal "
+        "ones the later; needs checkpoints",
+    )
     track: str = Field("", description="where metrics go besides: tensorboard, wandb, mlflow, trackio, comma-separated")
     threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
     device: Literal["cpu", "cuda"] = Field("cpu", description="in-process engine: where clients train; elsewhere nodes say it")

@@ -41,6 +41,7 @@ class InProcessGrid(Grid):
     """
 
     runs_clients = True  # so a pull takes as long as it takes, and they go one after the other (server/messages)
+    simulation = True
 
     def __init__(self, run_config: UserConfig, nodes: int, app: ClientApp = client_app) -> None:
         # Message refuses to be made outside a Flower process unless these are set

@@ -67,7 +67,7 @@ TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 context = Context(1, 5, {"partition-id": 3, "num-partitions": 8}, RecordDict(), {})
 answer = app(Message(RecordDict(), 5, "query.whoami"), context).content.config_records["whoami"]
 assert dict(answer) == {"protocol": 4, "client-key": "3", "num-partitions": 8,
-    "terms": "orthogonality,prox,slot-vote,tail-penalty", "parts": "B,E,A,head,backbone", "simulated": False}, answer
+    "terms": "orthogonality,prox,slot-vote,tail-penalty", "parts": "B,E,A,head,backbone"}, answer
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)

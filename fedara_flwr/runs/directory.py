@@ -33,6 +33,9 @@ CHANGEABLE_STRATEGY = (
     "max-failed-rounds",
     "node-timeout",
     "round-timeout",
+    "quorum",
+    "straggler-timeout",
+    "max-client-failures",
 )
 
 

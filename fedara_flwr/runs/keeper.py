@@ -14,10 +14,12 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import error_line
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.model.deltas import Weights
+from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card
 from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_facts, versions
 from fedara_flwr.runs.trackers import Trackers, open_trackers
+from fedara_flwr.server.best import Chosen, choose
 from fedara_flwr.server.checkpoint import Checkpoints
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop, RunFailed
@@ -99,30 +101,33 @@ class Keeper(Callback):
             dealt(shares["partition"], bool(shares["groups"])).log(logger)
 
     def after_round(self, loop: RoundLoop) -> None:
-        """Write a checkpoint where one is due, and the facts as they are now."""
+        """Write a checkpoint where one is due, or the round is the best so far, and the facts as they are now."""
         every, state = self.settings.run.checkpoint_every, loop.state
-        if every and (state.server_round % every == 0 or state.server_round == self.settings.num_server_rounds):
+        wanted = (self.settings.num_server_rounds, state.best.get("round"))
+        if every and (state.server_round % every == 0 or state.server_round in wanted):
             self.checkpoints.save(state, self.directory.sync())
         self.directory.update(self._facts())
 
     def conclude(self, outcome: str, reason: str = "") -> None:
-        """Export what was reached, test it once if the run is complete, write page and summary.
+        """Export the best round's model or the last, test it once if the run is complete, write page and summary.
 
         Raises:
             RunFailed: the results could not be made. Everything else is written, and the outcome is "failed".
         """
-        directory, state, failure = self.directory, self.state, None
-        exported = self._export(reason)
-        results: dict[str, Any] = {"test": {}}
+        directory, failure = self.directory, None
+        chosen = choose(self.checkpoints, self.method, self.state)
+        exported, mask = self._export(chosen, reason), chosen.state.mask
+        results: dict[str, Any] = {"test": {}, **_slots(mask)}
         if outcome == "completed":
             try:
-                weights = self.method.weights(state)
+                weights = self.method.weights(chosen.state)
                 results["test"] = self.model.evaluate(weights, "test")
                 results |= compared(self.model, weights)
             except Exception as error:
                 failure, outcome = error, "failed"
                 reason = f"all rounds are done and {exported.name}/ is written, but not its results: {error_line(error)}"
-        end = {"type": "end", "outcome": outcome, "rounds": state.server_round, "seconds": self._seconds()}
+        end = {"type": "end", "outcome": outcome, "rounds": self.state.server_round, "seconds": self._seconds()}
+        end["exported-round"] = chosen.state.server_round
         end |= {f"test-{name}": value for name, value in results["test"].items()}
         self.record(end)
         self._trackers.take(end)
@@ -133,16 +138,16 @@ class Keeper(Callback):
         if failure is not None:
             raise RunFailed(reason) from failure
 
-    def _export(self, reason: str) -> Path:
-        """Write what was reached, before anything that may fail; `reason` is why the run ended, '' where it is complete."""
+    def _export(self, chosen: Chosen, reason: str) -> Path:
+        """Write what is left, before anything that may fail; `reason` is why the run ended, '' where it is complete."""
         try:
-            exported = self.model.export(self.directory.path, self.method.exported(self.state))
+            exported = self.model.export(self.directory.path, self.method.exported(chosen.state))
         except Exception as error:
             why = f"{reason}; " if reason else ""
             self.directory.update({"outcome": "failed", "reason": f"{why}its model could not be written: {error_line(error)}"})
             self._trackers.close()
             raise
-        self.directory.update({"exported": exported.name})
+        self.directory.update({"exported": exported.name, "export": chosen.facts})
         return exported
 
     def fail(self, reason: str) -> None:
@@ -158,6 +163,7 @@ class Keeper(Callback):
 
     def _facts(self) -> dict[str, Any]:
         method, state, spec, settings, nodes = self.method, self.state, self.model.spec, self.settings, self.nodes
+        left_out = self.loop.roster.left_out() if self.loop is not None else self.directory.facts.get("left-out", {})
         return {
             "rounds": state.server_round,
             "seconds": self._seconds(),
@@ -168,6 +174,7 @@ class Keeper(Callback):
             "model": settings.model.name,
             "revision": self.model.revision,
             "key-mapping": self.model.backbone.key_mapping,
+            "other-head": self.model.backbone.other_head,
             "clients": len(nodes) or self.directory.facts.get("clients", 0),
             "fingerprint": spec.fingerprint,
             "task": settings.data.task,
@@ -177,12 +184,10 @@ class Keeper(Callback):
             "config": settings.to_flat(),
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
-            "ranks": list(state.mask.ranks),
             "head": state.solved,
-            "alive-per-module": state.mask.alive.tolist(),
-            "mask": state.mask.to_bytes().hex(),
+            **_slots(state.mask),
             "bytes": state.bytes_total,
-            "left-out": dict.fromkeys(state.unfit, "cannot train") if settings.privacy.on else state.unfit,
+            "left-out": dict.fromkeys(left_out, "cannot train") if settings.privacy.on else left_out,
             "simulated": all(n.simulated for n in nodes) if nodes else self.directory.facts.get("simulated", False),
             "versions": versions(),
             "machine": machine(),
@@ -229,7 +234,7 @@ class Keeper(Callback):
             figures = tuple(modelled[name] for name in ("seconds", "joules", "waiting"))
             profiles = self.settings.fleet.profiles
             logger.info("modelled on %s: %.0f s, %.0f J; a client waits %.0f s", profiles, *figures)
-        logger.info("%s: %s", exported.name, exported)
+        logger.info("%s: %s (%s)", exported.name, exported, facts["export"]["said"])
         try:
             logger.info("report: %s", write_report(self.directory.path))
         except Exception as error:  # a page can be made again, the run is done
@@ -272,26 +277,28 @@ class Tracking(Callback):
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as its newest good checkpoint has it, without its data."""
+    """A run without its data; `state` is that of the round whose model it leaves, as `export` says."""
 
     method: Method
     state: ServerState
     model: ServerModel
+    export: dict[str, Any]
 
 
 def open_run(path: Path) -> SavedRun:
-    """Open a run that exists, as its newest good checkpoint has it.
+    """Open a run that exists, as its good checkpoints have it: the best round's model, or the last.
 
     Raises:
         ConfigError: `path` is no run's folder, the model cannot be loaded, its tokenizer is not what it was, or no checkpoint
             can be used.
     """
-    run, _ = _open(path)
-    return run
+    method, model, checkpoints, state, _ = _open(path)
+    chosen = choose(checkpoints, method, state)
+    return SavedRun(method, chosen.state, model, chosen.facts)
 
 
 def conclude_stopped(path: Path) -> None:
-    """Finish the folder of a run that was stopped: its newest checkpoint is exported.
+    """Finish the folder of a run that was stopped: what its checkpoints have is exported.
 
     Without one nothing is left, unless the run was stopped after its last round, when its model was written already.
 
@@ -302,9 +309,9 @@ def conclude_stopped(path: Path) -> None:
     try:
         outcome, reason, facts = "stopped", "stopped by the user", directory.facts
         if any((path / "checkpoint").glob("round-*")):
-            run, length = _open(path)
+            method, model, _, state, length = _open(path)
             directory.cut(length)
-            Keeper(directory, run.method, run.model, run.state).conclude(outcome, reason)
+            Keeper(directory, method, model, state).conclude(outcome, reason)
         elif facts.get("outcome") == "running" and "exported" in facts:
             directory.update({"outcome": outcome, "reason": reason})
             _describe(path / facts["exported"], facts)
@@ -314,14 +321,20 @@ def conclude_stopped(path: Path) -> None:
         directory.close()
 
 
-def _open(path: Path) -> tuple[SavedRun, int]:
+def _open(path: Path) -> tuple[Method, ServerModel, Checkpoints, ServerState, int]:
+    """Method, model, checkpoints, and the newest good one's state and bytes of metrics.jsonl."""
     facts, settings = read_facts(path), read_settings(read_config(path))
     labels = _fact(path, facts, "labels", list)
     model = ServerModel(settings, tuple(labels))
     _check_tokenizer(str(path), facts, model)
     method = strategies.find(settings.method)(settings, model)
-    state, length = _newest(_checkpoints(path, facts, model), model)
-    return SavedRun(method, state, model), length
+    checkpoints = _checkpoints(path, facts, model)
+    return method, model, checkpoints, *_newest(checkpoints, model)
+
+
+def _slots(mask: RankMask) -> dict[str, Any]:
+    """A mask as federated.json has it."""
+    return {"ranks": list(mask.ranks), "alive-per-module": mask.alive.tolist(), "mask": mask.to_bytes().hex()}
 
 
 def _checkpoints(path: Path, facts: dict[str, Any], model: ServerModel) -> Checkpoints:

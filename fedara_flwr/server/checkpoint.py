@@ -1,7 +1,7 @@
 """Checkpoints: the server's whole state, one safetensors file per checkpoint with the rest as JSON in its header.
 
 A file is written under another name, forced to the disk and renamed, and the last two are kept; so there is always one to go
-on from, whenever the server dies.
+on from, whenever the server dies. The best round's is kept besides (server/best.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedara_flwr.model.spec import ModelSpec
 from fedara_flwr.server.state import ServerState
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 CHECKPOINTS_KEPT = 2
 Tensors = dict[str, np.ndarray]
 
@@ -49,11 +49,16 @@ class Checkpoints:
         tensors, facts = encode(state)
         facts = {**facts, "identity": self.identity, "metrics-bytes": lines}
         text = json.dumps(facts)
-        path = self.folder / f"round-{state.server_round:06d}.safetensors"
+        path = self.path(state.server_round)
         write_whole(path, save(tensors, metadata={"state": text, "sha256": tensors_digest(tensors, text)}))
         for old in self._files()[CHECKPOINTS_KEPT:]:
-            old.unlink()
+            if old != self.path(state.best.get("round", state.server_round)):
+                old.unlink()
         return path
+
+    def path(self, server_round: int) -> Path:
+        """Where the checkpoint after so many rounds is, or would be."""
+        return self.folder / f"round-{server_round:06d}.safetensors"
 
     def newest(self, spec: ModelSpec) -> tuple[ServerState, int] | None:
         """(state, bytes of metrics.jsonl) of the newest checkpoint that is whole and this run's; None where there is none.
@@ -114,6 +119,8 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
         "norms": state.norms,
         "bytes-total": state.bytes_total,
         "failed-rounds": state.failed_rounds,
+        "strikes": state.strikes,
+        "best": state.best,
         "solved": state.solved,
     }
     return tensors, facts
@@ -150,5 +157,7 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         server_round=facts["round"],
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],
+        strikes=facts["strikes"],
+        best=facts["best"],
         solved=facts["solved"],
     )

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Message, MetricRecord
-
 from fedara_flwr.server.fleet import Profile, device_cost, round_cost
-from fedara_flwr.server.round import Line, Round
+from fedara_flwr.server.round import Line, Round, weight_cap
 from fedara_flwr.server.state import ServerState
-from fedara_flwr.wire.arrays import Rejected
-from fedara_flwr.wire.meter import ByteMeter
-from fedara_flwr.wire.records import MAX_EXAMPLES, check_metrics
-
-logger = logging.getLogger(__name__)
 
 
-def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None]) -> Line:
+def round_line(
+    work: Round, state: ServerState, evaluated: Mapping[str, Any], profiles: Mapping[str, Profile | None], cap: float = 0.0
+) -> Line:
     """The round's line but for bytes and seconds; each simulated client's line gets its modelled cost.
 
     Args:
         evaluated: the server's metrics of the model after the round.
         profiles: the device that each asked client stands for, None for a real one.
+        cap: `strategy.weight-cap`.
     """
     return {
         "type": "round",
         "round": work.number,
         **evaluated,
-        **client_means(work.records),
+        **client_means(work.records, cap),
         **work.merging,
         **work.coding,
         **modelled(work.records, profiles),
@@ -40,6 +35,7 @@ def round_line(work: Round, state: ServerState, evaluated: Mapping[str, Any], pr
         "sampled": [node.key for node in work.asked],
         "good": work.good,
         "dropped": [vars(drop) for drop in work.drops],
+        "sitting-out": work.sitting,
     }
 
 
@@ -80,48 +76,26 @@ def slots(state: ServerState) -> Line:
     }
 
 
-def client_means(lines: Sequence[Line]) -> dict[str, float]:
-    """Means over the round's good clients of what they report: training loss, and metrics of what they received."""
+def client_means(lines: Sequence[Line], cap: float = 0.0) -> dict[str, float]:
+    """Means over good clients of what they report, such as training loss, and metrics of what they received.
+
+    Each weighs by the examples that it says they are of, at most `cap` times the median of what all say; 0 = no cap.
+    """
     means: dict[str, float] = {}
-    evaluated = shared_metrics([line for line in lines if "eval-examples" in line])
+    evaluated = sorted({name for line in lines for name in line if name.startswith("eval-")} - {"eval-examples"})
     for name, count in [
         ("loss", "num-examples"),
         ("coding-error", "num-examples"),
         ("feedback-norm", "num-examples"),
         *((name, "eval-examples") for name in evaluated),
     ]:
-        pairs = [(float(line[count]), float(line[name])) for line in lines if name in line and count in line]  # type: ignore[arg-type]
+        pairs = [(int(line[count]), float(line[name])) for line in lines if name in line and count in line]  # type: ignore[call-overload, arg-type]
         if pairs:
-            means[f"client-{name}"] = math.fsum(n * value for n, value in pairs) / math.fsum(n for n, _ in pairs)
+            most = weight_cap(cap, [n for n, _ in pairs])
+            # fsum: the last bits must not depend on the order of the replies
+            total = math.fsum(min(n, most) for n, _ in pairs)
+            means[f"client-{name}"] = math.fsum(min(n, most) * value for n, value in pairs) / total
     return means
-
-
-def client_evaluation(replies: Iterable[Message], meter: ByteMeter) -> MetricRecord | None:
-    """Means of the replies to EVALUATE, weighted by held-out examples, as `client-eval-…`; a bad reply is left out."""
-    good: list[tuple[int, dict[str, float]]] = []
-    for reply in replies:
-        try:
-            if reply.has_error():
-                raise Rejected(f"error-{reply.error.code}", str(reply.error.reason)[-300:])
-            meter.count("up", reply.content)
-            metrics = reply.content.metric_records.get("metrics", MetricRecord())
-            examples = check_metrics(metrics, "eval-examples", MAX_EXAMPLES)
-            good.append((examples, {name: float(value) for name, value in metrics.items()}))  # type: ignore[arg-type]
-        except Rejected as error:
-            logger.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
-    if not good:
-        return None
-    total = sum(examples for examples, _ in good)
-    # fsum: the last bits must not depend on the order of the replies
-    names = shared_metrics([values for _, values in good])
-    means = {name: math.fsum(k * values[name] for k, values in good) / total for name in names}
-    return MetricRecord({**{f"client-{name}": value for name, value in means.items()}, "clients": len(good)})
-
-
-def shared_metrics(reports: Sequence[Mapping[str, object]]) -> list[str]:
-    """Metrics of an evaluation that every client reports."""
-    names = set.intersection(*(set(report) for report in reports)) if reports else set()
-    return sorted(name for name in names if name.startswith("eval-") and name != "eval-examples")
 
 
 def modelled(lines: Sequence[Line], profiles: Mapping[str, Profile | None]) -> Line:

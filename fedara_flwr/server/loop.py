@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -24,18 +23,20 @@ from fedara_flwr.merging.norms import Norms
 from fedara_flwr.merging.private import PrivateMean
 from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.deltas import Holding
-from fedara_flwr.model.draws import draw
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
+from fedara_flwr.server.best import note_best
 from fedara_flwr.server.dispatch import Dispatch
+from fedara_flwr.server.evaluation import Evaluation
 from fedara_flwr.server.fleet import Profile, assign, read_profiles
-from fedara_flwr.server.lines import client_evaluation, client_means, round_line, start_line, summary
+from fedara_flwr.server.lines import client_means, round_line, start_line, summary
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
 from fedara_flwr.server.round import BUSY, Line, Round, weight_cap
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.server.statistics import solve_head
+from fedara_flwr.server.strikes import Strikes
 from fedara_flwr.strategies.base import Client, Method, State
 from fedara_flwr.tasks import find as find_task
 from fedara_flwr.wire.arrays import read_vector, to_record
@@ -89,14 +90,15 @@ class RoundLoop(Strategy):
         self.state = state if isinstance(state, ServerState) else ServerState(**vars(state))
         self.meter = ByteMeter(Counter(self.state.bytes_total))
         asked = {**method.calibration, **({"changes-backbone": 1} if method.touches_backbone() else {})}
-        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self._ready, asked)
+        strikes = Strikes(settings.strategy.max_client_failures, self.state.strikes)
+        self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self._ready, asked, strikes)
         self.fleet = read_profiles(settings.fleet.profiles)
         self._speeds = sorted({profile.flops for profile in self.fleet})
         self.planned = 0
         self.run_id = run_id or uuid.uuid4().hex
         self.work: Round | None = None
         self._head_asked = bool(self.state.solved)
-        self._evaluators: list[tuple[Node, TrainPlan, Message]] = []
+        self._evaluation: Evaluation | None = None
         self._dispatch = self._new_dispatch()
 
     def _new_dispatch(self) -> Dispatch:
@@ -140,6 +142,7 @@ class RoundLoop(Strategy):
         lengths = {part: len(vector) for part, vector in state.arrays.items()}
         state.arrays = {part: read_vector(array, lengths[part], part) for part, array in arrays.items()}
         state.server_round = server_round - 1
+        self.roster.begins(server_round)
         if server_round == 1 and not self._head_asked:  # as Flower's own `Strategy.start` begins
             self._solve_head(grid)
         if server_round == 1 or not self.roster.nodes:
@@ -147,6 +150,7 @@ class RoundLoop(Strategy):
         else:
             self.roster.refresh(grid)
         self.planned = self.roster.count()
+        sitting = list(self.roster.strikes.sitting(server_round))
         asked = self.roster.sample(grid, server_round, self.planned)
         clients = [self.client(node) for node in asked]
         method.prepare(state, clients)
@@ -170,8 +174,11 @@ class RoundLoop(Strategy):
             start=self._start(),
             client=self.client,
             read=method.read_report,
+            quorum=self.settings.strategy.replies_enough(len(asked)),
+            held_out=self.settings.data.client_validation,
             cap=weight_cap(self.settings.strategy.weight_cap, [self.roster.weights[node.key] for node in asked]),
             private=private,
+            sitting=sitting,
         )
         work.drop_busy(self.roster.busy)
         for index, node in enumerate(asked):
@@ -198,6 +205,7 @@ class RoundLoop(Strategy):
                 self.roster.forget(drop.client)
             elif drop.reason == "delta":
                 state.holdings.pop(drop.client, None)
+        self.roster.strikes.settle(work.failures(), work.answered)
         for node, plan in zip(work.asked, work.plans, strict=True):
             if node.key in work.answered and plan.delta:
                 state.holdings[node.key] = Holding(state.delta.version, plan.delta)
@@ -211,7 +219,7 @@ class RoundLoop(Strategy):
             left_out = set(getattr(merger, "left_out", ()))
             self.method.next(state, merged, [reply for reply in work.replies if reply.client.key not in left_out], merger)
             work.merging = merger.report()
-        metrics = client_means(work.records)
+        metrics = client_means(work.records, self.settings.strategy.weight_cap)
         return to_record(state.arrays), MetricRecord(dict(metrics)) if metrics else None
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -224,31 +232,26 @@ class RoundLoop(Strategy):
             return []
         ready = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
         ready.sort(key=lambda node: (len(node.key), node.key))
-        self._evaluators, self._dispatch = [], self._new_dispatch()
+        self._evaluation = Evaluation(settings, self.spec, state, self._new_dispatch(), self.meter)
         last = replace(state, server_round=server_round - 1)  # whose plan is that of the round that was
-        for node in ready:
-            # the global model as it is: whole, and drawn only where the draw is what the model holds
-            plan = replace(self.method.plan(last, self.client(node)), mask=state.mask, sent=frozenset(), report=frozenset())
-            drawn = draw(self.spec, state.mask, plan.drawn, plan.draw_seed, plan.entries)
-            same = (p for p in drawn if p in state.arrays and np.array_equal(drawn[p], state.arrays[p]))
-            plan, content = self._dispatch.pack(
-                state, replace(plan, drawn=frozenset(same)), state.holdings.get(node.key, Holding())
-            )
-            self.meter.count("down", content)
-            self._evaluators.append((node, plan, self._dispatch.message(content, node, MessageType.EVALUATE)))
-        return [message for *_, message in self._evaluators]
+        plans = [self.method.plan(last, self.client(node)) for node in ready]
+        examples = self.roster.examples
+        return [self._evaluation.ask(node, plan, examples[node.key]) for node, plan in zip(ready, plans, strict=True)]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by their held-out examples; a bad reply is left out."""
-        return client_evaluation(replies, self.meter)
+        assert self._evaluation is not None, "aggregate_evaluate before configure_evaluate"
+        return self._evaluation.means(replies)
 
     def _rejoin(self, grid: Grid) -> None:
         """Find the nodes again; what that costs is in the totals, and apart from every round."""
         state = self.state
+        self.roster.begins(state.server_round + 1)
         self.roster.wait(grid)
-        self.roster.rejoin(grid, state.examples, state.unfit, state.holdings)
+        changed = self.roster.rejoin(grid, state.examples, state.unfit, state.holdings)
         state.bytes_total = dict(self.meter.total)
-        self._tell({"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()})
+        line = {"type": "resume", "round": state.server_round, "bytes": self.meter.take_round()}
+        self._tell({**line, "changed-examples": changed} if changed else line)
 
     def summary(self) -> None:
         """Log what the run starts with."""
@@ -328,7 +331,7 @@ class RoundLoop(Strategy):
             return more[1]
 
         work.began = time.monotonic()
-        for index, reply in exchange(grid, work.messages, limit, again):
+        for index, reply in exchange(grid, work.messages, limit, again, work.enough, self.settings.strategy.straggler_timeout):
             if isinstance(reply, Exception):
                 work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
             elif reply.metadata.reply_to_message_id != work.messages[index].metadata.message_id:
@@ -343,24 +346,15 @@ class RoundLoop(Strategy):
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         if (metrics := evaluate(server_round, arrays)) is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
+        note_best(self.method, self.state, metrics)
         return metrics
 
     def _evaluate_on_clients(self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, result: Result) -> None:
         server_round = self.state.server_round
-        if not (messages := list(self.configure_evaluate(server_round, arrays, config, grid))):
+        if not list(self.configure_evaluate(server_round, arrays, config, grid)):
             return
-
-        def again(index: int, reply: Message) -> Message | None:
-            node, plan, message = self._evaluators[index]
-            more = self._dispatch.again(self.state, node, plan, message, reply)
-            if more is None:
-                return None
-            self.meter.count("down", more[1].content)
-            self._evaluators[index] = (node, *more)
-            return more[1]
-
-        answers = exchange(grid, messages, self.settings.strategy.round_timeout, again)
-        metrics = self.aggregate_evaluate(server_round, (a for _, a in answers if not isinstance(a, Exception)))
+        assert self._evaluation is not None
+        metrics = self.aggregate_evaluate(server_round, self._evaluation.receive(grid))
         self.state.bytes_total = dict(self.meter.total)
         if metrics is not None:
             result.evaluate_metrics_clientapp[server_round] = metrics
@@ -394,5 +388,6 @@ class RoundLoop(Strategy):
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
         assert (work := self.work) is not None
-        record = round_line(work, self.state, dict(evaluated or {}), {node.key: self.profile(node) for node in work.asked})
+        devices, cap = {node.key: self.profile(node) for node in work.asked}, self.settings.strategy.weight_cap
+        record = round_line(work, self.state, dict(evaluated or {}), devices, cap)
         return self._tell_costs(record, work.records, seconds, evaluation)

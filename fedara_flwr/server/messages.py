@@ -11,6 +11,13 @@ from flwr.serverapp import Grid
 
 POLL = (0.02, 0.25)  # seconds between looks: first, longest
 PULL_PATIENCE = 1.0  # seconds for which a look may keep the others waiting
+Again = Callable[[int, Message], Message | None]
+
+
+def simulates(grid: Grid) -> bool:
+    """Whether the server's own side runs the nodes: in Flower's simulation, or in the in-process engine."""
+    # by name: a SuperLink's server has no need of the module, which takes a second to import
+    return bool(getattr(grid, "simulation", type(grid).__name__ == "InMemoryGrid"))
 
 
 class _Look(threading.Thread):
@@ -28,63 +35,88 @@ class _Look(threading.Thread):
             self.pulled = error
 
 
+class Exchange:
+    """Messages that were sent, and their replies as they come; a message is named by its index.
+
+    One message id per pull: Flower confirms a batch before it inflates it, so one garbage reply would lose the good ones
+    beside it. What cannot be inflated comes as the exception that it raised. A pull that takes long goes on beside the others;
+    only a grid whose pull runs the client (`runs_clients`) is waited for.
+
+    Attributes:
+        beside: whether pulls go on beside each other.
+    """
+
+    def __init__(self, grid: Grid, messages: Sequence[Message], again: Again = lambda index, reply: None) -> None:
+        self.beside = not getattr(grid, "runs_clients", False)
+        self._grid, self._again = grid, again
+        self._ids: dict[int, str] = dict(enumerate(grid.push_messages(messages)))
+        self._repeated: set[int] = set()
+        self._looks: dict[str, _Look] = {}
+
+    @property
+    def open(self) -> list[int]:
+        """Messages without a reply so far."""
+        return list(self._ids)
+
+    def look(self, index: int) -> Message | Exception | None:
+        """The reply of one message, which is open no more then; None where it is not there yet."""
+        if not (message_id := self._ids[index]):
+            return self._closed(index, ConnectionError("the message could not be sent"))
+        if message_id not in self._looks:
+            look = self._looks[message_id] = _Look(self._grid, message_id)
+            if self.beside:
+                look.start()
+                look.join(PULL_PATIENCE)
+            else:
+                look.run()
+        if self._looks[message_id].is_alive():
+            return None
+        pulled = self._looks.pop(message_id).pulled
+        if isinstance(pulled, Exception):
+            return self._closed(index, pulled)
+        if not pulled:
+            return None
+        try:
+            more = None if index in self._repeated else self._again(index, pulled[0])
+        except Exception as error:  # as above: reading it may raise
+            return self._closed(index, error)
+        if more is None:
+            return self._closed(index, pulled[0])
+        self._repeated.add(index)
+        self._ids[index] = next(iter(self._grid.push_messages([more])), "")
+        return None
+
+    def _closed(self, index: int, reply: Message | Exception) -> Message | Exception:
+        del self._ids[index]
+        return reply
+
+
 def replies(
     grid: Grid,
     messages: Sequence[Message],
     timeout: float,
-    again: Callable[[int, Message], Message | None] = lambda index, reply: None,
+    again: Again = lambda index, reply: None,
+    enough: Callable[[], bool] = lambda: False,
+    patience: float = 0.0,
 ) -> Iterator[tuple[int, Message | Exception]]:
     """Send `messages` and yield (index, reply) as replies come, until all are there or `timeout` seconds are over.
 
     Where `again` answers a reply with a message, that is sent and its reply waited for instead; once per message, so that no
-    node can keep the others waiting.
-
-    One message id per pull: Flower confirms a batch before it inflates it, so one garbage reply would lose the good ones
-    beside it. What cannot be inflated comes as the exception that it raised. A pull that takes long goes on beside the others,
-    and at the deadline is left to itself; only a grid whose pull runs the client (`runs_clients`) is waited for.
+    node can keep the others waiting. Once there is `enough`, the others have `patience` seconds more; not where a pull runs
+    the client, which nobody waits for. Pulls that still go on at the deadline are left to themselves.
     """
-    beside = not getattr(grid, "runs_clients", False)
-    ids = list(grid.push_messages(messages))
-    pending = {message_id: index for index, message_id in enumerate(ids) if message_id}
-    for index, message_id in enumerate(ids):
-        if not message_id:
-            yield index, ConnectionError("the message could not be sent")
-    deadline, wait = time.monotonic() + timeout, POLL[0]
-    repeated: set[int] = set()
-    looks: dict[str, _Look] = {}
-    while pending:
+    exchange = Exchange(grid, messages, again)
+    deadline, wait, closing = time.monotonic() + timeout, POLL[0], not exchange.beside
+    while exchange.open:
         any_came = False
-        for message_id in list(pending):
+        for index in exchange.open:
+            if not closing and enough():
+                deadline, closing = min(deadline, time.monotonic() + patience), True
             if time.monotonic() > deadline:
                 return
-            if message_id not in looks:
-                look = looks[message_id] = _Look(grid, message_id)
-                if beside:
-                    look.start()
-                    look.join(PULL_PATIENCE)
-                else:
-                    look.run()
-            if looks[message_id].is_alive():
-                continue
-            pulled = looks.pop(message_id).pulled
-            if isinstance(pulled, Exception):
-                yield pending.pop(message_id), pulled
-                continue
-            for reply in pulled[:1]:
+            if (reply := exchange.look(index)) is not None:
                 any_came = True
-                index = pending.pop(message_id)
-                try:
-                    more = again(index, reply) if index not in repeated else None
-                except Exception as error:  # as above: reading it may raise
-                    yield index, error
-                    continue
-                repeated.add(index)
-                if more is None:
-                    yield index, reply
-                elif new_id := next(iter(grid.push_messages([more])), None):
-                    pending[new_id] = index
-                else:
-                    yield index, ConnectionError("the message could not be sent")
+                yield index, reply
         wait = POLL[0] if any_came else min(wait * 1.5, POLL[1])
-        if pending:
+        if exchange.open:
             time.sleep(wait)

@@ -1,8 +1,8 @@
 """The roster: which nodes are there, under which client key, and which of them can train.
 
 Two queries: `whoami` to every node that is new, answered without loading torch; `ready` to a node when it
-is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer three
-times in a row is left alone, too. One that is busy is asked again when it is next drawn.
+is first drawn. A node that does not fit is dropped with the reason and not asked again; one that does not answer again and
+again sits out (server/strikes.py). One that is busy is asked again when it is next drawn.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from flwr.serverapp import Grid
 from fedara_flwr import seeds
 from fedara_flwr.config import StrategySettings
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.log import printable
 from fedara_flwr.model.deltas import Holding
-from fedara_flwr.server.messages import replies
+from fedara_flwr.server.messages import POLL, Exchange, replies, simulates
+from fedara_flwr.server.strikes import Strikes
+from fedara_flwr.server.told import last_line, listed, names, shown, text
 from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
+from fedara_flwr.wire.arrays import MAX_NAME
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.records import MAX_EXAMPLES, MAX_VALUE
 
 logger = logging.getLogger(__name__)
-TRIES = 3  # questions in a row that a node may leave unanswered before it is asked no more
 PAUSE = 5.0  # seconds until nodes that are all busy are asked again
+NEWCOMERS = 3.0  # seconds that a round waits for nodes to say who they are; they may say it later
+TOLD = 100  # nodes whose reasons are kept: any number may come
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that answered `whoami`; a simulated one has a profile of the fleet in place of a clock of its own."""
+    """A node that answered `whoami`; a simulated one, which the server knows, has a profile in place of a clock of its own."""
 
     key: str
     node_id: int
@@ -54,8 +57,23 @@ class Node:
     simulated: bool = False
 
 
+@dataclass
+class _Question:
+    """`whoami` to some nodes, which may answer until a time."""
+
+    exchange: Exchange
+    nodes: list[int]
+    until: float
+
+
 class Roster:
-    """The run's nodes by client key, and what each one said of itself."""
+    """The run's nodes by client key, and what each one said of itself.
+
+    Attributes:
+        strikes: clients that failed again and again.
+        turned_away: nodes that cannot take part, and why, by a name for the node.
+        simulated: whether the nodes are a simulation's; known once they are asked for.
+    """
 
     def __init__(
         self,
@@ -65,6 +83,7 @@ class Roster:
         meter: ByteMeter,
         ready: Callable[[Node, Mapping[str, float]], None] = lambda node, metrics: None,
         asked: Mapping[str, int] | None = None,
+        strikes: Strikes | None = None,
     ) -> None:
         """`ready` sees what a node that can train says of itself; `asked` is added to the question (server/loop.py)."""
         self.settings, self.seed, self.expected, self.meter = settings, seed, expected, meter
@@ -74,70 +93,107 @@ class Roster:
         self.weights: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
         self.busy: dict[str, str] = {}
+        self.strikes = strikes or Strikes(settings.max_client_failures)
+        self.turned_away: dict[str, str] = {}
+        self.simulated = False
         self._asked: set[int] = set()
-        self._silent: Counter[int] = Counter()
-        self._started = False
+        self._questions: list[_Question] = []
+        self._unknown = Strikes(settings.max_client_failures)  # nodes that do not say who they are
+        self._mute: set[str] = set()
+
+    def begins(self, server_round: int) -> None:
+        """A round begins: who sits out is counted in rounds."""
+        self.strikes.round = self._unknown.round = server_round
+
+    def left_out(self) -> dict[str, str]:
+        """Who does not take part at present, and why: clients by key, and nodes that did not get so far as to have one."""
+        return {**self.turned_away, **self.strikes.sitting(self.strikes.round + 1), **self.unfit}
 
     # -- who is there -----------------------------------------------------------------------------------------------
     def wait(self, grid: Grid) -> None:
-        """Wait until as many nodes are there as most of them say there are, or `node-timeout` is over.
+        """Wait for `min-available-nodes`, in a simulation for all that it has, until `node-timeout` is over.
 
         Raises:
-            ConfigError: a term or a part of the run is missing on a node.
+            ConfigError: fewer than `min-train-nodes` can take part, as a term or a part of the run is missing on the others.
             TimeoutError: fewer than `min-train-nodes` came in time.
         """
         deadline = time.monotonic() + self.settings.node_timeout
+        least = self.settings.min_train_nodes
         while True:
-            self.refresh(grid)
-            told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0)
-            wanted = told.most_common(1)[0][0] if told else self.settings.min_available_nodes
-            wanted = max(wanted, self.settings.min_train_nodes)
-            if len(self.nodes) >= wanted:
-                self._started = True
-                return
-            if time.monotonic() > deadline:
+            self.refresh(grid, deadline)
+            told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0 and self.simulated)
+            wanted = max(least, self.settings.min_available_nodes, *(count for count, _ in told.most_common(1)))
+            # no others come where the server's own side runs the nodes
+            came = len(self.nodes) + (len(self.turned_away) if self.simulated else 0)
+            if came >= wanted or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        least = self.settings.min_train_nodes
+        if len(self.nodes) < least and self.turned_away:
+            why = next(iter(self.turned_away.values()))
+            raise ConfigError(f"{len(self.nodes)} nodes can take part, strategy.min-train-nodes = {least} are needed: {why}")
         if len(self.nodes) < least:
             raise TimeoutError(
                 f"{len(self.nodes)} nodes after strategy.node-timeout = {self.settings.node_timeout:g} s, "
                 f"strategy.min-train-nodes = {least} are needed"
             )
-        self._started = True
-        logger.warning("only %d of %d nodes came in time: going on with them", len(self.nodes), wanted)
+        if came < wanted:
+            logger.warning("only %d of %d nodes came in time: going on with them", len(self.nodes), wanted)
 
-    def refresh(self, grid: Grid) -> None:
-        """Ask nodes that are new who they are; forget those that left."""
-        present = set(grid.get_node_ids())
+    def refresh(self, grid: Grid, until: float | None = None) -> None:
+        """Ask nodes that are new who they are; forget those that left.
+
+        Answers are waited for until the time `until`, else for a moment; one that comes later is heard next time.
+        """
+        self.simulated = simulates(grid)
+        present, timeout = set(grid.get_node_ids()), self.settings.node_timeout
         self.nodes = {key: node for key, node in self.nodes.items() if node.node_id in present}
         self._asked &= present  # a node that comes back under its id is asked again
-        new = sorted(present - self._asked)
-        if not new:
-            return
+        waiting = {question.nodes[i] for question in self._questions for i in question.exchange.open}
+        new = [node for node in sorted(present - self._asked - waiting) if not self._unknown.sits_out(_name(node))]
         self._asked |= set(new)
-        for node_id, content in self._ask(grid, "query.whoami", {node_id: RecordDict() for node_id in new}):
+        if new:
+            messages = [Message(RecordDict(), node_id, "query.whoami", ttl=timeout) for node_id in new]
+            for message in messages:
+                self.meter.count("down", message.content)
+            self._questions.append(_Question(Exchange(grid, messages), new, time.monotonic() + timeout))
+        answers = self._hear(time.monotonic() + min(NEWCOMERS, timeout) if until is None else until)
+        for node_id in sorted(answers):
+            content = answers[node_id]
             if isinstance(content, str):
                 logger.warning("node %d does not say who it is: %s", node_id, content)
-                self._silent[node_id] += 1
-                if self._silent[node_id] < TRIES:  # it may only be slow
-                    self._asked.discard(node_id)
-                continue
-            self._silent.pop(node_id, None)
-            self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
+                self._asked.discard(node_id)  # it may only be slow
+                self._unknown.failed(_name(node_id), content)
+            else:
+                self._unknown.settle((), [_name(node_id)])
+                self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
+
+    def _hear(self, until: float) -> dict[int, RecordDict | str]:
+        """What nodes say they are, or what went wrong, by node; the rest may say it another time."""
+        answers: dict[int, RecordDict | str] = {}
+        while True:
+            for question in list(self._questions):
+                over = time.monotonic() > question.until
+                for index in question.exchange.open:
+                    if (reply := question.exchange.look(index)) is not None:
+                        answers[question.nodes[index]] = self._read(reply)
+                    elif over:
+                        answers[question.nodes[index]] = f"no answer in {self.settings.node_timeout:g} s"
+                if over or not question.exchange.open:
+                    self._questions.remove(question)
+            if not self._questions or time.monotonic() > until:
+                return answers
+            time.sleep(POLL[0])
 
     def _admit(self, node_id: int, who: ConfigRecord) -> None:
-        key = printable(str(who.get("client-key", ""))[:64]) or f"node-{node_id}"
+        key = text(who.get("client-key"), MAX_NAME) or f"node-{node_id}"
+        self.turned_away.pop(_name(node_id), None)
         if who.get("protocol") != PROTOCOL:
-            logger.warning("node %d dropped: protocol version %r, expected %d", node_id, who.get("protocol"), PROTOCOL)
+            self._turn_away(node_id, f"protocol version {shown(who.get('protocol'))}, expected {PROTOCOL}")
             return
-        lacks = [f"term {name!r}" for name in sorted(self.expected.terms - _listed(who, "terms"))]
-        lacks += [f"part {name!r}" for name in sorted(self.expected.parts - _listed(who, "parts"))]
+        lacks = [f"term {name!r}" for name in sorted(self.expected.terms - names(who.get("terms")))]
+        lacks += [f"part {name!r}" for name in sorted(self.expected.parts - names(who.get("parts")))]
         if lacks:
-            reason = f"client {key!r} does not know the {lacks[0]} that this run needs"
-            if not self._started:
-                raise ConfigError(reason)
-            logger.warning("node %d dropped: %s", node_id, reason)
+            self._turn_away(node_id, f"client {key!r} does not know the {lacks[0]} that this run needs")
             return
         if key in self.nodes:
             logger.warning("node %d waits: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
@@ -146,10 +202,14 @@ class Roster:
         if key == f"node-{node_id}":
             logger.warning("node %d has no client-key or partition-id: its random streams cannot be repeated", node_id)
         partitions = who.get("num-partitions", 0)
-        simulated = who.get("simulated") is True
-        self.nodes[key] = Node(key, node_id, partitions if isinstance(partitions, int) else 0, simulated)
+        self.nodes[key] = Node(key, node_id, partitions if isinstance(partitions, int) else 0, self.simulated)
         self.examples.pop(key, None)  # a node that came back under its key is asked again
         self.unfit.pop(key, None)
+
+    def _turn_away(self, node_id: int, why: str) -> None:
+        logger.warning("node %d dropped: %s", node_id, why)
+        if len(self.turned_away) < TOLD:
+            self.turned_away[_name(node_id)] = why
 
     # -- who can train ----------------------------------------------------------------------------------------------
     def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
@@ -159,6 +219,7 @@ class Roster:
         answer only moves the next one up. Where all are busy, they are asked again until one is not, or `node-timeout` is over.
         """
         deadline = time.monotonic() + self.settings.node_timeout
+        self._mute.clear()
         while True:
             drawn = self._draw(grid, server_round, count)
             if drawn or not self.busy or time.monotonic() + PAUSE > deadline:
@@ -172,7 +233,8 @@ class Roster:
         keys = sorted(self.nodes, key=lambda key: (len(key), key))
         order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
         drawn: list[Node] = []
-        queue = [self.nodes[keys[i]] for i in order if keys[i] not in self.unfit]
+        able = self._able()
+        queue = [self.nodes[keys[i]] for i in order if keys[i] in able and keys[i] not in self._mute]
         while queue and len(drawn) < count:
             batch, queue = queue[: count - len(drawn)], queue[count - len(drawn) :]
             self._check_ready(grid, [node for node in batch if node.key not in self.examples])
@@ -187,9 +249,17 @@ class Roster:
         """How many nodes to draw: `fraction-train` of those there, at least `min-train-nodes`."""
         usable = len([key for key in self.nodes if key not in self.unfit])
         wanted = max(int(usable * self.settings.fraction_train), self.settings.min_train_nodes)
-        return min(usable, wanted)
+        return min(len(self._able()), wanted)
 
-    def rejoin(self, grid: Grid, asked: Mapping[str, int], unfit: Iterable[str], holdings: Mapping[str, Holding]) -> None:
+    def _able(self) -> set[str]:
+        """Who may be drawn; those that sit out only where fewer than `min-train-nodes` would be left."""
+        usable = {key for key in self.nodes if key not in self.unfit}
+        able = {key for key in usable if not self.strikes.sits_out(key)}
+        return able if len(able) >= self.settings.min_train_nodes else usable
+
+    def rejoin(
+        self, grid: Grid, asked: Mapping[str, int], unfit: Iterable[str], holdings: Mapping[str, Holding]
+    ) -> dict[str, list[int]]:
         """Ask the clients of a run that goes on what they were asked when they were first drawn.
 
         Args:
@@ -197,18 +267,27 @@ class Roster:
             unfit: clients that could not.
             holdings: pieces of the delta that each had. A simulated node, which ended with the run, is told; a device knows.
 
+        Returns:
+            [examples before, examples now] of each client whose data has changed.
+
         Raises:
             ConfigError: a simulated client has other data than before, so this is another federation.
         """
         keys = sorted({*asked, *unfit} & set(self.nodes), key=lambda key: (len(key), key))
         self._check_ready(grid, [self.nodes[key] for key in keys], holdings)
-        for key in keys:
-            before, now = asked.get(key), self.examples.get(key)
-            if self.nodes[key].simulated and None not in (before, now) and before != now:
+        changed = {
+            key: [asked[key], self.examples[key]]
+            for key in keys
+            if key in asked and self.examples.get(key, asked[key]) != asked[key]
+        }
+        for key, (before, now) in changed.items():
+            if self.simulated:
                 raise ConfigError(
                     f"run.resume: client {key} has {now} examples, it had {before}; allowed is the federation of before "
                     "(num-supernodes)"
                 )
+            logger.warning("client %s has %d examples, it had %d: it trains on them from now on", key, now, before)
+        return changed
 
     def _check_ready(self, grid: Grid, nodes: list[Node], holdings: Mapping[str, Holding] | None = None) -> None:
         if not nodes:
@@ -225,12 +304,10 @@ class Roster:
         for node_id, content in self._ask(grid, "query.ready", questions):
             key = by_id[node_id]
             if isinstance(content, str):
-                self._silent[node_id] += 1
                 logger.warning("client %s is not ready: %s", key, content)
-                if self._silent[node_id] >= TRIES:
-                    self.unfit[key] = content
+                self._mute.add(key)
+                self.strikes.failed(key, content)
             else:
-                self._silent.pop(node_id, None)
                 self._judge(key, content)
             if key in self.unfit:
                 logger.warning("client %s is left out: %s", key, self.unfit[key])
@@ -240,28 +317,28 @@ class Roster:
         metrics = content.metric_records.get("metrics", MetricRecord())
         examples = metrics.get("num-examples", 0)
         if "busy" in answer:
-            self.busy[key] = printable(str(answer["busy"])[:300])
+            self.busy[key] = text(answer["busy"]) or "it does not say why"
             return
         if "error" in answer:
-            self.unfit[key] = printable(str(answer["error"])[:300])
+            self.unfit[key] = text(answer["error"]) or "it does not say why"
             return
         for name in ("fingerprint", "tokenizer", "data"):
             mine, theirs = getattr(self.expected, name), answer.get(name)
             if theirs != mine and not (name == "data" and theirs == "own"):
-                self.unfit[key] = f"its {name} differs: {str(theirs)[:16]!r}, the server has {mine[:16]!r}"
+                self.unfit[key] = f"its {name} differs: {shown(theirs)}, the server has {mine[:16]!r}"
                 return
         if not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
             small = "too small to train: " if examples == 0 else ""
-            self.unfit[key] = f"{small}{str(examples)[:32]} examples, allowed are 1 to {MAX_EXAMPLES}"
+            self.unfit[key] = f"{small}{shown(examples)} examples, allowed are 1 to {MAX_EXAMPLES}"
             return
         targets = metrics.get(NUM_TARGETS, 0) if self.settings.weighting == "tokens" else 1
         if not isinstance(targets, int) or not 1 <= targets <= MAX_EXAMPLES:
-            said = str(targets)[:32] if NUM_TARGETS in metrics else "it does not tell its"
+            said = shown(targets) if NUM_TARGETS in metrics else "it does not tell its"
             self.unfit[key] = f"{said} tokens to learn, with strategy.weighting = 'tokens' allowed are 1 to {MAX_EXAMPLES}"
             return
         self.examples[key] = examples
         self.weights[key] = {"examples": examples, "tokens": targets, "uniform": 1}[self.settings.weighting]
-        numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+        numbers = listed(key, metrics)
         self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})
 
     def _ask(self, grid: Grid, kind: str, questions: Mapping[int, RecordDict]) -> Iterable[tuple[int, RecordDict | str]]:
@@ -272,23 +349,22 @@ class Roster:
             self.meter.count("down", content)
         answers: dict[int, RecordDict | str] = {}
         for index, reply in replies(grid, messages, timeout):
-            if isinstance(reply, Exception):
-                answers[index] = f"unreadable answer ({type(reply).__name__})"
-            elif reply.has_error():
-                answers[index] = f"error {reply.error.code}: {last_line(reply.error.reason)}"
-            else:
-                self.meter.count("up", reply.content)
-                answers[index] = reply.content
+            answers[index] = self._read(reply)
         return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(questions)]
 
+    def _read(self, reply: Message | Exception) -> RecordDict | str:
+        """A reply's content, or what went wrong."""
+        if isinstance(reply, Exception):
+            return f"unreadable answer ({type(reply).__name__})"
+        try:
+            if reply.has_error():
+                return f"error {reply.error.code}: {last_line(reply.error.reason)}"
+            self.meter.count("up", reply.content)
+        except Exception as error:  # no answer may end a run, whatever it does to the checks themselves
+            return f"unreadable answer ({type(error).__name__})"
+        return reply.content
 
-def _listed(who: ConfigRecord, key: str) -> set[str]:
-    """Names that a node lists under a key, joined by commas."""
-    names = who.get(key, "")
-    return set(names.split(",")) if isinstance(names, str) else set()
 
-
-def last_line(reason: str | None) -> str:
-    """The last line of a traceback that came as a reason, cut to a readable length, without control characters."""
-    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return printable((lines[-1] if lines else "no reason given")[:300])
+def _name(node_id: int) -> str:
+    """A name for a node that is no client's key, which has no blanks."""
+    return f"node {node_id}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,9 @@ from fedara_flwr.model.difference import difference, root_mean_squares
 from fedara_flwr.model.parts import declared
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.server.roster import Node, Roster, last_line
+from fedara_flwr.node.guard import EXAMPLES
+from fedara_flwr.server.roster import Node, Roster
+from fedara_flwr.server.told import actor_died, last_line, listed, most_held_out
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.meter import ByteMeter
@@ -61,7 +62,10 @@ class Round:
         client: what the method may know of a node; `read` is its reading of terms' reports.
         coding: what the arrays that were sent lost in their format.
         cap: the largest weight that one client may have.
+        quorum: good replies that are enough; `closing` once they are there and the others are not waited for much longer.
+        held_out: `data.client-validation`.
         private: of a reply nothing is used or written but its arrays and whether it counted.
+        sitting: clients that sit out (server/strikes.py).
         down: bytes sent to each client, by part.
         answered: clients whose updates counted; `replies`, what the method sees of them, none in a private run.
         merging: what the merger reports of itself.
@@ -81,7 +85,11 @@ class Round:
     client: Callable[[Node], Client]
     read: Callable[[TrainPlan, str, bytes], Any]
     cap: float = math.inf
+    quorum: int = 0
+    closing: bool = False
+    held_out: float = 0.0
     private: bool = False
+    sitting: list[str] = field(default_factory=list)
     coding: Line = field(default_factory=dict)
     down: list[dict[str, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
@@ -122,9 +130,10 @@ class Round:
             except Exception as error:  # no reply may end a run, whatever it does to the checks themselves
                 self.refuse(index, "unreadable", f"{type(error).__name__}: {str(error)[:200]}")
             self._feed(merger)
+        late = ("straggler", "no reply soon after the quorum") if self.closing else ("timeout", "no reply before the deadline")
         for index in range(self._next, len(self.asked)):
             if index not in self._results:
-                self._drop(self.asked[index].key, "timeout", "no reply before the round's deadline")
+                self._drop(self.asked[index].key, *late)
                 self._results[index] = None
         self._feed(merger)
         beside = [moved for *_, moved in self._held]
@@ -135,6 +144,17 @@ class Round:
         place = {node.key: i for i, node in enumerate(self.asked)}
         self.records.sort(key=lambda record: place[str(record["client"])])
         self.drops.sort(key=lambda drop: (place.get(drop.client, len(place)), drop.client, drop.reason))
+
+    def enough(self) -> bool:
+        """Whether the quorum has replied, by what the checks alone say."""
+        passed = self.good + len(self._held) + sum(result is not None for result in self._results.values())
+        self.closing = self.closing or passed >= self.quorum
+        return self.closing
+
+    def failures(self) -> list[tuple[str, str]]:
+        """(client, reason) of each asked client whose reply did not count by its own fault."""
+        asked = {node.key for node in self.asked}
+        return [(drop.client, drop.reason) for drop in self.drops if drop.client in asked and drop.reason != BUSY]
 
     def refuse(self, index: int, reason: str, detail: str) -> None:
         """Drop a reply that does not reach `collect`: Flower could not read or deliver it, or it is forged."""
@@ -153,7 +173,7 @@ class Round:
                 "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
                 "All rounds so far are kept: `fedara run --resume`, with fewer clients at a time"
             )
-        if not self.asked and roster.unfit and not roster.busy:
+        if roster.nodes and roster.nodes.keys() <= roster.unfit.keys():
             client, reason = next(iter(roster.unfit.items()))
             return f"no node can train; client {client}: {reason}"
         if failed_rounds >= strategy.max_failed_rounds:
@@ -201,8 +221,8 @@ class Round:
         node, plan = self.asked[index], self.plans[index]
         if reply.has_error():
             detail = last_line(reply.error.reason)
-            # Ray's words: a process of the simulation died, and Flower gives every later message to it, too
-            died = reply.error.code == 0 and re.search(r"actor.*(is dead|died)", reply.error.reason or "", re.I | re.S)
+            # a process of the simulation died, and Flower gives every later message to it, too; a device's words are its own
+            died = node.simulated and reply.error.code == 0 and actor_died(reply.error.reason)
             self._drop(node.key, ACTOR_DIED if died else f"error-{reply.error.code}", detail)
             return None
         if reply.metadata.src_node_id != node.node_id:
@@ -219,7 +239,10 @@ class Round:
             limit, start = self.limits[node.key], partial(self.start, plan)
             update = update_from_content(reply.content, self.spec, plan, limit, start, self.read)
             # measured here; what a client says under that name does not count
-            update = replace(update, metrics={**update.metrics, "seconds-elapsed": time.monotonic() - self.began})
+            figures = {**listed(node.key, update.metrics), "seconds-elapsed": time.monotonic() - self.began}
+            if EXAMPLES in figures:
+                figures[EXAMPLES] = min(figures[EXAMPLES], most_held_out(limit, self.held_out))
+            update = replace(update, metrics=figures)
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))
             return None

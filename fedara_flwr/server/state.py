@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.strategies.base import State
@@ -19,6 +20,8 @@ class ServerState(State):
         norms: how far updates that counted moved, by part (merging/norms.py).
         bytes_total: bytes by "direction.part" since round 1.
         failed_rounds: rounds in a row that had too few good replies.
+        strikes: failures in a row by client (server/strikes.py).
+        best: `round` and main metric's `value` of the best round so far (server/best.py); {} before one was measured.
     """
 
     holdings: dict[str, Holding] = field(default_factory=dict)
@@ -27,3 +30,5 @@ class ServerState(State):
     norms: dict[str, list[float]] = field(default_factory=dict)
     bytes_total: dict[str, int] = field(default_factory=dict)
     failed_rounds: int = 0
+    strikes: dict[str, list[Any]] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)

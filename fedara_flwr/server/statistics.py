@@ -19,8 +19,9 @@ from fedara_flwr.merging.statistics import FAR, merge, solve, temperature, varia
 from fedara_flwr.model.spec import Vector
 from fedara_flwr.model.statistics import Statistics
 from fedara_flwr.server.messages import replies
-from fedara_flwr.server.roster import Node, Roster, last_line
+from fedara_flwr.server.roster import Node, Roster
 from fedara_flwr.server.round import Line, weight_cap
+from fedara_flwr.server.told import last_line, listed, text
 from fedara_flwr.strategies.base import ModelPort, Places, State
 from fedara_flwr.tasks import find
 from fedara_flwr.wire.arrays import Rejected
@@ -35,7 +36,7 @@ SHOWN = 5  # names in a line of the log
 def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roster, grid: Grid) -> tuple[list[Line], list[str]]:
     """Solve the state's head from sums that the nodes tell, where the run wants that and the task has classes.
 
-    Where it cannot be done, the log says why, and the head stays as it was drawn.
+    Where it cannot be done, the log says why, and the head stays as it was drawn, or as the checkpoint has it.
 
     Returns:
         A line for each client that told its sums; keys of all that were asked.
@@ -46,20 +47,21 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
     task, wanted = find(settings.data.task), settings.head.start
     if wanted == "random" or "head" not in state.arrays:
         return [], []
+    otherwise = "drawn" if model.spec.kept is None else "the checkpoint's"
     if not task.classes:
-        logger.info("head.start = %r: data.task = %r has no classes, its head is drawn", wanted, task.name)
+        logger.info("head.start = %r: data.task = %r has no classes, its head is %s", wanted, task.name, otherwise)
         return [], []
     try:
         start = HeadStart(settings, model.places(), roster.meter)
     except ConfigError as error:
-        logger.warning("%s; it is drawn", error)
+        logger.warning("%s; it is %s", error, otherwise)
         return [], []
     roster.wait(grid)
     nodes = roster.sample(grid, 0, settings.head.clients or len(roster.nodes))
     logger.info("asking %d clients for the sums from which the head is solved", len(nodes))
     told, asked = start.ask(grid, nodes, roster.examples), [node.key for node in nodes]
     if len(told) < settings.strategy.min_replies:
-        logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is drawn", len(told))
+        logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is %s", len(told), otherwise)
         return start.lines, asked
     state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
     logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
@@ -87,7 +89,7 @@ class HeadStart:
         by which the covariance's shrinkage goes.
         """
         settings, told = self.settings, dict[str, Statistics]()
-        timeout = settings.strategy.round_timeout
+        strategy, timeout = settings.strategy, settings.strategy.round_timeout
         contents = [question(self.scatter, self.form, settings.seed, settings.head.rows) for _ in nodes]
         down = [dict(self.meter.count("down", content)) for content in contents]
         messages = [
@@ -96,12 +98,14 @@ class HeadStart:
         ]
         cap = weight_cap(settings.strategy.weight_cap, [examples[node.key] for node in nodes])
         silent = {node.key: f"no reply in {timeout:g} s" for node in nodes}
-        for index, reply in replies(grid, messages, timeout):
+        enough = strategy.replies_enough(len(nodes))
+        exchange = replies(grid, messages, timeout, enough=lambda: len(told) >= enough, patience=strategy.straggler_timeout)
+        for index, reply in exchange:
             key = nodes[index].key
             try:
                 told[key] = self._read(reply, nodes[index], down[index], examples[key])
             except Exception as error:  # no reply may end a run, whatever it does to the checks themselves
-                silent[key] = str(error)
+                silent[key] = text(str(error))
                 continue
             del silent[key]
             told[key] = told[key].weighted(min(examples[key], cap) / self._rows(examples[key]))
@@ -129,7 +133,8 @@ class HeadStart:
         one = from_content(reply.content, classes, width, self.form, self.scatter, self._rows(examples) * places.per_row)
         metrics = reply.content.metric_records.get("metrics", MetricRecord())
         check_metrics(metrics, "num-examples", examples)
-        self.lines.append({**metrics, "type": "client", "round": 0, "client": node.key, "bytes-down": down, "bytes-up": up})
+        told: Line = {**listed(node.key, metrics), "num-examples": metrics["num-examples"]}
+        self.lines.append({**told, "type": "client", "round": 0, "client": node.key, "bytes-down": down, "bytes-up": up})
         return one
 
     def solve(self, head: Vector, told: Mapping[str, Statistics]) -> tuple[Vector, Line]:

@@ -538,15 +538,15 @@ def test_layers_that_nobody_trained_keep_their_values(tiny_bert, monkeypatch):
 class OddGrid(InProcessGrid):
     """Node 1002's reports are changed by `odd`, of the calibration batch and of training; all nodes are real devices."""
 
+    simulation = False
+
     def __init__(self, *args, odd, **options):
         super().__init__(*args, **options)
         self.odd = odd
 
     def _call(self, message):
         reply = super()._call(message)
-        if message.metadata.message_type == "query.whoami":
-            reply.content.config_records["whoami"]["simulated"] = False
-        elif message.metadata.dst_node_id == 1002 and "metrics" in reply.content.metric_records:
+        if message.metadata.dst_node_id == 1002 and "metrics" in reply.content.metric_records:
             sound = dict(reply.content.metric_records["metrics"])
             reply.content["metrics"] = MetricRecord(self.odd(sound))
         return reply
