@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from flwr.clientapp import ClientApp
 from fedara_flwr.client import terms
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import declared
-from fedara_flwr.node import power, worker
+from fedara_flwr.node import power, told, worker
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import read_settings
+from fedara_flwr.training import LocalTraining
 from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
 
 if TYPE_CHECKING:
@@ -48,30 +50,49 @@ def in_simulation(context: Context) -> bool:
 
 
 def _resident(handler: worker.Handler) -> worker.Handler:
-    """The handler, called in this node's resident worker where it may have one."""
-    HANDLERS[handler.__name__] = handler
+    """The handler, called in this node's resident worker where it may have one; no words of its errors leave a device."""
+
+    @wraps(handler)
+    def guarded(message: Message, context: Context) -> Message:
+        with told.without_words():
+            return handler(message, context)
+
+    HANDLERS[handler.__name__] = guarded
 
     @wraps(handler)
     def call(message: Message, context: Context) -> Message:
-        if in_simulation(context) or not worker.wanted(context.node_config):
+        if in_simulation(context):
             return handler(message, context)
-        return worker.ask(handler, message, context)
+        return worker.ask(guarded, message, context) if worker.wanted(context.node_config) else guarded(message, context)
 
     return call
 
 
-def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] | None = None) -> tuple[Session, ClientData]:
-    """The resident session and this client's data. Labels are the server's, kept in the node's state from `ready` on.
+def _pin(context: Context, node: NodeSettings, labels: tuple[str, ...]) -> None:
+    """Keep the run's labels in the node's state, and refuse others later: who may ask for one list after the other counts rows.
 
     They are () where the run's task has none, which a record cannot hold as an empty list.
+
+    Raises:
+        ConfigError: the node was asked for others before, or says for which alone it answers.
     """
+    trusted, record = in_simulation(context), ConfigRecord({"labels": list(labels)} if labels else {})
+    if not trusted and context.state.get("labels", record) != record:
+        raise ConfigError("the run has other labels than this node was first asked for")
+    if not trusted and labels and node.label_names and set(labels) != node.label_names:
+        raise ConfigError("the run's labels are not those of node-config labels")
+    context.state["labels"] = record
+
+
+def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] | None = None) -> tuple[Session, ClientData]:
+    """The resident session and this client's data. Labels are the server's, kept in the node's state from `ready` on."""
     import torch
 
     from fedara_flwr.client import session
 
     settings = read_settings(context.run_config)
     if labels is not None:
-        context.state["labels"] = ConfigRecord({"labels": list(labels)} if labels else {})
+        _pin(context, node, labels)
     elif "labels" in context.state:
         labels = tuple(context.state.config_records["labels"].get("labels", ()))  # type: ignore[arg-type]
     else:
@@ -80,9 +101,10 @@ def _open(context: Context, node: NodeSettings, labels: tuple[str, ...] | None =
     torch.set_num_threads(settings.train.threads)
     resident = session.resident(settings, labels, session.pick_device(node))
     partition, partitions = node.partition_id or 0, node.num_partitions or 1
-    data = resident.client_data(client_key(context), partition, partitions, path)
+    with told.own_data() if path else nullcontext():
+        data = resident.client_data(client_key(context), partition, partitions, path)
     _check_memory(node)
-    return resident, data
+    return resident, data.at_least(node.examples_least) if path else data
 
 
 def _check_memory(node: NodeSettings) -> None:
@@ -101,7 +123,6 @@ def whoami(message: Message, context: Context) -> Message:
             "num-partitions": partitions if isinstance(partitions, int) else 0,
             "terms": ",".join(terms.names()),
             "parts": ",".join(declared()),
-            "simulated": in_simulation(context),
         }
     )
     return Message(RecordDict({"whoami": answer}), reply_to=message)
@@ -122,11 +143,13 @@ def ready(message: Message, context: Context) -> Message:
             return Message(RecordDict({"ready": ConfigRecord({"busy": why})}), reply_to=message)
         if "changes-backbone" in question:
             node.check_frozen(read_settings(context.run_config).method)
-        resident, data = _open(context, node, tuple(question.get("labels", ())))
+        resident, data = _open(context, node, tuple(map(str, question.get("labels", ()))))
         where = f"node-config data-path = {node.data_path!r}" if node.data_path else f"client {client_key(context)}"
         data.overview.log(logger, f"{where}: ")
         if "holds" in question and in_simulation(context):  # what this node was sent before the run stopped
             context.state["delta"] = ConfigRecord({"digests": list(question["holds"])})
+        if node.data_path and not len(data.train):
+            raise ConfigError(f"fewer than {node.examples_least} examples (node-config examples-least)")
         metrics["num-examples"] = len(data.train)
         if NUM_TARGETS in question and len(data.train):
             metrics |= node.guard.let_out({NUM_TARGETS: resident.learner.count(data.train)})
@@ -136,6 +159,7 @@ def ready(message: Message, context: Context) -> Message:
 
             resident.set_delta((), NodeStore(node.store))  # a run before this one may have left its own
             batch, rank = question["calibrate-batch"], question["calibrate-rank"]
+            node.check_plan(LocalTraining(steps=1, batch_size=batch), len(data.train))
             tokens = read_settings(context.run_config).train.batch_tokens
             measured = measure(resident.learner, data.train, batch, tokens, rank)
             metrics |= node.guard.let_out(measured)
@@ -246,6 +270,8 @@ def receive(message: Message, context: Context, node: NodeSettings) -> Received 
 
     session, data = _open(context, node)
     plan = plan_from_content(message.content, len(session.adapted.spec.modules))
+    if not in_simulation(context):
+        node.check_plan(plan.train, len(data.train))
     try:
         _take_delta(message, context, node, session, plan)
     except MissingPieces as error:
@@ -289,7 +315,9 @@ def train(message: Message, context: Context) -> Message:
 
     model, simulated = received.session, in_simulation(context)
     data, plan, arrays, key = received.data, received.plan, received.arrays(), received.client_key
-    update = run(model.learner, data, plan, arrays, key, simulated, node.guard, received.stayed(plan.server_round))
+    longest = 0.0 if simulated else node.max_seconds
+    stayed = received.stayed(plan.server_round)
+    update = run(model.learner, data, plan, arrays, key, simulated, node.guard, stayed, longest)
     return received.answer(update, arrays)
 
 

@@ -15,6 +15,11 @@ def flwr_home() -> Path:
     return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
 
 
+def data_scratch() -> Path:
+    """Where copies of a user's data lie while a library reads them; what a killed process left there may be removed."""
+    return flwr_home() / "fedara-scratch"
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, forced to the disk, then renamed.
 

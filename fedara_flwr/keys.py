@@ -14,7 +14,15 @@ OptionsModel = type[BaseModel]
 
 
 class ConfigError(ValueError):
-    """A setting that the user must change; one line that names key, value and what is allowed."""
+    """A setting that the user must change; one line that names key, value and what is allowed.
+
+    Attributes:
+        told: what a device tells its server in place of a line about its own data: a kind, a place, nothing that stands there.
+    """
+
+    def __init__(self, line: str, told: str = "") -> None:
+        super().__init__(line)
+        self.told = told
 
 
 class Group(BaseModel):

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -30,6 +31,14 @@ from fedara_flwr.tasks import read_settings
 
 ADDRESS = "RAY_ADDRESS"
 LOCAL = "local"
+AUTH_MODE = "RAY_AUTH_MODE"
+# of a Ray of our own: who has no token runs nothing on it, and it listens on this machine alone (the second, named after the
+# systems where Ray does so by default, works on all)
+CLOSED = {AUTH_MODE: "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+OPEN = (
+    f"warning: {AUTH_MODE} is not 'token': whoever reaches the ports of this Ray cluster runs programs on all of its machines "
+    "(docs/simulation.md)"
+)
 CONNECT_SECONDS = 5
 CHECK_SECONDS = 300  # for the slowest machine to load its data
 JOIN_SECONDS = 120  # for Ray to let this machine in
@@ -49,7 +58,8 @@ def environment(app: Path, home: Path) -> dict[str, str]:
     """
     address = os.environ.get(ADDRESS, "")
     if address in ("", LOCAL):
-        return {ADDRESS: LOCAL}  # without it Ray joins whatever was last started on this machine, by whomever
+        # without an address Ray joins whatever was last started on this machine, by whomever
+        return {ADDRESS: LOCAL, **CLOSED, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     if address != "auto" and not re.fullmatch(r"[^/]+:\d+", address):
         raise ConfigError(f"{ADDRESS} = {address!r}: allowed are 'HOST:PORT' of a cluster's head, 'auto', '{LOCAL}'")
     try:

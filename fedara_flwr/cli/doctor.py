@@ -23,7 +23,7 @@ from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import BUILT_IN_DATA, QUANTISED, Settings
-from fedara_flwr.files import flwr_home
+from fedara_flwr.files import data_scratch, flwr_home
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
@@ -46,6 +46,7 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
         {
             "app folder": partial(app_folder, app),
             "dependencies": habits.dependency_installation,
+            "open ports": habits.open_ports,
             "local SuperLink": habits.local_superlink,
             "working folder": partial(habits.working_folder, app),
             "telemetry": habits.telemetry,
@@ -199,7 +200,13 @@ def folders(app: Path, settings: Settings) -> Finding:
     places = {"FLWR_HOME": home, "the app": app / ".flwr", "run.dir": _runs(settings)}
     refused = {name: place for name, place in places.items() if not _writable(place)}
     if not refused:
-        return Finding("ok", f"Flower's home {home}, runs in {_runs(settings)}")
+        scratch = data_scratch()
+        left = (
+            f"; copies of data that a killed process left: rm -r {scratch}"
+            if scratch.is_dir() and any(scratch.iterdir())
+            else ""
+        )
+        return Finding("ok", f"Flower's home {home}, runs in {_runs(settings)}{left}")
     reasons = "; ".join(f"{place} cannot be written ({name})" for name, place in refused.items())
     return Finding("problem", reasons, "set FLWR_HOME, run.dir to folders of yours, or copy the app to one")
 

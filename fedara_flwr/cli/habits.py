@@ -29,6 +29,17 @@ def dependency_installation() -> Finding:
     )
 
 
+def open_ports() -> Finding:
+    """Whether plain `flwr run` would start a Ray that others can use."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return Finding("ok", "RAY_AUTH_MODE=token")
+    return Finding(
+        "warning",
+        "RAY_AUTH_MODE is not token: plain `flwr run` starts a Ray on which whoever reaches this machine can run programs",
+        "export RAY_AUTH_MODE=token before the first flwr command (`fedara run` sets it itself)",
+    )
+
+
 def local_superlink() -> Finding:
     """Who listens where plain `flwr run` expects its local SuperLink, and what that one was started with."""
     ports = {name: int(os.environ.get(name) or default) for name, default in PORTS.items()}

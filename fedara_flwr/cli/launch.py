@@ -186,6 +186,8 @@ def run_flower(
     }
     if env[cluster.ADDRESS] != cluster.LOCAL:
         print(cluster.check(config, simulation, env, neutral), flush=True)
+        if env.get(cluster.AUTH_MODE) != "token":
+            print(cluster.OPEN, flush=True)
     with _superlink(env, neutral) as (superlink, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]

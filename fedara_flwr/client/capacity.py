@@ -17,9 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner, cut
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded
+
+MAX_RANK = 1024  # as of adapter.rank
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -111,7 +114,12 @@ def measure(learner: Learner, data: Encoded, batch_size: int, batch_tokens: int,
         `seconds-forward`, `seconds-backward`, `flops-forward`, `flops-backward` (per step), `blocks` of the backward pass,
         `bytes-block` (kept for a backward pass by one block, with gradients and AdamW's moments of its adapters) and
         `bytes-free` (`free_memory`).
+
+    Raises:
+        ConfigError: a rank that no run can have.
     """
+    if not 0 < rank <= MAX_RANK:
+        raise ConfigError(f"the server asks to measure adapters of rank {rank}, allowed are 1 to {MAX_RANK}")
     adapted, task = learner.adapted, learner.task
     mask = RankMask.full([rank] * len(adapted.spec.modules))
     arrays = {part: np.zeros(adapted.spec.length(part, mask), dtype=np.float32) for part in ("B", "A", "head")}

@@ -5,6 +5,7 @@ In a simulation one process serves many clients in turn; on a device it serves o
 
 from __future__ import annotations
 
+import json
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedara_flwr.config import BUILT_IN_DATA, Settings
 from fedara_flwr.data import federation as fed
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.sources import load_own
-from fedara_flwr.keys import ConfigError
+from fedara_flwr.keys import ConfigError, read_options
 from fedara_flwr.model.deltas import compose
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.node.store import NodeStore
@@ -116,6 +117,7 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
     """
     if trusted:
         return settings, ""
+    node.check_threads(settings.train.threads)
     name = settings.model.name
     if name not in node.backbones:
         raise ConfigError(f"node-config models = {node.models!r}: the run's model.name = {name!r} is not among them")
@@ -125,12 +127,21 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
     if node.validation is not None:
         data["client_validation"] = node.validation
     if node.data_path:  # all rows are this node's
-        columns = {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
-        columns["options"] = node.data_options
-        data |= {"id_column": "", "format": node.data_format, **{name: column for name, column in columns.items() if column}}
+        data |= {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
+        data |= {"id_column": "", "format": node.data_format, "options": _own_options(settings.data.options, node.data_options)}
     groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
     changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}
     return settings.model_copy(update=changed), node.data_path
+
+
+def _own_options(run: str, node: str) -> str:
+    """`data.options` for a device's own data: the run's without those that name columns, and the node's over them."""
+    options = {name.replace("_", "-"): value for name, value in read_options("data.options", run).items()}
+    options = {name: value for name, value in options.items() if not name.endswith("-column")}
+    options |= {name.replace("_", "-"): value for name, value in read_options("node-config data-options", node).items()}
+    return "\n".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items()
+    )  # JSON's values are TOML's
 
 
 def pick_device(node: NodeSettings) -> str:

@@ -18,6 +18,7 @@ from fedara_flwr.adapters.learner import Learner, cut
 from fedara_flwr.client.capacity import backward_blocks, clock, free_memory
 from fedara_flwr.client.step import Spent, backward, count_flops, log_shares
 from fedara_flwr.client.terms import Term, find
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.draws import draw, sparse_positions
 from fedara_flwr.model.kept import Kept
 from fedara_flwr.model.parts import declared, in_order
@@ -39,6 +40,16 @@ class ClientData:
     train: Encoded
     held_out: Encoded
     overview: Overview = Overview((), ())
+
+    def at_least(self, rows: int) -> ClientData:
+        """Without what has fewer rows: of so few, their number and what is measured on them tell too much."""
+        none = Encoded([], [])
+        few_train, few_held = len(self.train) < rows, len(self.held_out) < rows
+        return (
+            self
+            if not few_train and not few_held
+            else replace(self, train=none if few_train else self.train, held_out=none if few_held else self.held_out)
+        )
 
 
 def batches(lengths: list[int], train: LocalTraining, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
@@ -203,6 +214,7 @@ def train(
     simulated: bool = False,
     guard: Guard | None = None,
     stayed: Kept | None = None,
+    longest: float = 0.0,
 ) -> Update:
     """Train one client for one round, as its plan says.
 
@@ -210,6 +222,7 @@ def train(
         simulated: the machine is not this client's: floating-point operations are counted, for the modelled clock, not power.
         guard: what the client lets out; by default everything below.
         stayed: what this node kept of the plan's kept parts.
+        longest: seconds that the steps may take; 0 = no bound.
 
     Returns:
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
@@ -221,6 +234,7 @@ def train(
     Raises:
         FloatingPointError: the loss is no longer finite.
         ValueError: an unknown term, or no example to train on.
+        ConfigError: the steps take longer than `longest`.
     """
     began = time.perf_counter()
     adapted = learner.adapted
@@ -238,6 +252,9 @@ def train(
         optimizer.step()
         scheduler.step()
         trainee.after_update()
+        if longest and time.perf_counter() - started > longest:
+            done = f"{len(trainee.losses)} of {len(trainee.steps)} steps are done"
+            raise ConfigError(f"node-config max-seconds = {longest:g}: the round takes longer, {done}")
     return trainee.update(started - began, clock(adapted.device) - started)
 
 

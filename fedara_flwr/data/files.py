@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import datasets
 from pydantic import Field
 
 from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, is_table, read_file
+from fedara_flwr.files import data_scratch
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
 
@@ -52,7 +55,7 @@ def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Tabl
     if not place.exists():
         several = [Path(name.strip()).expanduser() for name in path.split(",")]
         if len(several) < 2 or not all(file.is_file() for file in several):
-            raise ConfigError(f"{key}: there is no such file or folder")
+            raise ConfigError(f"{key}: there is no such file or folder", "there is no such file or folder")
         files: dict[str, list[Path]] = {"train": several}
     elif place.is_dir():
         if any((place / name).is_file() for name in LIBRARY):
@@ -65,7 +68,8 @@ def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Tabl
             there = ", ".join(sorted(file.name for file in place.iterdir() if is_table(file))[:9])
             raise ConfigError(
                 f"{key}: no train file in it{f', but {there}' if there else ''}; allowed are train.*, validation.* and test.*, "
-                f"with one of the endings {', '.join(ENDINGS)}"
+                f"with one of the endings {', '.join(ENDINGS)}",
+                "no train file in the folder",
             )
     else:
         files = {"train": [place]}
@@ -78,13 +82,27 @@ def read_hub(name: str, subset: str, key: str) -> dict[str, Table]:
     Raises:
         ConfigError: it cannot be loaded, or needs a subset.
     """
+    local = Path(name).is_dir()
     try:
-        tables = datasets.load_dataset(name, subset or None)
+        with _scratch() if local else nullcontext() as cache:  # the library copies what it reads, readable for all
+            tables = datasets.load_dataset(name, subset or None, cache_dir=cache)
     except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
         known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error), re.S)
         hint = f"data.subset = {subset!r}: allowed are {known[1]}" if known else f"cannot be loaded ({deepest(error)})"
-        raise ConfigError(f"{key}: {hint}") from None
+        raise ConfigError(f"{key}: {hint}", f"the folder cannot be loaded ({type(error).__name__})") from None
     return {split: Table.of_library(table) for split, table in tables.items()}
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A new folder for this user alone, which is gone afterwards; what was opened in it can be read on.
+
+    A process that is killed meanwhile leaves it, in the place that `fedara doctor` names.
+    """
+    place = data_scratch()
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield folder
 
 
 def deepest(error: BaseException) -> str:
@@ -110,11 +128,12 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
 def _read(file: Path, how: FormatOptions, key: str) -> Table:
     if not is_table(file):
         packed = ", ".join(filter(None, PACKED))
-        raise ConfigError(f"{key}: {file.name}: allowed endings are {', '.join(ENDINGS)}; of text also packed, {packed}")
+        allowed = f"allowed endings are {', '.join(ENDINGS)}; of text also packed, {packed}"
+        raise ConfigError(f"{key}: {file.name}: {allowed}", "a file has an ending that is not known")
     try:
         return read_file(file, how.delimiter, how.encoding, how.columns)
     except Unreadable as error:
-        raise ConfigError(f"{key}: {file.name} cannot be read: {error}") from None
+        raise ConfigError(f"{key}: {file.name} cannot be read: {error}", error.told) from None
 
 
 def _joined(tables: Sequence[Table], files: Sequence[Path], key: str) -> Table:
@@ -126,7 +145,8 @@ def _joined(tables: Sequence[Table], files: Sequence[Path], key: str) -> Table:
         if set(table.column_names) != set(first.column_names):
             raise ConfigError(
                 f"{key}: {file.name} has the columns {table.column_names}, {files[0].name} has {first.column_names}; allowed "
-                "are the same in all files of a split"
+                "are the same in all files of a split",
+                "two files of a split have different columns",
             )
     names = first.column_names
 
@@ -141,6 +161,6 @@ def _saved(place: Path, key: str) -> dict[str, Table]:
     try:
         found = datasets.load_from_disk(str(place))
     except Exception as error:  # a folder that was cut off or copied in part
-        raise ConfigError(f"{key}: cannot be read ({deepest(error)})") from None
+        raise ConfigError(f"{key}: cannot be read ({deepest(error)})", "the folder cannot be read") from None
     tables = found if isinstance(found, dict) else {"train": found}
     return {split: Table.of_library(table) for split, table in tables.items()}

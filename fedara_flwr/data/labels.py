@@ -21,6 +21,7 @@ from fedara_flwr.keys import ConfigError
 MAX_LABELS = 10_000
 MAX_DECIMALS = 100  # different numbers with a fraction; more are measurements
 SHOWN = 20  # names in an error's line
+OUTSIDE = "label-column: it holds a number outside of the list of labels"
 NOTHING = frozenset(
     "#N/A;#N/A N/A;#NA;-1.#IND;-1.#QNAN;-NaN;-nan;1.#IND;1.#QNAN;<NA>;N/A;NA;NULL;NaN;None;n/a;nan;none;null;NAN".split(";")
 )
@@ -80,7 +81,8 @@ class Labels:
             outside = sorted(int(text) for text in numbers if int(text) not in ids and int(text) != -1)
             if outside:
                 raise ConfigError(
-                    f"{key}: it holds {outside[0]}, allowed are ids from {min(ids)} to {max(ids)}, of {_shown(names)}"
+                    f"{key}: it holds {outside[0]}, allowed are ids from {min(ids)} to {max(ids)}, of {_shown(names)}",
+                    OUTSIDE,
                 )
             return cls(names, ids)
         if ids and not numbers or not names:
@@ -91,7 +93,8 @@ class Labels:
         outside = sorted(number for text in numbers if not 0 <= (number := int(text)) < len(names))
         if outside:
             raise ConfigError(
-                f"{key}: it holds {outside[0]}, allowed are names, or places from 0 to {len(names) - 1}, of {_shown(names)}"
+                f"{key}: it holds {outside[0]}, allowed are names, or places from 0 to {len(names) - 1}, of {_shown(names)}",
+                OUTSIDE,
             )
         return cls(names, by_place=True)
 
@@ -191,7 +194,7 @@ def read_names(path: Path, key: str) -> Ordered:
     try:
         names = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ConfigError(f"{key}: labels.json is no JSON ({error})") from None
+        raise ConfigError(f"{key}: labels.json is no JSON ({error})", "labels.json is no JSON") from None
     if isinstance(names, list):
         pairs = list(enumerate(names))
     elif isinstance(names, dict) and names and all(WHOLE.fullmatch(id_) for id_ in names):

@@ -219,7 +219,8 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
 def _columns(settings: DataSettings, reader: Reader, table: Table, prefix: str = "data.") -> Sequence[Column]:
     columns = reader.columns(table.column_names)
     if settings.pair_column and all(column.key != "pair-column" for column in columns):
-        raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: allowed is '' with data.task = {reader.name!r}")
+        line = f"allowed is '' with data.task = {reader.name!r}"
+        raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: {line}", f"pair-column: {line}")
     return columns
 
 
@@ -228,7 +229,8 @@ def _unfolded(tables: Mapping[str, Table], reader: Reader, key: str) -> dict[str
     try:
         return {name: reader.table(table) for name, table in tables.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}: no data as data.task = {reader.name!r} knows it ({error_line(error)})") from None
+        told = f"no data as data.task = {reader.name!r} knows it"
+        raise ConfigError(f"{key}: {told} ({error_line(error)})", told) from None
 
 
 # -- columns ------------------------------------------------------------------------------------------------------------
@@ -239,20 +241,22 @@ def _check_columns(
     for column in (*columns, *owner):
         key, there = f"{prefix}{column.key} = {column.name!r}", table.column_names
         if column.name not in there:
-            raise ConfigError(f"{key}: no such column, allowed are {there}{nearest(column.name, there)}")
+            line = f"{key}: no such column, allowed are {there}{nearest(column.name, there)}"
+            raise ConfigError(line, f"{column.key}: no such column")
         if column.nested:
             continue
         problem = column_problem(_values(table, column.name, source), bool(column.lists))
         if problem:
             allowed = f"are {column.lists}" if column.lists else "is one value a row"
-            raise ConfigError(f"{key}: it holds {problem}, allowed with data.task = {reader.name!r} {allowed}")
+            line = f"it holds {problem}, allowed with data.task = {reader.name!r} {allowed}"
+            raise ConfigError(f"{key}: {line}", f"{column.key}: {line}")
 
 
 def _values(table: Table, column: str, key: str) -> list[Any]:
     try:
         return table[column]
     except UnicodeDecodeError as error:  # parquet and jsonl are not looked at when they are read
-        raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})") from None
+        raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})", "a column is no utf-8 text") from None
 
 
 def _labels(

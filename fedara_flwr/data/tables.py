@@ -26,7 +26,15 @@ ROWS = ("data", "rows", "examples", "instances", "records", "items")  # under wh
 
 
 class Unreadable(Exception):
-    """A file that cannot be read; the text says why and where, never what stands in it."""
+    """A file that cannot be read; the text says why and where.
+
+    Attributes:
+        told: the same without anything that stands in the file, as a device may tell its server.
+    """
+
+    def __init__(self, why: str, told: str = "") -> None:
+        super().__init__(why)
+        self.told = told or why
 
 
 class Table:
@@ -102,7 +110,7 @@ def read_file(path: Path, delimiter: str = "", encoding: str = "", columns: Sequ
         with PACKED[packed](path, "rb") as file:
             content = file.read()
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, ValueError) as error:
-        raise Unreadable(first_line(error)) from None
+        raise Unreadable(first_line(error), f"a file cannot be read ({type(error).__name__})") from None
     text = decoded(content, encoding)
     return READERS[ending](text, delimiter, columns)
 
@@ -124,7 +132,8 @@ def decoded(content: bytes, encoding: str) -> str:
     try:
         return content.decode(encoding or "utf-8-sig")
     except LookupError:
-        raise Unreadable(f"there is no encoding {encoding!r}, allowed are those of Python such as 'cp1252'") from None
+        why = f"there is no encoding {encoding!r}, allowed are those of Python such as 'cp1252'"
+        raise Unreadable(why, "there is no such encoding") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         likely = "" if encoding else "; data.format = \"encoding = 'cp1252'\" is likely"
@@ -171,9 +180,8 @@ def _csv(text: str, delimiter: str, columns: Sequence[str], usual: str = ",") ->
         begun = reader.line_num + 1
         for row in reader:
             if len(row) > len(names):
-                raise Unreadable(
-                    f"line {begun} has {len(row)} fields, {len(names)} are named; a text with {mark!r} must stand in quotes"
-                )
+                why = f"line {begun} has {len(row)} fields, {len(names)} are named"
+                raise Unreadable(f"{why}; a text with {mark!r} must stand in quotes", why)
             if len(row) == len(names):
                 for column, value in zip(values, row, strict=True):
                     column.append(value or None)
@@ -185,7 +193,7 @@ def _csv(text: str, delimiter: str, columns: Sequence[str], usual: str = ",") ->
         raise Unreadable(f"line {begun}: {why}") from None
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise Unreadable(f"two columns are called {twice!r}")
+        raise Unreadable(f"two columns are called {twice!r}", "two columns have one name")
     return Table.from_columns(dict(zip(names, values, strict=True)), short)
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from fedara_flwr.files import tensors_digest
 from fedara_flwr.model.kept import Kept
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.node.store import LIMIT
+from fedara_flwr.node.store import LIMIT, sweep
 
 logger = logging.getLogger(__name__)
 ROUNDS_KEPT = 3  # what the last round left, what it started from, and one more should the newest checkpoint be damaged
@@ -35,7 +35,8 @@ class KeptStore:
     The folder `root` has the name of what is kept in it, which warnings repeat.
 
     Args:
-        limit: bytes below `root`; the clients that wrote longest ago go first.
+        limit: bytes below `root`, held at every `put`: clients that wrote longest ago go first, then this one's older rounds,
+            and what is larger by itself is not kept.
     """
 
     def __init__(self, root: Path, run: str, client_key: str, limit: int = LIMIT) -> None:
@@ -60,22 +61,32 @@ class KeptStore:
     def put(self, kept: Kept, server_round: int) -> None:
         """Keep what this round left. A disk that does not take it costs what was to be kept, and not the round."""
         try:
-            self._make_room(ROUNDS_KEPT * sum(values.nbytes for values in kept.arrays.values()))
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells of the client's own data
+            packed = _packed(kept)
+            rounds = min(ROUNDS_KEPT, self.limit // len(packed))
+            if not rounds:
+                raise OSError(f"{len(packed)} bytes, there is room for {self.limit}")
+            for folder in (self.root.parent, self.root, self.folder):  # they tell of the client's own data
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_room(rounds * len(packed))
+            self._forget(rounds - 1)
             part = self.folder / "next.part"  # one name: a process that is killed here leaves one file at most
-            part.write_bytes(_packed(kept))
+            part.write_bytes(packed)
             os.replace(part, self.folder / f"{server_round}.safetensors")
-            files = self._files()
-            for number in sorted(files)[:-ROUNDS_KEPT]:
-                files[number].unlink(missing_ok=True)
         except OSError as error:
             logger.warning("%s of a client cannot be kept: they are lost (%s)", self.root.name, error)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _forget(self, rounds: int) -> None:
+        """Remove all but the last so many rounds."""
+        files = self._files()
+        for number in sorted(files)[: len(files) - rounds]:
+            files[number].unlink(missing_ok=True)
 
     def _files(self) -> dict[int, Path]:
         return {int(file.stem): file for file in self.folder.glob("*.safetensors") if file.stem.isdecimal() and file.is_file()}
 
     def _make_room(self, needed: int) -> None:
+        sweep(self.folder)
         folders = sorted(self._others())
         total, removed = sum(size for _, size, _ in folders) + needed, 0
         for _, size, folder in folders:
@@ -92,6 +103,7 @@ class KeptStore:
         for folder in self.root.glob("*/"):
             if folder == self.folder:
                 continue
+            sweep(folder)
             with suppress(OSError):  # another process may be making room, too
                 yield folder.stat().st_mtime_ns, sum(file.stat().st_size for file in folder.iterdir()), folder
 

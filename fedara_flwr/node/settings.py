@@ -20,6 +20,7 @@ from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
 from fedara_flwr.node.guard import Guard, known_metrics
 from fedara_flwr.tasks.base import USUAL
+from fedara_flwr.training import LocalTraining
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says
@@ -40,17 +41,32 @@ class NodeSettings(Group):
     dtype: Literal["", NumberType] = Field("", description="number type of the frozen backbone; '' = the run's")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
+    max_threads: int = Field(0, ge=0, description="most that a run may ask for; 0 = as many as there are cores")
+    max_steps: int = Field(10_000, ge=1, description="most optimiser steps of one round, counted by epochs too")
+    max_epochs: int = Field(100, ge=1, description="most passes over its examples in one round")
+    max_batch: int = Field(1024, ge=1, description="most examples of one step")
+    max_rate: float = Field(1.0, gt=0, description="highest learning rate of any part")
+    max_seconds: float = Field(3600.0, gt=0, description="longest training in one round")
     max_memory_mb: float = Field(
         0.0, ge=0, description="most memory a process of this node may have taken (peak of resident memory); 0 = no limit"
     )
     busy_when: str = Field("", description="command that says 'not now' by exit code 0")
     data_path: str = Field("", description="own data: a parquet, csv or jsonl file, or a folder with train.* and test.*")
     data_format: str = Field("", description="how its files are written, as the run's data.format; '' = found")
-    text_column: str = Field("", description="column of the text; '' = the run's, as with the next two")
-    pair_column: str = Field("", description="column of the second text")
-    label_column: str = Field("", description="column of the label")
+    text_column: str = Field("text", min_length=1, description="column of the text in own data; the run's names do not count")
+    pair_column: str = Field("", description="column of the second text; '' = none")
+    label_column: str = Field("label", min_length=1, description="column of the label")
     data_options: str = Field(
-        "", description="keys of the run's task alone, for own data, as the run's data.options; '' = those"
+        "",
+        description="keys of the task alone, for own data, over the run's data.options; of columns' names only these count",
+    )
+    labels: str = Field(
+        "", description="label names, comma-separated, for which alone own data are looked at; '' = those a run first asks for"
+    )
+    examples_least: int = Field(
+        5,
+        ge=1,
+        description="own rows below which it does not say how many, and takes no part; as few held out are not evaluated",
     )
     validation: float | None = Field(
         None,
@@ -105,6 +121,32 @@ class NodeSettings(Group):
         if not words or not shutil.which(words[0]):
             raise ConfigError(f"node-config busy-when = {self.busy_when!r}: there is no such command here")
 
+    def check_plan(self, plan: LocalTraining, examples: int) -> None:
+        """Refuse what a server asks of one round where it is more than this node allows.
+
+        Args:
+            examples: that this node would train on.
+
+        Raises:
+            ConfigError: more steps, epochs or examples a step, or a higher learning rate.
+        """
+        rate = max(plan.learning_rate * max(1.0, plan.e_lr_factor), plan.head_learning_rate)
+        asked = {
+            "max-epochs": (0 if plan.steps else plan.epochs, self.max_epochs),
+            "max-steps": (plan.optimiser_steps(max(examples, 1)), self.max_steps),
+            "max-batch": (plan.batch_size, self.max_batch),
+            "max-rate": (rate, self.max_rate),
+        }
+        for key, (wanted, allowed) in asked.items():
+            if not wanted <= allowed:
+                raise ConfigError(f"node-config {key} = {allowed:g}: the server asks for {wanted:g}")
+
+    def check_threads(self, threads: int) -> None:
+        """Refuse a run that wants more torch threads than this node allows; ConfigError then."""
+        most = self.max_threads or os.cpu_count() or 1
+        if not self.threads and threads > most:
+            raise ConfigError(f"node-config max-threads = {most}: the run's train.threads = {threads}")
+
     def check_frozen(self, method: str) -> None:
         """Refuse `method`, which changes the backbone, where this node's is quantised.
 
@@ -137,6 +179,11 @@ class NodeSettings(Group):
         """The run's model.name → what is opened here for it."""
         entries = (entry.partition("=") for entry in self.models.split(",") if entry.strip())
         return {name.strip(): (place or name).strip() for name, _, place in entries}
+
+    @property
+    def label_names(self) -> set[str]:
+        """The label names for which alone it looks at own data; none = those that a run first asks for."""
+        return {name.strip() for name in self.labels.split(",") if name.strip()}
 
     @property
     def store(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 from fedara_flwr.model.deltas import Piece
 
 LIMIT = 8 << 30  # bytes; the pieces that were not read for longest go first
+WRITING_SECONDS = 3600.0  # without a byte after which nobody is writing a file any more
 
 
 class MissingPieces(Exception):
@@ -25,6 +27,14 @@ class MissingPieces(Exception):
         self.digests = tuple(digests)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of files that they were writing."""
+    for part in folder.glob("*.part"):
+        with suppress(OSError):  # another process has done so
+            if time.time() - part.stat().st_mtime > WRITING_SECONDS:
+                part.unlink()
+
+
 class NodeStore:
     """A folder of pieces by digest; several processes, and in a simulation several nodes, may share it."""
 
@@ -33,10 +43,11 @@ class NodeStore:
 
     def put(self, piece: Piece) -> None:
         """Keep a piece; a file appears whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = self._file(piece.digest)
         if target.exists():
             return
+        sweep(self.folder)
         self._make_room(piece.nbytes)
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
         os.close(handle)

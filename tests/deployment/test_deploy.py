@@ -9,11 +9,14 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import threading
+import time
 import tomllib
+from asyncio import constants
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -288,16 +291,17 @@ async def echo(request: Request) -> Response:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, routes: list[Route]) -> Iterator[int]:
+def serving(folder: Path, app: list[Route] | Starlette, **options: object) -> Iterator[int]:
     """Something behind TLS with a server folder's certificate."""
     port = free_port()
     config = uvicorn.Config(
-        Starlette(routes=routes),
+        app if isinstance(app, Starlette) else Starlette(routes=app),
         host="127.0.0.1",
         port=port,
         ssl_certfile=str(folder / "server.pem"),
         ssl_keyfile=str(folder / "server.key"),
         log_level="error",
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -311,12 +315,14 @@ def serving(folder: Path, routes: list[Route]) -> Iterator[int]:
 
 
 ANY = [Route("/{path:path}", echo, methods=["GET", "POST"])]
+SIGNED = {"flwr-public-key": "a2V5", "flwr-signature": "c2lnbmF0dXJl", "flwr-timestamp": "2026-01-01T00:00:00"}
+NARROW = gateway.Limits(0.01, connections=3, per_address=2, head_seconds=0.5, body_seconds=0.5)
 
 
 def test_nodes_pass_the_gateway_and_users_do_not(made):
     with (
         serving(made / "server", ANY) as port,
-        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt", 0.01)) as node,
+        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt", NARROW), headers=SIGNED) as node,
     ):
         answer = node.post("/v1/fleet/pull-messages", content=b"x" * 9000, headers={"signature": "s", "x-forwarded-for": "me"})
         assert (answer.status_code, answer.content) == (202, b"x" * 10)
@@ -340,11 +346,64 @@ def test_the_gateway_trusts_its_own_superlink_alone(made, tmp_path):
     other = init(tmp_path / "other")
     with (
         serving(other / "server", ANY) as port,
-        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt")) as node,
+        TestClient(gateway.application(f"127.0.0.1:{port}", made / "ca/ca.crt"), headers=SIGNED) as node,
     ):
         assert node.post("/v1/fleet/pull-messages").status_code == 502
     with TestClient(gateway.application(f"127.0.0.1:{free_port()}", made / "ca/ca.crt")) as node:
         assert node.get("/health").status_code == 502
+
+
+@contextlib.contextmanager
+def connected(folder: Path, port: int, sent: bytes = b"") -> Iterator[ssl.SSLSocket]:
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    with (
+        socket.create_connection(("127.0.0.1", port), 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(sent)
+        yield connection
+
+
+def said(connection: ssl.SSLSocket) -> bytes:
+    """What comes until the other end closes; b'' where it just did."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := connection.recv(4096):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_strangers_cannot_hold_up_the_gateway(made):
+    """Who does not sign, sends slowly, or connects too often; a node gets through meanwhile and afterwards."""
+    folder, began = made / "server", time.monotonic()
+    post = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n"
+    signed = "".join(f"{name}: {value}\r\n" for name, value in SIGNED.items()).encode()
+    with (
+        serving(folder, ANY) as superlink,
+        serving(
+            folder, gateway.application(f"127.0.0.1:{superlink}", made / "ca/ca.crt", NARROW), http=gateway.protocol(NARROW)
+        ) as port,
+    ):
+        with connected(folder, port, post + b"\r\n") as unsigned, connected(folder, port, post) as slow_head:
+            assert said(unsigned).startswith(b"HTTP/1.1 401")  # before any byte of the body
+            assert said(slow_head) == b""
+        with connected(folder, port, post + signed + b"\r\n" + b"x" * 99) as slow_body, connected(folder, port):
+            with contextlib.suppress(OSError), connected(folder, port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as third:
+                assert said(third) == b""  # two are there from this address
+            assert said(slow_body).startswith(b"HTTP/1.1 408")
+        with connected(folder, port, post + signed + b"\r\n" + b"x" * 9000) as node:
+            assert node.recv(4096).startswith(b"HTTP/1.1 202")
+    assert time.monotonic() - began < 30
+
+
+def test_the_gateway_asks_uvicorn_for_what_it_needs(made, monkeypatch):
+    found: dict = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: found.update(options))
+    monkeypatch.setattr("asyncio.constants.SSL_HANDSHAKE_TIMEOUT", 60.0)
+    words = [str(made / "server"), "--superlink", "127.0.0.1:1", "--head-seconds", "7"]
+    assert CliRunner().invoke(cli.app, ["deploy", "gateway", *words]).exit_code == 0
+    assert found["proxy_headers"] is False and found["h11_max_incomplete_event_size"] == 16384
+    assert found["ssl_certfile"] == str(made / "server" / "server.pem") and constants.SSL_HANDSHAKE_TIMEOUT == 7
 
 
 def test_check_notices_what_answers(made, tmp_path):

@@ -129,6 +129,13 @@ def test_dependency_installation(monkeypatch):
     warns(habits.dependency_installation(), habits.NO_INSTALLATION)
 
 
+def test_open_ports(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert habits.open_ports().level == "ok"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    warns(habits.open_ports(), "RAY_AUTH_MODE", "fedara run")
+
+
 class Process:
     """A psutil.Process that may not let itself be looked into."""
 
@@ -434,7 +441,7 @@ def test_the_command(tmp_path, tiny_bert):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line[9:24].strip() for line in done.stdout.splitlines() if line[:7].strip()]
-    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 19
+    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 20
     assert str(tiny_bert) in done.stdout and "2 labels" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("no problems")
     assert not home.exists()

@@ -223,7 +223,51 @@ def test_without_an_address_ray_starts_afresh(monkeypatch, tmp_path):
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         if value is not None:
             monkeypatch.setenv("RAY_ADDRESS", value)
-        assert cluster.environment(tmp_path, tmp_path) == {"RAY_ADDRESS": "local"}
+        found = cluster.environment(tmp_path, tmp_path)
+        assert found.pop("RAY_AUTH_TOKEN") != cluster.environment(tmp_path, tmp_path)["RAY_AUTH_TOKEN"]  # one for each run
+        assert found == {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+HOLD = """
+import psutil, ray
+ray.init(include_dashboard=False, num_cpus=1, log_to_driver=False)
+processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+hosts = {c.laddr.ip.removeprefix("::ffff:") for p in processes for c in p.net_connections("inet") if c.status == "LISTEN"}
+print(ray.get_runtime_context().gcs_address, *hosts, flush=True)
+input()
+"""
+JOIN = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 7).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_of_our_own_is_closed(monkeypatch, tmp_path):
+    """It listens on this machine alone, and a process without its token runs nothing there."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    env = os.environ | cluster.environment(tmp_path, tmp_path)
+    stranger = {key: value for key, value in env.items() if key not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS")}
+    strangers = [stranger, stranger | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=env, **pipes) as holder:
+        address, *hosts = holder.stdout.readline().split()
+        assert hosts == ["127.0.0.1"]
+        command = [sys.executable, "-c", JOIN, address]
+        joins = [
+            subprocess.Popen(command, env=one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for one in strangers
+        ]
+        owner = env | {"RAY_ADDRESS": address}
+        assert "ran 7" in subprocess.run(command, env=owner, capture_output=True, text=True, timeout=120).stdout
+        for join in joins:
+            try:
+                said, _ = join.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                join.kill()
+                said, _ = join.communicate()
+            assert "ran" not in said.split(), said
+        holder.communicate("\n")
 
 
 def test_a_cluster_is_brought_the_app_and_its_home(monkeypatch, tmp_path):

@@ -104,9 +104,9 @@ def own(**node_config) -> Settings:
     return own_settings(read_settings(RUN | {"data.client-validation": 0.25}), node, trusted=False)[0]
 
 
-def test_the_run_decides_what_the_node_leaves_open():
+def test_the_run_decides_what_the_node_leaves_open_but_columns():
     settings = own(data_path="/data/mine.csv")
-    assert (settings.data.text_column, settings.data.label_column, settings.data.pair_column) == ("t", "l", "")
+    assert (settings.data.text_column, settings.data.label_column, settings.data.pair_column) == ("text", "label", "")
     assert (settings.model.dtype, settings.train.threads, settings.data.client_validation) == ("float32", 2, 0.25)
     assert settings.data.id_column == ""  # all rows are this node's, whoever owned them
 
@@ -304,7 +304,7 @@ def test_a_file_for_local_evaluation(tiny_bert, tmp_path):
     ("node_config", "words"),
     [
         ({"text-colum": "body"}, "node-config text-colum = 'body': there is no such key"),
-        ({"text-column": "txt"}, "node-config text-column = 'txt': no such column, allowed are ['body', 'area']"),
+        ({"text-column": "txt"}, "own data: text-column: no such column; the node's log says more"),
         ({"models": "another/model"}, "node-config models = 'another/model': the run's model.name = 'the/model' is not among"),
         ({"models": "the/model=/no/such/folder"}, "'/no/such/folder': there is no such directory"),
         ({"max-memory-mb": 5.0}, r"node-config max-memory-mb = 5: this process took \d+ MB"),

@@ -80,12 +80,17 @@ def start_gateway(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the SuperLink listens")],
     listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nosec B104 # nodes come from outside
     port: Annotated[int, typer.Option()] = 8000,
-    max_request_mb: Annotated[float, typer.Option(help="a larger request is refused")] = 64,
+    max_request_mb: Annotated[float, typer.Option(min=0, help="a larger request is refused")] = 64,
+    max_connections: Annotated[int, typer.Option(min=1, help="at once")] = 1024,
+    max_per_address: Annotated[int, typer.Option(min=1, help="of these, from one address")] = 64,
+    head_seconds: Annotated[float, typer.Option(min=0.1, help="for the TLS handshake, and for a request's headers")] = 10,
+    body_seconds: Annotated[float, typer.Option(min=1, help="for a request's body")] = 300,
 ) -> None:
     """Pass on what nodes need of a SuperLink, and nothing else. The server's start.sh starts it."""
-    from fedara_flwr.cli.deploy.gateway import serve
+    from fedara_flwr.cli.deploy.gateway import Limits, serve
 
-    serve(superlink, folder / "ca.crt", folder / "server.pem", folder / "server.key", listen, port, max_request_mb)
+    limits = Limits(max_request_mb, max_connections, max_per_address, head_seconds, body_seconds)
+    serve(superlink, folder / "ca.crt", folder / "server.pem", folder / "server.key", listen, port, limits)
 
 
 def _fail(error: Exception) -> NoReturn:
