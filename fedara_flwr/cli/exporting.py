@@ -41,7 +41,7 @@ def export(
     private: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write a run's newest good checkpoint as `kind` ("peft", "lora", "merged"), tokenizer and card beside it.
+    """Write the model that a run leaves as `kind` ("peft", "lora", "merged"), tokenizer and card beside it.
 
     Args:
         out: folder; default `run/exports/kind`.
@@ -64,6 +64,7 @@ def export(
 
     saved = open_run(run)
     method, state, model = saved.method, saved.state, saved.model
+    facts["export"] = saved.export
     if model.revision:
         facts["revision"] = model.revision
     with _beside(out) as made:
@@ -74,7 +75,7 @@ def export(
             say(f"the base model is a local folder: pushed as {base_name(facts)!r}, who loads the adapter must have it")
         files = sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
         _replace(made, out)
-    say(f"{kind}: {out}")
+    say(f"{kind}: {out} ({saved.export['said']})")
     if push:
         say(f"pushed: {_push(out, files, push, private)}")
     return out

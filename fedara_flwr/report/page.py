@@ -175,6 +175,8 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         figures.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
         asked, good = sum(len(line.get("sampled") or []) for line in run.rounds), np.nansum(series(run.rounds, "good"))
         figures.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
+    if export := run.facts.get("export") or {}:
+        figures.append(("model that is left", f"round {export.get('round')}", str(export.get("said", ""))))
     if privacy := run.facts.get("privacy") or {}:
         epsilon, delta = number(privacy.get("epsilon")), number(privacy.get("delta"))
         figures.append(("privacy", f"ε = {epsilon:.3g}", f"at δ = {delta:g}, {privacy.get('rounds')} rounds"))

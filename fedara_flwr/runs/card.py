@@ -122,6 +122,7 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         f"- Format: {FORMAT_TEXTS[_format(folder, kind)]}",
         f"- Data: {_data(facts)}",
         f"- Rounds: {facts['rounds']}{_outcome(facts)}",
+        *([f"- Weights: of {_line(facts['export']['said'])}"] if facts.get("export") else []),
         f"- Clients: {_clients(facts)}",
         *_privacy(facts),
         f"- Traffic of all rounds and clients: {_megabytes(facts, 'down')} to the clients, {_megabytes(facts, 'up')} from them",

@@ -97,7 +97,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_bert, tmp_path, moment, known
 @pytest.fixture
 def saved(tiny_bert, tmp_path):
     """A finished run of three rounds; its checkpoints are of rounds 2 and 3."""
-    return engine.run(settings(tiny_bert, tmp_path, "run"), CLIENTS).path
+    return engine.run(settings(tiny_bert, tmp_path, "run", run__export="last"), CLIENTS).path
 
 
 def damaged(path: Path, how: str) -> str:
@@ -156,7 +156,9 @@ def test_state_survives_encoding(tiny_bert):
 def test_the_last_two_are_kept_and_every_is_obeyed(tiny_bert, tmp_path):
     names = {}
     for every in (0, 1, 2):
-        run = engine.run(settings(tiny_bert, tmp_path, f"every-{every}", run__checkpoint_every=every), CLIENTS).path
+        run = engine.run(
+            settings(tiny_bert, tmp_path, f"every-{every}", run__export="last", run__checkpoint_every=every), CLIENTS
+        ).path
         names[every] = sorted(int(file.stem[-6:]) for file in run.glob("checkpoint/*"))
     assert names == {0: [], 1: [2, 3], 2: [2, 3]}
 
