@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from trials import EVERY, Trial  # noqa: E402
 
 from fedara_flwr import strategies  # noqa: E402
-from fedara_flwr.tasks import find  # noqa: E402
 
 METHODS = {"fedlora": "", "ffa-lora": "", "fedara": "", "fedara, all blocks": "depth-slack = 0.0"}
 
@@ -35,7 +34,7 @@ def main() -> None:
     rung = max(EVERY, args.rounds // 3 // EVERY * EVERY)
     for name in args.methods.split(";"):
         method = name.partition(",")[0]
-        own = strategies.find(method).learning_rate * find("causal-lm").rate_factor
+        own = strategies.find(method).learning_rate
         options = {"strategy.options": METHODS[name]} if METHODS[name] else {}
 
         def trial(factor: float, seed: int, name=name, method=method, own=own, options=options) -> Trial:

@@ -76,7 +76,6 @@ class CausalLM(Task):
     docstrings = "its rows have no answers ('functions' has)"
     metric = Metric("perplexity", higher=False, low=1.0, high=math.inf)
     metrics = ("perplexity", "accuracy", "loss")
-    rate_factor = 0.3
     defaults = {  # noqa: RUF012
         "model.name": "SmolLM2-135M-Instruct-Q4_1",
         "model.dtype": "bfloat16",
