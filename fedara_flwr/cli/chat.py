@@ -109,11 +109,30 @@ class Chat:
 
 
 def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """What transformers calls for every token of an answer; whole words go on."""
+    """What transformers calls for every token of an answer; whole words go on, but not what the template opens answers with."""
     from transformers import TextStreamer
 
+    from fedara_flwr.tasks.generation import opening
+
+    opens, held = opening(tokenizer), ""
+
+    def go_on(text: str, stream_end: bool = False) -> None:
+        nonlocal opens, held
+        if not opens:
+            write(text)
+            return
+        held += text
+        begun = held.lstrip()
+        if begun.startswith(opens) and (rest := begun.removeprefix(opens).lstrip()):
+            opens, text = "", rest
+        elif not opens.startswith(begun.rstrip()) and not begun.startswith(opens):
+            opens, text = "", held
+        else:
+            text = held if stream_end and not begun.startswith(opens) else ""
+        write(text)
+
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer.on_finalized_text = lambda text, stream_end=False: write(text)  # type: ignore[method-assign]
+    streamer.on_finalized_text = go_on  # type: ignore[method-assign]
     return streamer
 
 

@@ -28,6 +28,11 @@ def all_ends(learner: LearnerPort) -> list[int]:
     return sorted({*ends(learner.tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
+def opening(tokenizer: Any) -> str:
+    """What is read of that which the chat template itself writes before an answer, such as an empty thought; '' in most."""
+    return _words(tokenizer, tokenizer(Template(tokenizer).opening(), add_special_tokens=False)["input_ids"])
+
+
 def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer: Any = None) -> list[Said]:
     """The answers of the loaded model to prompts, all at once; greedy.
 
@@ -56,10 +61,10 @@ def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer:
             out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
     finally:
         adapted.model.generation_config = own
-    said, opening = [], _words(tokenizer, tokenizer(Template(tokenizer).opening(), add_special_tokens=False)["input_ids"])
+    said, opens = [], opening(tokenizer)
     for row in out[:, longest:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), len(row))
-        said.append(Said(_words(tokenizer, row[:end]).removeprefix(opening).strip(), end < len(row)))
+        said.append(Said(_words(tokenizer, row[:end]).removeprefix(opens).strip(), end < len(row)))
     return said
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from fedara_flwr import engine
 from fedara_flwr.cli import app
-from fedara_flwr.cli.chat import HELP, Chat, chat
+from fedara_flwr.cli.chat import HELP, Chat, _streamer, chat
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import find_run
 from fedara_flwr.runs.keeper import open_run
@@ -89,6 +89,27 @@ def test_a_prompt_is_what_training_had_before_an_answer(talk):
     talk.keep("a", "b")
     middle = turn("user", "a") + turn("assistant", "b")
     assert text(talk, talk.prompt("c")) == f"{turn('system', 'Be brief.')}{middle}{turn('user', 'c')}<|turn|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "pieces, shown",
+    [
+        (("<think>\n\n", "</think>\n\n", "two ", "three"), "two three"),
+        (("<think>", "\n\n</think>\n\ntwo"), "two"),
+        (("<think>\n", "red is ", "one"), "<think>\nred is one"),
+        (("two ", "three"), "two three"),
+        (("<think>",), "<think>"),
+        (("<think>\n\n</think>",), ""),
+    ],
+)
+def test_what_a_template_opens_answers_with_is_not_shown(pieces, shown):
+    thought = "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
+    qwen = CHAT.replace("m['content']", thought)
+    found: list[str] = []
+    streamer = _streamer(tokenizer(qwen), found.append)
+    for place, piece in enumerate(pieces):
+        streamer.on_finalized_text(piece, stream_end=place == len(pieces) - 1)
+    assert "".join(found) == shown
 
 
 def test_another_system_text(run):
