@@ -472,7 +472,11 @@ def test_containers_have_no_more_rights_than_they_need(path):
             name
         )
         assert service["restart"] == ("no" if "profiles" in service else "unless-stopped")
-        assert "healthcheck" in service
+        assert "healthcheck" in service and service["mem_limit"] == "${MEMORY}" and service["pids_limit"] == 1024
+        writable = {mount.rpartition(":")[2] for mount in service["volumes"] if not mount.endswith(":ro")}
+        assert writable <= {"/site/home", "/site/state"} and (name == "gateway") == (not writable), name
+        seen = {mount.rsplit("/", 1)[1].removesuffix(":ro") for mount in service["volumes"]}
+        assert ("server.key" in seen) == (name in ("superlink", "gateway")), name  # not where the ServerApp runs
         assert ("ports" in service) == (name == "gateway" and path.name == "server-compose.yml"), name
 
 

@@ -365,7 +365,7 @@ def data(node: NodeSettings) -> Finding:
     names = ("text_column", "pair_column", "label_column")
     columns = {name: column for name in names if (column := getattr(node, name))}
     settings = Settings().data.model_copy(
-        update={"path": node.data_path, "format": node.data_format, "id_column": "", **columns}
+        update={"path": node.data_path, "format": node.data_format, "subset": node.data_subset, "id_column": "", **columns}
     )
     usual = settings.task  # the default one is tried first
     order = sorted(tasks(), key=lambda name: (name != usual, name))

@@ -59,7 +59,8 @@ def create(
         _write(out / "site.toml", f'host = "{host}"\nport = {port}\n'.encode())
         server = out / "server"
         _folder(server)
-        _folder(server / "nodes")
+        for name in ("nodes", "home", "state"):
+            _folder(server / name)
         _write(server / "ca.crt", keys.certificate_pem(authority.certificate))
         _write(server / "server.pem", keys.certificate_pem(certificate))
         _write(server / "server.key", keys.key_pem(key))
@@ -109,6 +110,7 @@ def add_node(site: Path, name: str, say: Callable[[str], None]) -> None:
 def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     node = site / f"node-{name}"
     _folder(node)
+    _folder(node / "home")
     private, public = keys.new_node_key(name)
     _write(node / "ca.crt", (site / "ca" / "ca.crt").read_bytes())
     _write(node / "node.key", private)

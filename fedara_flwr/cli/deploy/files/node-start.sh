@@ -10,6 +10,14 @@ export FLWR_HOME="$here/home"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="$POLL_SECONDS" TOKENIZERS_PARALLELISM=false PATH
 mkdir -p "$FLWR_HOME"
+if [ "${ADDRESS_SPACE_MB:-0}" -gt 0 ]; then
+    if [ -e /dev/nvidiactl ] || [ -e /dev/nvmap ]; then
+        echo "ADDRESS_SPACE_MB=$ADDRESS_SPACE_MB is not set: CUDA maps more than it uses" >&2
+    else
+        # shellcheck disable=SC3045 # dash and busybox have it
+        ulimit -v $((ADDRESS_SPACE_MB * 1024))
+    fi
+fi
 
 child=
 trap 'trap - INT TERM; [ -z "$child" ] || kill "$child" 2>/dev/null || :; wait; exit 0' INT TERM

@@ -8,9 +8,10 @@
 export FLWR_HOME="$here/home"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="$POLL_SECONDS" TOKENIZERS_PARALLELISM=false PATH
-mkdir -p "$here/state" "$FLWR_HOME"
-# for the flwr command; Flower wants an absolute path, so it is written where the folder is
-cat >"$FLWR_HOME/config.toml.$$" <<END
+if [ "${1:-}" != gateway ]; then # whose container has files to read alone
+    mkdir -p "$FLWR_HOME"
+    # for the flwr command; Flower wants an absolute path, so it is written where the folder is
+    cat >"$FLWR_HOME/config.toml.$$" <<END
 [superlink]
 default = "site"
 
@@ -18,4 +19,5 @@ default = "site"
 address = "$SUPERLINK_HOST:$SUPERLINK_PORT"
 root-certificates = "$here/ca.crt"
 END
-mv "$FLWR_HOME/config.toml.$$" "$FLWR_HOME/config.toml"
+    mv "$FLWR_HOME/config.toml.$$" "$FLWR_HOME/config.toml"
+fi

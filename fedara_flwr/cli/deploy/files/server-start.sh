@@ -7,10 +7,19 @@ umask 077
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck source=/dev/null
 . "$here/environment.sh"
+if [ "${ADDRESS_SPACE_MB:-0}" -gt 0 ]; then
+    if [ -e /dev/nvidiactl ] || [ -e /dev/nvmap ]; then
+        echo "ADDRESS_SPACE_MB=$ADDRESS_SPACE_MB is not set: CUDA maps more than it uses" >&2
+    else
+        # shellcheck disable=SC3045 # dash and busybox have it
+        ulimit -v $((ADDRESS_SPACE_MB * 1024))
+    fi
+fi
 
 part() {
     case $1 in
         superlink)
+            mkdir -p "$here/state"
             # --isolation process: the ServerApp is no child of the SuperLink, and outlives its restart
             set -- flower-superlink --host "$SUPERLINK_LISTEN" --port "$SUPERLINK_PORT" \
                 --ssl-ca-certfile "$here/ca.crt" --ssl-certfile "$here/server.pem" --ssl-keyfile "$here/server.key" \
@@ -23,7 +32,8 @@ part() {
             ;;
         gateway)
             set -- fedara deploy gateway "$here" --superlink "$SUPERLINK_HOST:$SUPERLINK_PORT" \
-                --listen "$LISTEN" --port "$PORT" --max-request-mb "$MAX_REQUEST_MB"
+                --listen "$LISTEN" --port "$PORT" --max-request-mb "$MAX_REQUEST_MB" \
+                --max-connections "$MAX_CONNECTIONS" --max-per-address "$MAX_PER_ADDRESS" --body-seconds "$BODY_SECONDS"
             ;;
         *)
             echo "start.sh $1: allowed are superlink, superexec, gateway" >&2
