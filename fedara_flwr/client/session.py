@@ -128,7 +128,9 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
         data["client_validation"] = node.validation
     if node.data_path:  # all rows are this node's
         data |= {name: getattr(node, name) for name in ("text_column", "pair_column", "label_column")}
-        data |= {"id_column": "", "format": node.data_format, "options": _own_options(settings.data.options, node.data_options)}
+        data |= {"train_split": "", "validation_split": "", "test_split": "", "id_column": ""}
+        data |= {"format": node.data_format, "subset": node.data_subset}
+        data["options"] = _own_options(settings.data.options, node.data_options)
     groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
     changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}
     return settings.model_copy(update=changed), node.data_path

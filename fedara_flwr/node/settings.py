@@ -53,6 +53,7 @@ class NodeSettings(Group):
     busy_when: str = Field("", description="command that says 'not now' by exit code 0")
     data_path: str = Field("", description="own data: a parquet, csv or jsonl file, or a folder with train.* and test.*")
     data_format: str = Field("", description="how its files are written, as the run's data.format; '' = found")
+    data_subset: str = Field("", description="configuration of a copy of a Hub repository, as the run's data.subset")
     text_column: str = Field("text", min_length=1, description="column of the text in own data; the run's names do not count")
     pair_column: str = Field("", description="column of the second text; '' = none")
     label_column: str = Field("label", min_length=1, description="column of the label")

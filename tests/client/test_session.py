@@ -134,9 +134,11 @@ def test_one_session_per_process_and_model(tiny_bert):
 
 
 def test_a_device_uses_its_own_model_and_data_not_the_servers():
-    settings = read_settings({"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"})
-    node = NodeSettings.read({"data-path": "/data/mine.parquet", "models": "/somewhere=/data/model"})
+    run = {"data.path": "/etc/passwd", "model.name": "/somewhere", "data.name": "a/b"}
+    settings = read_settings(run | {"data.subset": "sst2", "data.train-split": "part", "data.format": "encoding = 'cp1252'"})
+    node = NodeSettings.read({"data-path": "/data/mine.parquet", "data-subset": "mine", "models": "/somewhere=/data/model"})
     own, path = own_settings(settings, node, trusted=False)
+    assert (own.data.subset, own.data.train_split, own.data.format) == ("mine", "", "")
     assert (own.data.path, path, own.model.name) == ("/data/mine.parquet", "/data/mine.parquet", "/data/model")
     own, path = own_settings(settings, NodeSettings.read({"models": "other, /somewhere"}), trusted=False)
     assert (own.data.path, own.data.name, path, own.model.name) == ("", "docstrings", "", "/somewhere")
