@@ -120,7 +120,8 @@ class Labels:
             LeftOut: it is none: missing, -1 among ids, or `NA` and the like among numbers.
         """
         text = written(value)
-        if text is None or (self._numeric and text in NOTHING and text not in self.names):
+        numbers = self._numeric or self.by_place or self.ids
+        if text is None or (numbers and text in NOTHING and text not in self.names):
             raise LeftOut(WITHOUT_LABEL)
         if self.ids and WHOLE.fullmatch(text):
             if int(text) not in self.ids:

@@ -108,6 +108,18 @@ def test_one_row_without_a_number_changes_no_other(tmp_path):
     assert server(csv(tmp_path / "w.csv", ["Favor", "None", "Against"]))[0] == ("Against", "Favor", "None")  # a word is a word
 
 
+@pytest.mark.parametrize("named", ["key", "file"])
+def test_among_ids_it_is_no_label_either(tmp_path, named):
+    path, names = csv(tmp_path / "d.csv", [1, "NA", 0, ""]), ("neg", "pos")
+    if named == "file":
+        (tmp_path / "labels.json").write_text(json.dumps(names))
+    assert server(path, **({"labels": "neg,pos"} if named == "key" else {})) == (names, ["pos", None, "neg"])
+    assert device(path, names) == ["pos", None, "neg"]
+    words = csv(tmp_path / "w" / "d.csv", ["pos", "NA", "neg"])
+    assert "row 1 has label 'NA', allowed are neg, pos" in problem(words, labels="neg,pos")
+    assert server(words, labels="neg,NA,pos")[1] == ["pos", "NA", "neg"]
+
+
 @pytest.mark.parametrize("make", [csv, jsonl, parquet])
 def test_a_list_of_numbers_is_of_names(tmp_path, make):
     """Stars from 1 to 4 of 5: no place in the list."""
