@@ -13,12 +13,12 @@ if [ $# -gt 1 ]; then
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.11")'
 
-if [ -z "${TORCH:-}" ]; then
-    case $(uname -m) in
-        # newer builds for aarch64 are for CUDA, and do not load without it
-        aarch64) TORCH=torch==2.9.1 ;;
-        *) TORCH=torch==$(sed -n 's/^torch==//p' "$docker/../constraints.txt") ;;
-    esac
+# shellcheck source=/dev/null
+. "$docker/environment.sh"
+lock=${requirements%-requirements.txt}.lock
+if [ -f "$lock" ]; then # docker/lock.sh: these files and no others
+    "$python" -m pip install --require-hashes --no-deps -r "$lock"
+    exec "$python" -m pip install --no-deps --no-build-isolation "$docker/.."
 fi
 # all but torch, whose version is the machine's own matter
 constraints=$(mktemp)

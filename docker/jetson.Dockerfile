@@ -1,14 +1,17 @@
 # syntax=docker/dockerfile:1
 # A Jetson with JetPack 6 (L4T r36): as device.Dockerfile, with the CUDA build of torch that its base image has. JetPack's
-# own Ubuntu 22.04 has Python 3.10, too old for flwr 1.41; this base has Ubuntu 24.04 and Python 3.12 on L4T r36.4.
-# On the Jetson, from the repository's folder:
-#   docker build --file docker/jetson.Dockerfile --tag fedara/jetson:0.1.0 --build-arg PIP_INDEX_URL=… .
-# PIP_INDEX_URL: the base image names an index of its own, which does not always answer.
-FROM dustynv/pytorch:2.7-r36.4.0-cu128-24.04
+# own Ubuntu 22.04 has Python 3.10, too old for flwr 1.41. The base is the vendor's PyTorch image for Jetson: in NVIDIA's
+# catalogue "pytorch", a tag that ends in -igpu, of a release with Python 3.12. On the Jetson, from the repository's folder:
+#   docker build --file docker/jetson.Dockerfile --tag fedara/jetson:0.1.0 --build-arg BASE=…/pytorch@sha256:… .
+# It has no default: whoever builds names the digest that he has looked up (docs/deploy.md).
+ARG BASE
+# hadolint ignore=DL3006 # there is no tag to pin
+FROM ${BASE}
 
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-ENV TORCH=installed PIP_NO_CACHE_DIR=1
+# the vendor's own constraints are for its own image
+ENV TORCH=installed PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=
 WORKDIR /opt/fedara
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY docker docker

@@ -2,7 +2,9 @@
 # The server: SuperLink, SuperExec with the ServerApp, gateway. From the repository's folder:
 #   docker build --file docker/server.Dockerfile --tag fedara/server:0.1.0 .
 # pip's settings and TORCH as build arguments, see install-server.sh.
-FROM python:3.11.14-slim-bookworm
+# A tag can be given to another image, a digest cannot (docs/deploy.md): --build-arg BASE=python@sha256:…
+ARG BASE=python:3.11.14-slim-bookworm
+FROM ${BASE}
 
 ARG TORCH=""
 ARG PIP_INDEX_URL

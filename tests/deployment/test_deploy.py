@@ -483,8 +483,9 @@ def test_containers_have_no_more_rights_than_they_need(path):
 def test_images_are_pinned_and_not_root():
     for path in DOCKER.glob("*.Dockerfile"):
         text = path.read_text()
-        (base,) = re.findall(r"^FROM (\S+)$", text, re.M)
-        assert re.fullmatch(r"[a-z/]+:\d[\w.-]+", base), base
+        (base,) = re.findall(r"^ARG BASE=?(.*)$", text, re.M)
+        assert re.search(r"^FROM \$\{BASE(:\?.*)?\}$", text, re.M)
+        assert re.fullmatch(r"[a-z/]+:\d[\w.-]+", base) or (path.name == "jetson.Dockerfile" and not base), base
         assert re.search(r"^USER 1000:1000$", text, re.M) and "HEALTHCHECK" in text
         assert "sh docker/install-" in text
 
