@@ -94,7 +94,10 @@ class StrategySettings(Group):
         3.0, ge=0, description="a client weighs at most this many times the median of the round's clients; 0 = no cap"
     )
     norm_bound: float = Field(
-        20.0, ge=0, description="an update counts if no part moved further than this many times the usual median; 0 = all count"
+        20.0,
+        ge=0,
+        description="an update counts if no part moved further than this many times the usual median, each number cut to what "
+        "its client's steps reach; 0 = all count as they come",
     )
     robust: Literal["mean", "median", "trimmed-mean", "norm-clip", "multi-krum"] = Field(
         "mean", description="rule that merges updates; all but mean withstand bad ones (docs/robustness.md)"

@@ -27,7 +27,7 @@ from fedara_flwr.node.guard import Guard
 from fedara_flwr.node.power import PowerMeter, peak_memory
 from fedara_flwr.tasks.base import Encoded
 from fedara_flwr.tasks.overview import Overview
-from fedara_flwr.training import LocalTraining
+from fedara_flwr.training import BETAS, LocalTraining
 from fedara_flwr.wire.plan import KEPT_SLOTS, TrainPlan, Update
 
 SORTING_WINDOW = 8  # batches among which examples are sorted by length
@@ -287,7 +287,7 @@ def make_optimizer(plan: TrainPlan, parameters: Callable[[str], list[nn.Paramete
         for name, part in declared().items()
         if name in plan.trained and (trained := parameters(name))
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
     warmup = plan.train.warmup_steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)) if warmup else 1.0

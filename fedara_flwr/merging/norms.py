@@ -1,17 +1,29 @@
-"""How long updates usually are: one that is many times longer than the median does not count (this project's reading).
+"""How far updates move: one that is many times longer than the median does not count, and numbers go no further than steps do.
 
 Each part is looked at by itself, as the root mean square of its differences from what was sent, so that a small part cannot
-hide behind a large one and updates with fewer slots compare with whole ones.
+hide behind a large one and updates with fewer slots compare with whole ones (this project's reading). One number may hold a
+whole length: so each is cut to what the client's steps reach at the plan's learning rates.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
+
+from fedara_flwr.model.difference import difference
+from fedara_flwr.model.parts import declared, is_slot_part, of_backbone
+from fedara_flwr.model.spec import Arrays
+from fedara_flwr.wire.plan import TrainPlan
+
 LENGTHS_KEPT = 64  # lengths remembered of each part
 ENOUGH = 3  # lengths that make a median
+WIDEST = 5.0  # times the usual length, which of noise by a whole fleet (update-noise) one number in a million is beyond
+ROUNDING, ON_THE_WIRE, RESIDUE = 1e-6, 1.01, 1.25  # of float32 values; of float16 differences; what wire.feedback may add
+HALF_PRECISION = 2.0**-7  # what rounding to bfloat16 puts a backbone's weight of up to 2 off
 
 Sizes = dict[str, float]
 """Root mean square of an update's differences by part (model/difference.py)."""
@@ -42,14 +54,37 @@ class Norms:
                 data already and hardly move, one that still learns is no liar.
         """
         for part, size in sizes.items():
-            usual = self.history.get(part, [])
-            if len(usual) < ENOUGH:
-                usual = [other[part] for other in beside if other.get(part, 0.0) > 0]
-            if not self.bound or len(usual) < ENOUGH or size <= step.get(part, 0.0):
+            if not self.bound or size <= step.get(part, 0.0):
                 continue
-            if size > self.bound * (median := statistics.median(usual)):
+            if size > self.bound * (median := self._usual(part, beside)):
                 return f"{part} moved {size:.3g} (root mean square), allowed is {self.bound:g} times the median {median:.3g}"
         return ""
+
+    def _usual(self, part: str, beside: Sequence[Sizes]) -> float:
+        """The median length of a part; infinite where too few are known."""
+        usual = self.history.get(part, [])
+        if len(usual) < ENOUGH:
+            usual = [other[part] for other in beside if other.get(part, 0.0) > 0]
+        return math.inf if len(usual) < ENOUGH else statistics.median(usual)
+
+    def cut(
+        self, arrays: Arrays, before: Arrays, reach: Mapping[str, float], beside: Sequence[Sizes] = ()
+    ) -> tuple[Arrays, list[str]]:
+        """`arrays` with no number further from `before` than `reach` allows its part, and what was cut, in words.
+
+        Where updates are usually longer than that, as behind the noise of a whole fleet, `WIDEST` times their length is allowed.
+        """
+        whole, said = dict(arrays), []
+        for part, change in difference(arrays, before).items():
+            usual, limit = self._usual(part, beside), reach.get(part, math.inf)
+            if limit < usual < math.inf:
+                limit = WIDEST * usual
+            limit += ROUNDING * (1.0 + float(np.abs(before[part]).max(initial=0.0)))
+            sizes = np.abs(change)
+            if beyond := int((sizes > limit).sum()):
+                whole[part] = (before[part] + np.clip(change, -limit, limit)).astype(np.float32)
+                said.append(f"{beyond} of {part} moved up to {sizes.max():.3g}, its steps reach {limit:.3g}")
+        return whole, said
 
     def learn(self, counted: Sequence[Mapping[str, float]]) -> None:
         """Remember how far a round's counted updates moved; not those that changed nothing: they must not lower the bound."""
@@ -59,3 +94,20 @@ class Norms:
                     self.history.setdefault(part, []).append(size)
         for part in self.history:
             del self.history[part][:-LENGTHS_KEPT]
+
+
+def reach(plan: TrainPlan, examples: int) -> dict[str, float]:
+    """How far training by `plan` can move a number of each part that is sent, with what its way here adds.
+
+    A part that stays with the node began elsewhere: of it nothing is known.
+
+    Args:
+        examples: of the client, which by epochs decide how many steps it does.
+    """
+    found, steps = {}, plan.train.reach(examples)
+    for name in sorted(plan.sent - plan.kept):
+        far = declared()[name].rate(plan.train) * steps * (RESIDUE if name in plan.feedback else ON_THE_WIRE)
+        if not is_slot_part(name) and of_backbone([name]):
+            far = 2 * far + HALF_PRECISION  # a node may hold it in bfloat16
+        found[name] = far
+    return found

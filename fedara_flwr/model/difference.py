@@ -23,6 +23,11 @@ def length(moved: Difference) -> float:
     return sqrt(sum(float(change @ change) for change in moved.values()))
 
 
+def peaks(moved: Difference) -> dict[str, float]:
+    """The largest single change of each part."""
+    return {name: float(np.abs(change).max(initial=0.0)) for name, change in moved.items()}
+
+
 def share_within(moved: Difference, limit: float) -> float:
     """What a difference must be multiplied by to be no longer than `limit`: 1 where it is not; 0 where it is not finite."""
     size = length(moved)

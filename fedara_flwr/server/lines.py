@@ -34,6 +34,7 @@ def round_line(
         "bytes-kept": max((state.delta.nbytes(plan.delta) for plan in work.plans), default=0),
         "sampled": [node.key for node in work.asked],
         "good": work.good,
+        **({"cut": work.cut} if work.cut else {}),
         "dropped": [vars(drop) for drop in work.drops],
         "sitting-out": work.sitting,
     }

@@ -15,8 +15,8 @@ from flwr.app import Message
 
 from fedara_flwr.config import StrategySettings
 from fedara_flwr.merging.merger import Merger
-from fedara_flwr.merging.norms import Norms, Sizes
-from fedara_flwr.model.difference import difference, root_mean_squares
+from fedara_flwr.merging.norms import Norms, Sizes, reach
+from fedara_flwr.model.difference import difference, peaks, root_mean_squares
 from fedara_flwr.model.parts import declared
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
@@ -67,6 +67,7 @@ class Round:
         private: of a reply nothing is used or written but its arrays and whether it counted.
         sitting: clients that sit out (server/strikes.py).
         down: bytes sent to each client, by part.
+        cut: what was cut of updates that counted, by client, in words.
         answered: clients whose updates counted; `replies`, what the method sees of them, none in a private run.
         merging: what the merger reports of itself.
         began: when the messages were pushed, by the monotonic clock.
@@ -96,12 +97,13 @@ class Round:
     records: list[Line] = field(default_factory=list)
     sizes: list[Sizes] = field(default_factory=list)
     merging: Line = field(default_factory=dict)
+    cut: dict[str, list[str]] = field(default_factory=dict)
     answered: list[str] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     _results: dict[int, tuple[Update, Line] | None] = field(default_factory=dict)
     _next: int = 0
-    _held: list[tuple[Node, TrainPlan, Update, Line, Sizes]] = field(default_factory=list)
+    _held: list[tuple[Node, TrainPlan, Update, Line, Sizes, Sizes]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
@@ -136,9 +138,9 @@ class Round:
                 self._drop(self.asked[index].key, *late)
                 self._results[index] = None
         self._feed(merger)
-        beside = [moved for *_, moved in self._held]
-        for node, plan, update, record, moved in self._held:
-            self._judge(node, plan, update, record, moved, beside, merger)
+        beside = [moved for *_, moved, _ in self._held]
+        for held in self._held:
+            self._judge(*held, beside, merger)
         self._held.clear()
         self.norms.learn(self.sizes)
         place = {node.key: i for i, node in enumerate(self.asked)}
@@ -190,25 +192,51 @@ class Round:
             if checked is None:
                 continue
             update, record = checked
-            moved = self._moved(plan, update)
+            moved, largest = self._moved(plan, update)
             if self.norms.known(moved):
-                self._judge(node, plan, update, record, moved, (), merger)
+                self._judge(node, plan, update, record, moved, largest, (), merger)
             else:
-                self._held.append((node, plan, update, record, moved))
+                self._held.append((node, plan, update, record, moved, largest))
 
-    def _moved(self, plan: TrainPlan, update: Update) -> Sizes:
+    def _moved(self, plan: TrainPlan, update: Update) -> tuple[Sizes, Sizes]:
+        """How far an update moved, by part: root mean square, and the largest single change."""
         if not self.norms.bound:
-            return {}
-        return root_mean_squares(difference(update.arrays, self.start(plan, update.mask)))
+            return {}, {}
+        moved = difference(update.arrays, self.start(plan, update.mask))
+        return root_mean_squares(moved), peaks(moved)
+
+    def _within_reach(
+        self, node: Node, plan: TrainPlan, update: Update, moved: Sizes, largest: Sizes, beside: Sequence[Sizes]
+    ) -> tuple[Update, Sizes]:
+        """The update with no number further than its steps reach, and how far it then moved."""
+        far = reach(plan, self.limits[node.key])
+        if all(size <= far.get(part, math.inf) for part, size in largest.items()):
+            return update, moved
+        arrays, said = self.norms.cut(update.arrays, self.start(plan, update.mask), far, beside)
+        if not said:
+            return update, moved
+        self.cut[node.key] = said
+        logger.warning("round %d: update of client %s cut: %s", self.number, node.key, "; ".join(said))
+        update = replace(update, arrays=arrays)
+        return update, self._moved(plan, update)[0]
 
     def _judge(
-        self, node: Node, plan: TrainPlan, update: Update, record: Line, moved: Sizes, beside: Sequence[Sizes], merger: Merger
+        self,
+        node: Node,
+        plan: TrainPlan,
+        update: Update,
+        record: Line,
+        moved: Sizes,
+        largest: Sizes,
+        beside: Sequence[Sizes],
+        merger: Merger,
     ) -> None:
-        """Let an update count unless it moved too far."""
+        """Let an update count, no number of it further than steps reach, unless all of it moved too far."""
         step = {name: part.rate(plan.train) for name, part in declared().items() if name in moved}
         if excess := self.norms.excess(moved, beside, step):
             self._drop(node.key, "norm", excess)
             return
+        update, moved = self._within_reach(node, plan, update, moved, largest, beside)
         weight = int(min(max(1, self.weights[node.key] * update.num_examples // self.limits[node.key]), self.cap))
         self.answered.append(node.key)
         self.records.append(record)

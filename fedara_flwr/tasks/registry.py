@@ -21,7 +21,8 @@ METRIC, MOST_METRICS = re.compile(r"[a-z0-9][a-z0-9-]{0,39}"), 24
 # what a round's line says under these names is something else (server/lines.py)
 RESERVED = frozenset(
     "type round good dropped sampled slots alive alive-sent alive-per-module dead-modules bytes bytes-total bytes-kept seconds "
-    "seconds-evaluate examples coding-error factor-error feedback-norm planned noise clipped left-out-by-krum clients sitting-out".split()
+    "seconds-evaluate examples coding-error factor-error feedback-norm planned noise clipped left-out-by-krum clients "
+    "sitting-out cut".split()
 )
 PREFIXES = ("client-", "modelled-", "eval-", "test-")
 Plugin = packages.Plugin[type[Task]]
