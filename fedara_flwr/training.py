@@ -94,7 +94,7 @@ class TrainSettings(LocalTraining):
         -1.0,
         ge=-1,
         description="AdamW learning rate of the head; 0 = fixed: neither trained nor sent back; -1 = 1e-3 for a head that was "
-        "solved (head.start), 1e-2 for one that was drawn",
+        "solved (head.start) or is the checkpoint's, 1e-2 for one that was drawn",
     )
     final_rate: float = Field(1.0, gt=0, le=1, description="learning rates in the last round over those in the first")
     schedule: Literal["linear", "cosine"] = Field(
@@ -117,7 +117,9 @@ class TrainSettings(LocalTraining):
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
-    def local(self, learning_rate: float, diversity: float | None = None, done: float = 0.0) -> LocalTraining:
+    def local(
+        self, learning_rate: float, diversity: float | None = None, done: float = 0.0, kept: bool = False
+    ) -> LocalTraining:
         """What travels in a plan.
 
         Args:
@@ -125,11 +127,12 @@ class TrainSettings(LocalTraining):
             diversity: of the clients' labels (`Merged.diversity`), from 0 to 1, where the head was solved: who has few of the
                 labels pulls the whole model towards them, the more the larger the steps. None = the head was drawn.
             done: share of the run that is over: 0 in the first round, 1 in the last.
+            kept: whether the head is the checkpoint's, which has learnt already.
         """
         fallen = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
         share = 1 - (1 - self.final_rate) * fallen
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
-        drawn = diversity is None
+        drawn = diversity is None and not kept
         head = self.head_learning_rate if self.head_learning_rate >= 0 else DRAWN_HEAD if drawn else SOLVED_HEAD
         rate = self.learning_rate or learning_rate * (1.0 if diversity is None else max(diversity, LEAST_SHARE))
         rates = {"learning_rate": share * rate, "head_learning_rate": share * head}

@@ -6,22 +6,24 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from fedara_flwr.adapters import fit
+from fedara_flwr.adapters import fit, heads, pieces
 from fedara_flwr.adapters import packaged as packages
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import first_line
-from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
+from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec, Vector
 from fedara_flwr.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -50,15 +52,20 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or lacks what `task` needs.
     """
+    source = locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
+    tokenizer = pieces.as_published(name, source, tokenizer)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise ConfigError(f"model.name = {name!r}: its tokenizer knows no word, allowed are models with a tokenizer's files")
     if task is not None:
         task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            line = "its tokenizer has neither a padding token nor an end token, allowed are those with one of the two"
+            raise ConfigError(f"model.name = {name!r}: {line}")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -72,6 +79,8 @@ class Backbone:
         blocks: the repeated blocks, from the lowest.
         key_mapping: what `from_pretrained` must be told of the checkpoint's names, {} where they are the model's own.
         head_modules: top-level modules that hold the head, for PEFT's `modules_to_save`.
+        head_refused: why the checkpoint's own head is not kept; '' where it is, and where it has none.
+        other_head: whether the checkpoint's own head has other shapes.
     """
 
     def __init__(
@@ -105,6 +114,8 @@ class Backbone:
             library(dtype)  # before minutes of loading
         source = locate(name)
         try:
+            names = AutoConfig.from_pretrained(source, trust_remote_code=False).id2label or {}
+            published = [str(label) for _, label in sorted(names.items())]
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
             if config.pad_token_id is None or config.pad_token_id < 0:
                 config.pad_token_id = pad_token_id
@@ -115,6 +126,7 @@ class Backbone:
                 config=config,
                 dtype="auto",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # what is of the head alone, heads.py says
                 trust_remote_code=False,
             )
             # a head is drawn here, but never used: clients and server get theirs from the server's seed
@@ -134,12 +146,20 @@ class Backbone:
         self.model.eval()
         blocks = _block_list(self.model)
         self.blocks: list[nn.Module] = list(self.model.get_submodule(blocks).children())
-        self.head_modules, head = self._split_head(task, set(info["missing_keys"]), blocks)
-        self.identity_pooler = self._set_pooling(pooling, head)
+        other = heads.other_shapes(name, info, task.is_head if task.head == "new" else lambda module: False)
+        missing = set(info["missing_keys"]) - set(other)
+        self.head_modules, head = self._split_head(task, missing | set(other), blocks)
+        layer = [p.name for p in head if task.is_head(p.name.split(".")[0])]
+        kept, self.head_refused = heads.order(labels, published, [p.name for p in head], layer, missing, other)
+        self.other_head = bool(other)
+        # a pooler below a trained head was trained with it
+        self.identity_pooler = "" if kept is not None else self._set_pooling(pooling, head)
         modules = _linear_modules(self.model, blocks, target_modules)
-        heads = {p.name for p in head}
-        rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in heads)
-        self.spec = ModelSpec(self._fingerprint(head), modules, head, rest)
+        names = {p.name for p in head}
+        rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in names)
+        self.spec = ModelSpec(self._fingerprint(() if kept is not None else head), modules, head, rest)
+        if kept is not None:
+            self.spec = replace(self.spec, kept=self._packed_head(kept))
         wanted = torch.float32 if dtype == "float32" else torch.bfloat16
         for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
             parameter.data = parameter.data.to(wanted)
@@ -209,6 +229,16 @@ class Backbone:
                         dense.bias.zero_()
                     return name
         return ""
+
+    def _packed_head(self, order: list[int]) -> Vector:
+        """The head's values as they were loaded, the outputs of the last layer in this order ([] = as they are)."""
+        packed = []
+        for parameter in self.spec.head:
+            values = self.model.get_parameter(parameter.name).detach().float()
+            if order and parameter.name.rpartition(".")[0] == self.last_linear:
+                values = values[order]
+            packed.append(values.flatten().cpu().numpy())
+        return np.concatenate(packed)
 
     def _fingerprint(self, head: tuple[ParameterSpec, ...]) -> str:
         names = {p.name for p in head}

@@ -25,7 +25,12 @@ def lora_a(spec: ModelSpec, mask: RankMask, seed: int) -> Vector:
 
 
 def drawn_head(spec: ModelSpec, seed: int) -> Vector:
-    """The head before it is solved or trained: weights N(0, 0.02²) as in BERT, biases 0, norms 1; empty where there is none."""
+    """The head before it is solved or trained; empty where there is none.
+
+    The checkpoint's where that is kept, else weights N(0, 0.02²) as in BERT, biases 0, norms 1.
+    """
+    if spec.kept is not None:
+        return spec.kept.copy()
     rng = generator(seed, "start", "head")
     pieces = []
     for parameter in spec.head:

@@ -50,12 +50,14 @@ class ModelSpec:
         modules: adapted layers; their order is the module index everywhere.
         head: parameters of the head, in the order in which they are packed.
         backbone: all other parameters, likewise.
+        kept: the packed head of the checkpoint, where its labels are the run's; None = the run draws one.
     """
 
     fingerprint: str
     modules: tuple[ModuleSpec, ...]
     head: tuple[ParameterSpec, ...]
     backbone: tuple[ParameterSpec, ...] = ()
+    kept: Vector | None = field(default=None, repr=False, compare=False)
     _parameters: dict[str, tuple[ParameterSpec, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property

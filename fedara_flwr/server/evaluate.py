@@ -59,7 +59,18 @@ class ServerModel:
         data = self.federation
         parts = {"train": data.pool, "validation": data.validation, "test": data.test}
         most = self.settings.data.max_length
-        return overview(self.task, self.learner.tokenizer, parts, self.labels, most, data.skipped)
+        found = overview(self.task, self.learner.tokenizer, parts, self.labels, most, data.skipped)
+        return found._replace(lines=(*found.lines, *self._checkpoints_head()))
+
+    def _checkpoints_head(self) -> list[str]:
+        """What becomes of the head that the checkpoint has; [] where it has none."""
+        start = self.settings.head.start
+        if self.backbone.head_refused:
+            return [f"head: {self.backbone.head_refused}; it begins anew"]
+        if self.spec.kept is None:
+            return []
+        solved = f"; head.start = {start!r} solves its last layer anew, 'random' keeps it" if start != "random" else ""
+        return [f"head: the checkpoint's, its labels are the run's{solved if self.task.classes else ''}"]
 
     def partition(self, clients: int) -> dict[str, Any]:
         """What each of so many simulated clients has, for federated.json.

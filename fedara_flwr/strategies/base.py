@@ -280,7 +280,7 @@ class Method:
         return (noise * np.repeat(1.0 / np.sqrt(per_slot), per_slot)).astype(np.float32)
 
     def start_head(self) -> Arrays:
-        """The head as it is drawn from the run's seed; {} where the task has none."""
+        """The head as it is drawn from the run's seed, or the checkpoint's where that is kept; {} where the task has none."""
         return {"head": drawn_head(self.spec, self.settings.seed)} if self.spec.head else {}
 
     def scales(self, mask: RankMask) -> tuple[float, ...]:
@@ -324,6 +324,7 @@ class Method:
                 self.learning_rate * find_task(settings.data.task).rate_factor,
                 state.solved.get("diversity"),
                 state.server_round / max(settings.num_server_rounds - 1, 1),
+                self.spec.kept is not None,
             ),
             sent=self.parts - self.kept,
             kept=self.parts & self.kept,

@@ -28,6 +28,8 @@ from fedara_flwr.runs.card import has_card, write_card
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.strategies.fedara import FedARA
+from fedara_flwr.tasks import read_settings
 
 README = Path(__file__).parents[2] / "README.md"
 COLOURS = ("red", "green", "blue")
@@ -123,6 +125,28 @@ def test_training_shows_in_the_exports(run, base):
     model.adapted.load(weights.arrays | {"E": np.zeros_like(weights.arrays["E"])}, weights.mask, weights.scales)
     with torch.no_grad():
         assert np.abs(model.adapted.outputs(batch()).logits.numpy() - logits(path)).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_run_goes_on_from_a_merged_export(run, name, tmp_path):
+    """Its head begins with the export's values and logits, and a line says so; solved anew it is if that is asked for."""
+    path, merged = run(name, "fedara"), tmp_path / "merged"
+    assert export(path, "--format", "merged", "--out", merged).exit_code == 0
+    flat = {**read_facts(path)["config"], "model.name": str(merged), "run.name": ""}
+    settings = read_settings(flat)
+    model = ServerModel(settings)
+    method = FedARA(settings, model)
+    start = method.start()
+    np.testing.assert_array_equal(start.arrays["head"], opened(path)[1].arrays["head"])
+    model.load(method.weights(start))
+    with torch.no_grad():
+        np.testing.assert_allclose(model.adapted.outputs(batch()).logits.numpy(), logits(path), atol=5e-6)
+    kept = "head: the checkpoint's, its labels are the run's"
+    assert kept in model.overview().lines
+    model.settings = read_settings(flat | {"head.start": "statistics"})
+    assert f"{kept}; head.start = 'statistics' solves its last layer anew, 'random' keeps it" in model.overview().lines
+    model = ServerModel(settings, ("red", "green", "grey"))
+    assert model.backbone.head_refused == "the checkpoint's is for other labels ('blue', 'green', 'red')"
 
 
 @pytest.mark.parametrize("kind", EXPORT_FORMATS)
