@@ -23,7 +23,7 @@ def farthest(steps: int, warmup: int = 0) -> float:
 
     Step t moves it by m/(√v + ε), with m = Σ a_i·g_i and v = Σ b_i·g_i² of the gradients g so far. By Cauchy and Schwarz that
     is at most √(Σ a_i²/b_i), and so much where the gradients are in proportion to a_i/b_i: 1 in the first step, 1.04 in the
-    tenth, 2.2 in the hundredth, never above 7.3. Adam's paper (arXiv 1412.6980, section 2.1) has it without correcting the bias.
+    tenth, 2.2 in the hundredth, never above 7.3. Adam's paper (arXiv 1412.6980, section 2.1) has it without the correction.
 
     Args:
         warmup: steps of linear warm-up.

@@ -72,7 +72,7 @@ class Norms:
     ) -> tuple[Arrays, list[str]]:
         """`arrays` with no number further from `before` than `reach` allows its part, and what was cut, in words.
 
-        Where updates are usually longer than that, as behind the noise of a whole fleet, `WIDEST` times their length is allowed.
+        Where updates are usually longer than that, as behind the noise of a whole fleet, it is `WIDEST` times their length.
         """
         whole, said = dict(arrays), []
         for part, change in difference(arrays, before).items():
