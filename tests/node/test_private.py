@@ -15,10 +15,11 @@ from test_node import ALL, ROWS, ask, device, rounds
 
 from fedara_flwr import client_app
 from fedara_flwr.client.session import own_settings
+from fedara_flwr.client.train import ClientData
 from fedara_flwr.data.docstrings import AREAS
 from fedara_flwr.keys import ConfigError, read_options
 from fedara_flwr.node.settings import NodeSettings
-from fedara_flwr.tasks import read_settings
+from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.training import LocalTraining
 
 SECRET = "Jane Doe, HIV+"
@@ -69,6 +70,9 @@ def test_few_rows_are_not_told(tiny_bert, tmp_path):
     assert answer["metrics"]["num-examples"] == 0
     context.node_config["examples-least"] = 3
     assert ask(context)["metrics"]["num-examples"] == 3
+    rows = {number: Encoded([[1]] * number, [0] * number) for number in (0, 4, 5)}
+    held = [len(ClientData(rows[5], rows[number]).at_least(5).held_out) for number in rows]
+    assert held == [0, 0, 5] and len(ClientData(rows[4], rows[5]).at_least(5).train) == 0
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
