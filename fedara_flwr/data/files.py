@@ -87,7 +87,7 @@ def read_hub(name: str, subset: str, key: str) -> dict[str, Table]:
         with _scratch() if local else nullcontext() as cache:  # the library copies what it reads, readable for all
             tables = datasets.load_dataset(name, subset or None, cache_dir=cache)
     except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
-        known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error), re.S)
+        known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error)[:9999], re.S)
         hint = f"data.subset = {subset!r}: allowed are {known[1]}" if known else f"cannot be loaded ({deepest(error)})"
         raise ConfigError(f"{key}: {hint}", f"the folder cannot be loaded ({type(error).__name__})") from None
     return {split: Table.of_library(table) for split, table in tables.items()}

@@ -150,7 +150,7 @@ class RoundLoop(Strategy):
         else:
             self.roster.refresh(grid)
         self.planned = self.roster.count()
-        sitting = list(self.roster.strikes.sitting(server_round))
+        sitting = sorted(self.roster.strikes.sitting(server_round).keys() - self.roster.able())
         asked = self.roster.sample(grid, server_round, self.planned)
         clients = [self.client(node) for node in asked]
         method.prepare(state, clients)

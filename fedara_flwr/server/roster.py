@@ -233,7 +233,7 @@ class Roster:
         keys = sorted(self.nodes, key=lambda key: (len(key), key))
         order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
         drawn: list[Node] = []
-        able = self._able()
+        able = self.able()
         queue = [self.nodes[keys[i]] for i in order if keys[i] in able and keys[i] not in self._mute]
         while queue and len(drawn) < count:
             batch, queue = queue[: count - len(drawn)], queue[count - len(drawn) :]
@@ -249,9 +249,9 @@ class Roster:
         """How many nodes to draw: `fraction-train` of those there, at least `min-train-nodes`."""
         usable = len([key for key in self.nodes if key not in self.unfit])
         wanted = max(int(usable * self.settings.fraction_train), self.settings.min_train_nodes)
-        return min(len(self._able()), wanted)
+        return min(len(self.able()), wanted)
 
-    def _able(self) -> set[str]:
+    def able(self) -> set[str]:
         """Who may be drawn; those that sit out only where fewer than `min-train-nodes` would be left."""
         usable = {key for key in self.nodes if key not in self.unfit}
         able = {key for key in usable if not self.strikes.sits_out(key)}
