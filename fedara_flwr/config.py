@@ -228,6 +228,32 @@ class OutputSettings(Group):
     )
 
 
+OTHER_WORDS = {
+    "lr": "train.learning-rate",
+    "head-lr": "train.head-learning-rate",
+    "batch": "train.batch-size",
+    "bs": "train.batch-size",
+    "local-epochs": "train.epochs",
+    "local-steps": "train.steps",
+    "max-steps": "train.steps",
+    "rounds": "num-server-rounds",
+    "num-rounds": "num-server-rounds",
+    "r": "adapter.rank",
+    "lora-r": "adapter.rank",
+    "lora-alpha": "adapter.alpha",
+    "dataset": "data.name",
+    "max-len": "data.max-length",
+    "max-seq-length": "data.max-length",
+    "model": "model.name",
+    "algorithm": "method",
+    "aggregation": "method",
+    "fraction-fit": "strategy.fraction-train",
+    "min-available-clients": "strategy.min-available-nodes",
+    "min-fit-clients": "strategy.min-train-nodes",
+}
+"""What others call some of the keys."""
+
+
 class Settings(Group):
     """The run configuration: what a run does follows from it and the data alone."""
 
@@ -255,9 +281,11 @@ class Settings(Group):
         known = describe()
         for key, value in flat.items():
             if key not in known:
-                own = key.startswith(("adapter.", "strategy.")) and not nearest(key, known)
+                other = OTHER_WORDS.get(key.rpartition(".")[2].replace("_", "-").lower())
+                meant = f"; did you mean {other!r}?" if other else nearest(key, known)
+                own = key.startswith(("adapter.", "strategy.")) and not meant
                 hint = "; keys of one method alone go into strategy.options (`fedara methods` lists them)" if own else ""
-                raise ConfigError(f"{key} = {value!r}: there is no such key{nearest(key, known)}{hint}")
+                raise ConfigError(f"{key} = {value!r}: there is no such key{meant}{hint}")
         nested: dict[str, Any] = {}
         for key, value in flat.items():
             group, _, name = key.rpartition(".")

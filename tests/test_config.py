@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from runs_helper import options as toml
 
-from fedara_flwr.config import Settings, describe
+from fedara_flwr.config import OTHER_WORDS, Settings, describe
 from fedara_flwr.keys import ConfigError, Group, check_options, nearest
 from fedara_flwr.strategies import find
 from fedara_flwr.tasks import built_in, read_settings
@@ -219,10 +219,20 @@ def test_bad_choice_far_from_all_lists_all():
         ("alpha", "adapter.alpha"),
         ("model", "model.name"),
         ("adapter.rank.x", "adapter.rank"),
+        ("train.lr", "train.learning-rate"),
+        ("strategy.fraction-fit", "strategy.fraction-train"),
+        ("lora_r", "adapter.rank"),
     ],
 )
 def test_unknown_key_names_the_nearest(key, near):
     assert problem({key: 3}) == f"{key} = 3: there is no such key; did you mean {near!r}?"
+
+
+def test_what_others_call_a_key_is_a_key():
+    """And no key of our own, which would be refused as one."""
+    known = describe()
+    assert set(OTHER_WORDS.values()) <= set(known)
+    assert not set(OTHER_WORDS) & ({key.rpartition(".")[2] for key in known} - {"model"})
 
 
 def test_unknown_key_far_from_all():

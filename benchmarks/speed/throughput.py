@@ -38,6 +38,7 @@ from together import MINILM, SIZES, folder
 from fedara_flwr import engine, seeds, strategies
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli.launch import read_config, run_flower
+from fedara_flwr.cli.simulation import Simulation, short_folder
 from fedara_flwr.client import train as client
 from fedara_flwr.client.capacity import clock
 from fedara_flwr.client.session import Session
@@ -268,8 +269,8 @@ def wall(rounds: list[tuple[int, float]]) -> dict[str, float]:
 
 
 def _run(app: Path, config: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as neutral:
-        run_flower(app, config, ROOT / "federation.toml", {}, Path(neutral), verbose=False)
+    with short_folder() as neutral:
+        run_flower(app, config, Simulation.read(ROOT / "federation.toml"), neutral, verbose=False)
 
 
 def report(out: Path, line: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedara_flwr.cli.simulation import Simulation
 from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.runs.directory import PACKAGES
 from fedara_flwr.tasks import read_settings
@@ -72,12 +73,11 @@ def environment(app: Path, home: Path) -> dict[str, str]:
     return {ADDRESS: address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime})}
 
 
-def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[str, str], cwd: Path) -> str:
+def check(config: dict[str, Scalar], simulation: Simulation, env: dict[str, str], cwd: Path) -> str:
     """A line on the cluster that `env` names, once it is reached and all its machines have what the run needs.
 
     Args:
         config: the flat run configuration.
-        simulation: what federation.toml says.
         env: of Flower's processes, with `environment`.
         cwd: a folder without modules of its own.
 
@@ -86,9 +86,12 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
             this one.
     """
     address = env[ADDRESS]
-    for key in ("init-args-num-cpus", "init-args-num-gpus"):
-        if key in simulation:
-            raise ConfigError(f"{key} = {simulation[key]}: not with {ADDRESS} = {address!r}, a cluster says what it has")
+    for key, value in (
+        ("init-args-num-cpus", simulation.init_args_num_cpus),
+        ("init-args-num-gpus", simulation.init_args_num_gpus),
+    ):
+        if value is not None:
+            raise ConfigError(f"{key} = {value}: not with {ADDRESS} = {address!r}, a cluster says what it has")
     if address != "auto":
         _reach(address)
     home = Path(env["FLWR_HOME"])
@@ -97,8 +100,8 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
         question = {
             "config": config,
             "mark": mark.name,
-            "cpus": simulation.get("client-resources-num-cpus", 2),  # Flower's defaults
-            "gpus": simulation.get("client-resources-num-gpus", 0.0),
+            "cpus": simulation.client_resources_num_cpus,
+            "gpus": simulation.client_resources_num_gpus,
         }
         # a process of its own: ray.init takes over signal handlers, and ends the process when the head dies
         search = [str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])]
@@ -118,7 +121,7 @@ def check(config: dict[str, Scalar], simulation: Mapping[str, Any], env: dict[st
         answer = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise ConfigError(f"{ADDRESS} = {address!r}: {' '.join(done.stderr[-500:].split())}") from None
-    return judge(answer, address, question["cpus"], question["gpus"])
+    return judge(answer, address, simulation.client_resources_num_cpus, simulation.client_resources_num_gpus)
 
 
 def _reach(address: str) -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import tomllib
 import urllib.request
@@ -30,8 +30,10 @@ from flwr.cli.config_utils import parse_config_args
 from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
+from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder, without_proxy
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.keys import ConfigError, Scalar
+from fedara_flwr.log import first_line
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
@@ -40,6 +42,7 @@ from fedara_flwr.tasks import open_task, read_settings
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
 HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
+LAST_KEPT = 1000  # lines in which a failure's cause is looked for
 # Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, and what is said of every run; other warnings and
 # errors are shown
 NOISE = re.compile(
@@ -70,18 +73,14 @@ def launch(
         RunError: the run failed or was stopped.
     """
     config = read_config(app, overrides, resume)
-    federation = federation or app / "federation.toml"
-    try:
-        simulation = tomllib.loads(federation.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--federation-config {federation}: cannot be read ({error})") from None
+    simulation = Simulation.read(federation or app / "federation.toml")
     try:
         with _on_stop(_interrupt):
             if engine == "inprocess":
-                _run_in_process(config, int(simulation.get("num-supernodes", 2)))
+                _run_in_process(config, simulation.num_supernodes)
             elif engine == "flower":
-                with tempfile.TemporaryDirectory(prefix="fedara-") as neutral:
-                    run_flower(app, config, federation.resolve(), simulation, Path(neutral), verbose)
+                with short_folder() as neutral:
+                    run_flower(app, config, simulation, neutral, verbose)
             else:
                 raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
     except KeyboardInterrupt:
@@ -146,33 +145,46 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
 
 
 def _parse_override(text: str) -> dict[str, Scalar]:
-    """One `--run-config` string or TOML file, by Flower's own parser; what that would pass over in silence is refused."""
+    """One `--run-config` string, by Flower's own parser, or TOML file; what Flower would pass over in silence is refused."""
+    if text.lower().endswith(".toml") and "=" not in text:
+        try:
+            parsed = flatten_dict(tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8-sig")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--run-config {text!r}: cannot be read ({first_line(error)})") from None
+        if not parsed:
+            raise ConfigError(f"--run-config {text!r}: it holds no key")
+        return parsed
+    pair = r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)"
+    rest = re.sub(pair, "", text).strip()
+    for key, value in re.findall(pair, text):
+        try:
+            tomllib.loads(f"value = {value}")
+        except tomllib.TOMLDecodeError:
+            allowed = "numbers such as 0.01, true, false, and text in quotes"
+            raise ConfigError(f"--run-config: {key} = {value} is no TOML value, allowed are {allowed}") from None
     try:
         parsed = parse_config_args([text])
     except (click.ClickException, ValueError, OSError) as error:
         raise ConfigError(f"--run-config {text!r}: {str(error).splitlines()[0]}") from None
-    rest = "" if text.endswith(".toml") else re.sub(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)", "", text).strip()
     if rest or not parsed:
         raise ConfigError(f"--run-config {text!r}: {rest or text!r} is no key=value, allowed is \"key='text' key=1 key=true\"")
     return parsed
 
 
-def run_flower(
-    app: Path, config: dict[str, Scalar], federation: Path, simulation: dict[str, Any], neutral: Path, verbose: bool
-) -> None:
+def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neutral: Path, verbose: bool) -> None:
     """Run any Flower app in simulation on a SuperLink of its own.
 
     Args:
         config: its run configuration, whole.
-        federation: TOML file of Flower's simulation settings; `simulation` is what it says.
-        neutral: an empty folder.
+        neutral: an empty folder, as `short_folder` makes them.
 
     Raises:
-        ConfigError: the Ray cluster of RAY_ADDRESS is not fit for it.
+        ConfigError: this machine, or the Ray cluster of RAY_ADDRESS, is not fit for it.
         RunError: the run failed or was stopped.
     """
     lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
     (neutral / "run.toml").write_text("".join(lines), encoding="utf-8")
+    (neutral / "federation.toml").write_text(simulation.toml(), encoding="utf-8")
     env = os.environ | {
         "FLWR_HOME": str(app / ".flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -182,35 +194,42 @@ def run_flower(
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         TAG: uuid.uuid4().hex,
+        **without_proxy(),
         **cluster.environment(app, app / ".flwr"),
     }
-    if env[cluster.ADDRESS] != cluster.LOCAL:
+    if env[cluster.ADDRESS] == cluster.LOCAL:
+        simulation.check_machine()
+        env[TMPDIR] = ray_folder(neutral)
+    else:
         print(cluster.check(config, simulation, env, neutral), flush=True)
         if env.get(cluster.AUTH_MODE) != "token":
             print(cluster.OPEN, flush=True)
     with _superlink(env, neutral) as (superlink, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
-        arguments = ["run", str(app), "--federation-config", str(federation), "--run-config", str(neutral / "run.toml")]
+        arguments = ["run", str(app), *(f"--{kind}-config={neutral / kind}.toml" for kind in ("federation", "run"))]
         run_id = str(_flwr(arguments, env, neutral)["run-id"])
-        hidden = _show_log(run_id, env, neutral, verbose)
+        hidden, last = _show_log(run_id, env, neutral, verbose)
         status, details = _wait(run_id, env, neutral, superlink)
         if status != "finished:completed":
             sys.stdout.writelines(hidden)
+            details = cause(last) or details
             raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
 
 
-def _show_log(run_id: str, env: dict[str, str], cwd: Path, verbose: bool) -> Iterable[str]:
-    """Show the run's lines until it ends; of Flower's and Ray's own, the last that were not shown come back."""
+def _show_log(run_id: str, env: dict[str, str], cwd: Path, verbose: bool) -> tuple[Iterable[str], Iterable[str]]:
+    """Show the run's lines until it ends; the last of Flower's and Ray's own, which were not shown, and the last of all."""
     hidden: deque[str] = deque(maxlen=HIDDEN_KEPT)
+    last: deque[str] = deque(maxlen=LAST_KEPT)
     command = ["flwr", "log", run_id, "--stream"]
     with subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as log:
         for line in log.stdout or ():
-            if verbose or not NOISE.match(line):
+            last.append(line)
+            if verbose or not NOISE.match(line[:1000]):  # its search takes the square of a line of blanks
                 sys.stdout.write(line)
                 sys.stdout.flush()
             else:
                 hidden.append(line)
-    return hidden
+    return hidden, last
 
 
 def _toml(value: Scalar) -> str:
@@ -275,10 +294,10 @@ def _free_port() -> int:
 
 def _healthy(process: subprocess.Popen, port: int) -> bool:
     """Whether our own process, still alive, answers on the port."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline, direct = time.monotonic() + START_SECONDS, urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):  # nosec B310 # own address
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=2):
                 return process.poll() is None and _listens(process.pid, port)
         except OSError:
             time.sleep(0.1)
@@ -320,7 +339,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def _on_stop(handler: Any) -> Iterator[None]:
-    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal."""
+    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal; in a thread nothing, as Python cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield

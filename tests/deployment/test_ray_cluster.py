@@ -30,6 +30,7 @@ from test_flower import FEDARA, clone, leftovers, metrics, overrides
 
 from fedara_flwr.cli import cluster
 from fedara_flwr.cli.launch import NOISE, TAG, _free_port, _tagged
+from fedara_flwr.cli.simulation import Simulation
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import read_facts
 
@@ -301,7 +302,7 @@ def test_a_head_that_does_not_answer_ends_the_run_at_once(tiny_bert, tmp_path, m
 
 def test_resources_that_only_a_new_ray_can_be_given_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="init-args-num-cpus = 4: not with RAY_ADDRESS = 'auto'"):
-        cluster.check({}, {"init-args-num-cpus": 4}, {"RAY_ADDRESS": "auto", "FLWR_HOME": str(tmp_path)}, tmp_path)
+        cluster.check({}, Simulation(init_args_num_cpus=4), {"RAY_ADDRESS": "auto", "FLWR_HOME": str(tmp_path)}, tmp_path)
 
 
 HERE = {"torch": "2.13.0", "the digest of the data": "aa", "shared": True}

@@ -1,0 +1,140 @@
+"""What a simulation runs on, checked before anything starts: Flower's settings of it, the machine's cores, Ray's sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fedara_flwr.keys import ConfigError, Group, one_line
+
+LOCAL_HOSTS = "localhost,127.0.0.1,::1"
+TMPDIR = "RAY_TMPDIR"
+LONGEST_SOCKET = 107  # bytes of a Unix socket's path on Linux, and 103 on macOS: below both
+SOCKET = "/ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # where Ray has its longest one, below TMPDIR
+# of what Flower and Ray print, what a failure comes from: the line itself, and what helps
+CAUSES = (
+    (r"AF_UNIX path length|AF_UNIX path too long|socket path .{0,200}too long", f"{TMPDIR} is too long for Ray's sockets"),
+    (r"ActorPool is empty", "no client fits: client-resources-num-cpus or -num-gpus in federation.toml is more than there is"),
+    (
+        r"timed out after \d+ seconds.{0,80}(GCS|gcs|raylet|node)|Failed to (start|connect to) (GCS|the GCS|raylet)",
+        "Ray does not start",
+    ),
+    (r"OutOfMemoryError|Ray killed .{0,80}memory|Killed process", "memory ran out: a smaller model, or fewer clients at once"),
+    (r"No space left on device", "a disk is full"),
+)
+ERROR = re.compile(r"[\w.]{1,100}(Error|Exception|Failed): (?!Exception in ServerApp thread)\S")  # a traceback's last line
+
+
+class Simulation(Group):
+    """Flower's settings of a simulation, federation.toml, with Flower's own defaults."""
+
+    num_supernodes: int = Field(2, ge=1, description="simulated clients")
+    client_resources_num_cpus: int = Field(2, ge=1, description="cores of a client; so many clients run at once as cores allow")
+    client_resources_num_gpus: float = Field(0.0, ge=0, description="share of a GPU of a client")
+    backend: Literal["ray"] = "ray"
+    verbose: bool = False
+    init_args_num_cpus: int | None = Field(None, ge=1, description="cores that Ray takes this machine to have; unset = all")
+    init_args_num_gpus: int | None = Field(None, ge=0, description="GPUs that Ray takes this machine to have; unset = all")
+    init_args_logging_level: str = "WARNING"
+    init_args_log_to_driver: bool = True
+
+    @classmethod
+    def read(cls, file: Path) -> Simulation:
+        """What a TOML file says.
+
+        Raises:
+            ConfigError: it cannot be read, or has a key or value that Flower would fail at.
+        """
+        key = f"--federation-config {file}"
+        try:
+            told = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: cannot be read ({error})") from None
+        told = {name: float(value) if _whole_gpus(name, value) else value for name, value in told.items()}
+        try:
+            return cls.model_validate(told)
+        except ValidationError as error:
+            known = {f"{key}: {field.alias}": field for field in cls.model_fields.values()}
+            raise ConfigError(one_line(error, known, f"{key}: ")) from None
+
+    def check_machine(self) -> None:
+        """Refuse clients that this machine has no room for; ConfigError then."""
+        cores = self.init_args_num_cpus or os.cpu_count() or 1
+        if self.client_resources_num_cpus > cores:
+            raise ConfigError(f"client-resources-num-cpus = {self.client_resources_num_cpus}: allowed here is at most {cores}")
+        if self.client_resources_num_gpus and not self.init_args_num_gpus:
+            import torch
+
+            share, gpus = self.client_resources_num_gpus, torch.cuda.device_count()
+            if share > gpus:
+                raise ConfigError(f"client-resources-num-gpus = {share:g}: allowed here is at most {gpus}, the machine's GPUs")
+
+    def toml(self) -> str:
+        """The settings as a file for `flwr run --federation-config`."""
+        told = self.model_dump(by_alias=True, exclude_unset=True)
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items() if value is not None)
+
+
+def _whole_gpus(name: str, value: Any) -> bool:
+    return name == "client-resources-num-gpus" and isinstance(value, int) and not isinstance(value, bool)
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A new folder for this user alone in which Ray has room for its sockets' names; gone afterwards.
+
+    Raises:
+        ConfigError: no such folder can be written.
+    """
+    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home())]  # nosec B108 # mkdtemp's folders are the user's own
+    for place in places:
+        if not fits(f"{place}/fedara-00000000") or not os.access(place, os.W_OK):
+            continue
+        with tempfile.TemporaryDirectory(prefix="fedara-", dir=place, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    limit = LONGEST_SOCKET - len(SOCKET) - len("/fedara-00000000")
+    raise ConfigError(f"TMPDIR = {places[0]!r}: allowed are folders that can be written, of at most {limit} ASCII letters")
+
+
+def fits(folder: str) -> bool:
+    """Whether Ray can open its sockets below a folder."""
+    return folder.isascii() and len(folder) + len(SOCKET) <= LONGEST_SOCKET
+
+
+def ray_folder(own: Path) -> str:
+    """Where Ray keeps sockets and logs: where the user says, else `own`.
+
+    Raises:
+        ConfigError: the user's is too long, or has letters that Ray cannot open.
+    """
+    told = os.environ.get(TMPDIR)
+    if told and not fits(told):
+        limit = LONGEST_SOCKET - len(SOCKET)
+        raise ConfigError(f"{TMPDIR} = {told!r}: allowed are at most {limit} ASCII letters")
+    return told or str(own)
+
+
+def without_proxy() -> dict[str, str]:
+    """The environment's words by which calls to this machine pass by every proxy."""
+    names = ["no_proxy", "NO_PROXY"] + [name for name in ("no_grpc_proxy",) if os.environ.get(name)]
+    return {name: ",".join(filter(None, [os.environ.get(name), LOCAL_HOSTS])) for name in names}
+
+
+def cause(lines: Iterable[str]) -> str:
+    """What a failed simulation comes from, by the last telling one of the lines that were printed; '' where none tells."""
+    texts = [line[:2000].strip() for line in lines]
+    for text in reversed(texts):
+        for pattern, meaning in CAUSES:
+            if re.search(pattern, text):
+                return f"{meaning} ({text[:200]})"
+    return next((text[:300] for text in reversed(texts) if ERROR.match(text)), "")

@@ -1,0 +1,190 @@
+"""What `fedara run` checks of the machine before it starts, and the causes that its last line names."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.request
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+from test_flower import FEDARA, clone, overrides
+
+from fedara_flwr.cli import simulation
+from fedara_flwr.cli.launch import _on_stop, _parse_override
+from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder, without_proxy
+from fedara_flwr.keys import ConfigError
+
+HEALTH = Path(__file__).parents[2] / "docker" / "health.py"
+
+
+def read(tmp_path: Path, text: str) -> Simulation:
+    file = tmp_path / "f.TOML"
+    file.write_text(text, encoding="utf-8")
+    return Simulation.read(file)
+
+
+def test_what_is_read_is_what_flower_is_told(tmp_path):
+    text = (
+        "num-supernodes = 20\nclient-resources-num-cpus = 1\nclient-resources-num-gpus = 1\ninit-args-log-to-driver = false\n"
+    )
+    assert tomllib.loads(read(tmp_path, "\ufeff" + text).toml()) == tomllib.loads(text)
+    assert read(tmp_path, "") == Simulation() and Simulation().toml() == ""
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("client-resources-num-cpus = 0.5", "client-resources-num-cpus = 0.5: input should be a valid integer"),
+        ("num-supernodes = 0", "num-supernodes = 0: input should be greater than or equal to 1"),
+        ("num-supernode = 4", "there is no such key; did you mean "),
+        ("num-supernodes = four", "cannot be read (Invalid value"),
+        ("client-resources-num-gpus = 'all'", "client-resources-num-gpus = 'all': input should be a valid number"),
+    ],
+)
+def test_a_setting_that_flower_would_fail_at(tmp_path, text, line):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert f"{tmp_path}/f.TOML: " in str(caught.value) and line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_clients_larger_than_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    Simulation(client_resources_num_cpus=4).check_machine()
+    Simulation(client_resources_num_cpus=8, init_args_num_cpus=8).check_machine()  # the user says so
+    with pytest.raises(ConfigError, match="client-resources-num-cpus = 8: allowed here is at most 4"):
+        Simulation(client_resources_num_cpus=8).check_machine()
+    with pytest.raises(ConfigError, match="client-resources-num-cpus = 4: allowed here is at most 2"):
+        Simulation(client_resources_num_cpus=4, init_args_num_cpus=2).check_machine()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="client-resources-num-gpus = 0.5: allowed here is at most 0, the machine's GPUs"):
+        Simulation(client_resources_num_cpus=1, client_resources_num_gpus=0.5).check_machine()
+
+
+def test_a_folder_with_room_for_sockets(tmp_path, monkeypatch):
+    """A long TMPDIR, as on a cluster's scratch disk, or one with letters that Ray cannot open, is passed by."""
+    for name in ("a" * 60, "ä"):
+        place = tmp_path / name
+        place.mkdir()
+        monkeypatch.setattr(simulation.tempfile, "tempdir", str(place))
+        with short_folder() as folder:
+            assert fits(str(folder)) and folder.stat().st_mode & 0o777 == 0o700 and place not in folder.parents
+        assert not folder.exists()
+    longest = simulation.LONGEST_SOCKET - len(simulation.SOCKET)
+    assert longest == 39 and fits("/" * longest) and not fits("/" * (longest + 1))
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "a" * 40)
+    with pytest.raises(ConfigError, match="RAY_TMPDIR = '/scratch/a+': allowed are at most 39 ASCII letters"):
+        ray_folder(folder)
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
+    assert ray_folder(folder) == "/scratch"
+
+
+def test_calls_to_this_machine_pass_by_a_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    local = simulation.LOCAL_HOSTS
+    assert without_proxy() == {"no_proxy": f"example.org,{local}", "NO_PROXY": local}
+    monkeypatch.setenv("no_proxy", without_proxy()["no_proxy"])
+    assert urllib.request.proxy_bypass_environment("127.0.0.1") and not urllib.request.proxy_bypass_environment("a.net")
+
+
+def test_the_health_check_passes_by_a_proxy(tmp_path):
+    """The proxy is a port where nobody answers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.handle_request).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    env = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"} | {"http_proxy": proxy}
+    done = subprocess.run([sys.executable, HEALTH, url], env=env, capture_output=True, text=True, timeout=30)
+    server.server_close()
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        (["ValueError: ActorPool is empty. Stopping Simulation."], "no client fits: "),
+        (["OSError: AF_UNIX path length cannot exceed 107 bytes: /scratch", "RuntimeError: later"], "RAY_TMPDIR is too long"),
+        (["  fedara_flwr.keys.ConfigError: model.name = 'x': there is none", "RuntimeError: Exception in ServerApp thread."],
+         "fedara_flwr.keys.ConfigError: model.name = 'x': there is none"),
+        (["INFO: all is well"], ""),
+    ],
+)  # fmt: skip
+def test_what_a_failure_comes_from(lines, expected):
+    found = cause(lines)
+    assert found.startswith(expected) and bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (
+            "train.learning-rate=.01",
+            "train.learning-rate = .01 is no TOML value, allowed are numbers such as 0.01, true, false",
+        ),
+        ("seed=1 train.checkpointing=True", "train.checkpointing = True is no TOML value"),
+        ("method='fedara", "method = 'fedara is no TOML value"),
+        ("method 'fedara'", "is no key=value"),
+        ("absent.toml", "'absent.toml': cannot be read ([Errno 2] No such file"),
+    ],
+)
+def test_an_override_that_is_none(text, line):
+    with pytest.raises(ConfigError) as caught:
+        _parse_override(text)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_overrides(tmp_path):
+    """As an editor of Windows leaves it."""
+    file = tmp_path / "run.TOML"
+    file.write_text("\ufeffseed = 3\n[train]\nlearning-rate = 0.01\n")
+    assert _parse_override(str(file)) == {"seed": 3, "train.learning-rate": 0.01}
+    file.write_text("# nothing yet\n")
+    with pytest.raises(ConfigError, match="it holds no key"):
+        _parse_override(str(file))
+
+
+def test_a_launch_in_a_thread():
+    """Python lets the main thread alone take signals."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with _on_stop(None):
+                pass
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["s" * 80, "schräg"])
+def test_a_run_with_an_odd_tmpdir_behind_a_proxy(tmp_path, tiny_bert, folder):
+    """What a cluster gives its jobs: a long TMPDIR, and a proxy for all addresses, which here answers nobody."""
+    place = tmp_path / folder
+    place.mkdir()
+    app = clone(tmp_path / "app")
+    silent = socket.socket()
+    silent.bind(("127.0.0.1", 0))
+    silent.listen()
+    env = {key: value for key, value in os.environ.items() if key.lower() not in ("no_proxy", "ray_tmpdir")}
+    env |= {"TMPDIR": str(place)}
+    env |= dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), f"http://127.0.0.1:{silent.getsockname()[1]}")
+    command = [*FEDARA, "run", str(app), *overrides(tiny_bert, **{"num-server-rounds": 1})]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=300)
+    silent.close()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "run directory: " in done.stdout and not list(place.glob("fedara-*"))
