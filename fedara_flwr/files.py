@@ -15,9 +15,9 @@ def flwr_home() -> Path:
     return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
 
 
-def data_scratch() -> Path:
-    """Where copies of a user's data lie while a library reads them; what a killed process left there may be removed."""
-    return flwr_home() / "fedara-scratch"
+def data_cache() -> Path:
+    """Where copies of a user's data lie that a library made in order to read them: for this user alone, and removable."""
+    return flwr_home() / "fedara-cache"
 
 
 def write_whole(path: Path, content: bytes) -> None:

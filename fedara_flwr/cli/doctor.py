@@ -23,7 +23,7 @@ from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import BUILT_IN_DATA, QUANTISED, Settings
-from fedara_flwr.files import data_scratch, flwr_home
+from fedara_flwr.files import data_cache, flwr_home
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
@@ -200,13 +200,9 @@ def folders(app: Path, settings: Settings) -> Finding:
     places = {"FLWR_HOME": home, "the app": app / ".flwr", "run.dir": _runs(settings)}
     refused = {name: place for name, place in places.items() if not _writable(place)}
     if not refused:
-        scratch = data_scratch()
-        left = (
-            f"; copies of data that a killed process left: rm -r {scratch}"
-            if scratch.is_dir() and any(scratch.iterdir())
-            else ""
-        )
-        return Finding("ok", f"Flower's home {home}, runs in {_runs(settings)}{left}")
+        caches = [str(place) for place in (data_cache(), app / ".flwr" / data_cache().name) if place.is_dir()]
+        copies = f"; copies of data, which may be removed, in {' and '.join(caches)}" if caches else ""
+        return Finding("ok", f"Flower's home {home}, runs in {_runs(settings)}{copies}")
     reasons = "; ".join(f"{place} cannot be written ({name})" for name, place in refused.items())
     return Finding("problem", reasons, "set FLWR_HOME, run.dir to folders of yours, or copy the app to one")
 

@@ -13,7 +13,7 @@ import datasets
 from pydantic import Field
 
 from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, is_table, read_file
-from fedara_flwr.files import data_scratch
+from fedara_flwr.files import data_cache
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
 
@@ -36,7 +36,7 @@ class FormatOptions(Group):
     columns: list[str] = Field([], description="names of a csv's columns, where its first line does not name them")
 
 
-def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Table]:
+def read_files(path: str, options: str, subset: str, key: str, copies: bool = True) -> dict[str, Table]:
     """Tables of `train` and, where there are files of that name, of `validation` and `test`.
 
     Args:
@@ -45,6 +45,7 @@ def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Tabl
         options: of FormatOptions, as TOML.
         subset: configuration of a copied Hub repository.
         key: names the setting in an error's line.
+        copies: whether what a library copies in order to read it may stay, for the next process that reads it.
 
     Raises:
         ConfigError: nothing there, or it cannot be read; one line that names file and place.
@@ -64,7 +65,7 @@ def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Tabl
         if "train" not in files:
             readme = place / "README.md"
             if readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace"):
-                return read_hub(str(place), subset, key)
+                return read_hub(str(place), subset, key, copies)
             there = ", ".join(sorted(file.name for file in place.iterdir() if is_table(file))[:9])
             raise ConfigError(
                 f"{key}: no train file in it{f', but {there}' if there else ''}; allowed are train.*, validation.* and test.*, "
@@ -76,15 +77,14 @@ def read_files(path: str, options: str, subset: str, key: str) -> dict[str, Tabl
     return {split: _joined([_read(file, how, key) for file in found], found, key) for split, found in files.items()}
 
 
-def read_hub(name: str, subset: str, key: str) -> dict[str, Table]:
-    """All splits of a data set on the Hub, or of a folder that is a copy of one.
+def read_hub(name: str, subset: str, key: str, copies: bool = True) -> dict[str, Table]:
+    """All splits of a data set on the Hub, or of a folder that is a copy of one; `copies` as in `read_files`.
 
     Raises:
         ConfigError: it cannot be loaded, or needs a subset.
     """
-    local = Path(name).is_dir()
     try:
-        with _scratch() if local else nullcontext() as cache:  # the library copies what it reads, readable for all
+        with _cache(copies) if Path(name).is_dir() else nullcontext() as cache:
             tables = datasets.load_dataset(name, subset or None, cache_dir=cache)
     except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
         known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error)[:9999], re.S)
@@ -94,15 +94,19 @@ def read_hub(name: str, subset: str, key: str) -> dict[str, Table]:
 
 
 @contextmanager
-def _scratch() -> Iterator[str]:
-    """A new folder for this user alone, which is gone afterwards; what was opened in it can be read on.
+def _cache(copies: bool) -> Iterator[str]:
+    """A folder for copies that this user alone can enter: the library's own cache is as open as the umask makes it.
 
-    A process that is killed meanwhile leaves it, in the place that `fedara doctor` names.
+    Without `copies` it is gone afterwards; what was opened in it can be read on. A killed process leaves it, in the place that
+    `fedara doctor` names.
     """
-    place = data_scratch()
+    place = data_cache()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        yield folder
+    if copies:
+        yield str(place)
+    else:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            yield folder
 
 
 def deepest(error: BaseException) -> str:

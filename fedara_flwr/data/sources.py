@@ -173,7 +173,7 @@ def load_own(settings: DataSettings, names: tuple[str, ...], reader: Reader) -> 
         ConfigError: no such file or column, or data that does not suit the task; the line names the key of node-config.
     """
     key = f"node-config data-path = {settings.path!r}"
-    found = read_files(settings.path, settings.format, "", key)
+    found = read_files(settings.path, settings.format, "", key, copies=False)
     tables = _unfolded({name: found[name] for name in ("train", "test") if name in found}, reader, key)
     columns = _columns(settings, reader, tables["train"], "node-config ")
     for table in tables.values():
@@ -194,7 +194,7 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
         ConfigError: the files cannot be read, or their labels cannot be used.
     """
     key = f"node-config data-path = {settings.path!r}"
-    found, skipped = read_files(settings.path, settings.format, "", key), Skipped()
+    found, skipped = read_files(settings.path, settings.format, "", key, copies=False), Skipped()
     rows, present = {name: len(table) for name, table in found.items()}, found["train"].column_names
     problem: ConfigError | None = None
     for reader in sorted(readers, key=lambda reader: -len(reader.columns(present))):  # who reads more knows more of them

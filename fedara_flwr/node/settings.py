@@ -41,7 +41,7 @@ class NodeSettings(Group):
     dtype: Literal["", NumberType] = Field("", description="number type of the frozen backbone; '' = the run's")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
-    max_threads: int = Field(0, ge=0, description="most that a run may ask for; 0 = as many as there are cores")
+    max_threads: int = Field(64, ge=1, description="most that a run may ask for, where threads is 0")
     max_steps: int = Field(10_000, ge=1, description="most optimiser steps of one round, counted by epochs too")
     max_epochs: int = Field(100, ge=1, description="most passes over its examples in one round")
     max_batch: int = Field(1024, ge=1, description="most examples of one step")
@@ -144,9 +144,8 @@ class NodeSettings(Group):
 
     def check_threads(self, threads: int) -> None:
         """Refuse a run that wants more torch threads than this node allows; ConfigError then."""
-        most = self.max_threads or os.cpu_count() or 1
-        if not self.threads and threads > most:
-            raise ConfigError(f"node-config max-threads = {most}: the run's train.threads = {threads}")
+        if not self.threads and threads > self.max_threads:
+            raise ConfigError(f"node-config max-threads = {self.max_threads}: the run's train.threads = {threads}")
 
     def check_frozen(self, method: str) -> None:
         """Refuse `method`, which changes the backbone, where this node's is quantised.

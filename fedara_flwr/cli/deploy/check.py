@@ -370,14 +370,22 @@ def data(node: NodeSettings) -> Finding:
     usual = settings.task  # the default one is tried first
     order = sorted(tasks(), key=lambda name: (name != usual, name))
     try:
-        # of which task the run will be nobody says here, so the columns tell; options are the run's business, too
-        contents = look(settings, [tasks()[name](settings.model_copy(update={"task": name})) for name in order])
+        # of which task the run will be nobody says here, so the columns and the node's own options tell
+        readers, unfit = [], None
+        for name in order:
+            try:
+                readers.append(tasks()[name](settings.model_copy(update={"task": name, "options": node.data_options})))
+            except ConfigError as error:
+                unfit = error
+        if not readers and unfit is not None:
+            raise unfit
+        contents = look(settings, readers)
     except ConfigError as error:
         return Finding("problem", str(error), "see node.toml")
     rows = ", ".join(f"{count} {name} rows" for name, count in contents.rows.items())
     said = f"{node.data_path}: {rows}, columns {', '.join(contents.columns)}"
     if not contents.task:
-        advice = "name the columns of text and label (text-column, label-column) unless the run does"
+        advice = "name the columns of text and label: text-column, label-column"
         return Finding("warning", f"{said}; no labels read", advice)
     labels = ", ".join(contents.labels[:LABELS]) + (", …" if len(contents.labels) > LABELS else "")
     words = (said, f"fit for {contents.task}", labels and f"labels {labels}", str(contents.skipped))
