@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,28 +18,31 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from fedara_flwr.adapters import fit, heads, pieces
+from fedara_flwr.adapters import blocks, fit, folders, heads, pieces
 from fedara_flwr.adapters import packaged as packages
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import first_line
-from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec, Vector
+from fedara_flwr.model.spec import ModelSpec, ParameterSpec, Vector
 from fedara_flwr.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+LOAD_ERRORS = Exception  # of transformers, tokenizers, safetensors, pickle, for files that are not what they should be
 
 
 def locate(name: str) -> str:
     """A local directory for `name` where there is one, else `name` itself (a Hub id).
 
     Raises:
-        ConfigError: the packaged weights are not the published ones.
+        ConfigError: the folder holds no model that can serve; the packaged weights are not the published ones.
     """
     if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser().resolve())
+        folder = Path(name).expanduser().resolve()
+        folders.check_folder(name, folder)
+        return str(folder)
+    folders.check_file(name)
     if packaged := packages.find(name):
         return packaged
     if name.startswith(("/", ".", "~")):
@@ -77,6 +81,7 @@ class Backbone:
         model: the transformers model, every parameter frozen and eval() on.
         spec: modules and head.
         blocks: the repeated blocks, from the lowest.
+        convolutions: names of the linear layers that the published model has as Conv1D.
         key_mapping: what `from_pretrained` must be told of the checkpoint's names, {} where they are the model's own.
         head_modules: top-level modules that hold the head, for PEFT's `modules_to_save`.
         head_refused: why the checkpoint's own head is not kept; '' where it is, and where it has none.
@@ -117,8 +122,10 @@ class Backbone:
             names = AutoConfig.from_pretrained(source, trust_remote_code=False).id2label or {}
             published = [str(label) for _, label in sorted(names.items())]
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
-            if config.pad_token_id is None or config.pad_token_id < 0:
-                config.pad_token_id = pad_token_id
+            for part in {id(part): part for part in (config, config.get_text_config())}.values():
+                if part.pad_token_id is None or not 0 <= part.pad_token_id < (fit.vocabulary(config) or math.inf):
+                    part.pad_token_id = pad_token_id
+            folders.check_class(name, config, task.auto_class)
             # in the checkpoint's own type, whatever it is to become: a float32 copy of a large one would not fit
             open_model = partial(
                 getattr(transformers, task.auto_class).from_pretrained,
@@ -135,6 +142,8 @@ class Backbone:
                 self.key_mapping = _other_names(self.model, info)
                 if self.key_mapping:
                     self.model, info = open_model(key_mapping=self.key_mapping)
+        except ConfigError:
+            raise
         except LOAD_ERRORS as error:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.stored = self.model.dtype
@@ -144,17 +153,21 @@ class Backbone:
             self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = pad_token_id
         self.model.requires_grad_(False)
         self.model.eval()
-        blocks = _block_list(self.model)
-        self.blocks: list[nn.Module] = list(self.model.get_submodule(blocks).children())
+        self.convolutions = blocks.to_linear(self.model)
+        ran = blocks.try_out(name, self.model, pad_token_id)
+        lists = blocks.block_lists(name, self.model, ran)
+        self.blocks: list[nn.Module] = [block for place in lists for block in self.model.get_submodule(place).children()]
         other = heads.other_shapes(name, info, task.is_head if task.head == "new" else lambda module: False)
         missing = set(info["missing_keys"]) - set(other)
-        self.head_modules, head = self._split_head(task, missing | set(other), blocks)
+        self.head_modules, head = self._split_head(task, missing | set(other), lists)
         layer = [p.name for p in head if task.is_head(p.name.split(".")[0])]
         kept, self.head_refused = heads.order(labels, published, [p.name for p in head], layer, missing, other)
         self.other_head = bool(other)
         # a pooler below a trained head was trained with it
         self.identity_pooler = "" if kept is not None else self._set_pooling(pooling, head)
-        modules = _linear_modules(self.model, blocks, target_modules)
+        adapted = partial(blocks.linear_modules, name, self.model, lists, ran, self.head_modules)
+        modules = adapted(target_modules)
+        blocks.tell_what_is_left_alone(name, self.model, lists, adapted(""))
         names = {p.name for p in head}
         rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in names)
         self.spec = ModelSpec(self._fingerprint(() if kept is not None else head), modules, head, rest)
@@ -164,7 +177,7 @@ class Backbone:
         for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
             parameter.data = parameter.data.to(wanted)
         if self.quantised:
-            quantise(self.model, [m.name for m in _linear_modules(self.model, blocks, "")], dtype, device)
+            quantise(self.model, [m.name for m in adapted("")], dtype, device)
         for parameter in self.head_parameters():
             parameter.data = parameter.data.float()
         self.model.to(device)
@@ -174,9 +187,11 @@ class Backbone:
         """Whether the blocks' linear layers are in 8 or 4 bits: they cannot change then."""
         return self.dtype in QUANTISED
 
-    def _split_head(self, task: Task, missing: set[str], blocks: str) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
+    def _split_head(
+        self, task: Task, missing: set[str], lists: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], tuple[ParameterSpec, ...]]:
         """Head: what the checkpoint lacks and the task layer, whole top-level modules; nothing where the task has no head."""
-        inside = sorted(key for key in missing if key.startswith(blocks + "."))
+        inside = sorted(key for key in missing if any(key.startswith(place + ".") for place in lists))
         if inside:
             raise ConfigError(f"model.name = {self.name!r}: the checkpoint lacks {inside[0]} inside the blocks")
         if task.head == "none":
@@ -184,7 +199,7 @@ class Backbone:
                 line = f"the checkpoint lacks {sorted(missing)[0]}, and task {task.name!r} trains no head"
                 raise ConfigError(f"model.name = {self.name!r}: {line}")
             return (), ()
-        tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != blocks.split(".")[0]}
+        tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != lists[0].split(".")[0]}
         tops |= {
             name
             for name, child in self.model.named_children()
@@ -269,41 +284,6 @@ def _other_names(model: Any, info: Mapping[str, Any]) -> dict[str, str]:
         if other != prefix and f"{prefix}.{rest}" in missing:
             return {rf"^{other}\.": f"{prefix}."}
     return {}
-
-
-def _block_list(model: nn.Module) -> str:
-    """Full name of the list of repeated blocks: the ModuleList that holds the most parameters."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1
-    }
-    if not sizes:
-        raise ConfigError(f"model.name: {type(model).__name__} has no list of repeated blocks")
-    return max(sizes, key=lambda name: (sizes[name], -len(name)))
-
-
-def _linear_modules(model: nn.Module, blocks: str, endings: str) -> tuple[ModuleSpec, ...]:
-    """Every nn.Linear inside the blocks, or those whose names end in one of `endings`, in model order."""
-    wanted = tuple(e.strip() for e in endings.split(",") if e.strip())
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(blocks + ".") and isinstance(module, nn.Linear)
-    }
-    if not linears:
-        raise ConfigError(f"model.name: the blocks of {type(model).__name__} hold no nn.Linear to adapt")
-    for ending in wanted:
-        if not any(name == ending or name.endswith("." + ending) for name in linears):
-            allowed = sorted({name.rpartition(".")[2] for name in linears})
-            raise ConfigError(
-                f"adapter.target-modules = {ending!r}: no linear layer in the blocks ends so; last names are {allowed}"
-            )
-    return tuple(
-        ModuleSpec(name, module.out_features, module.in_features, int(name[len(blocks) + 1 :].split(".")[0]))
-        for name, module in linears.items()
-        if not wanted or any(name == e or name.endswith("." + e) for e in wanted)
-    )
 
 
 def silence_libraries() -> None:

@@ -9,15 +9,48 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from fedara_flwr.adapters.attach import AdaptedModel, peft_config
 from fedara_flwr.adapters.backbone import Backbone, locate
+from fedara_flwr.adapters.blocks import as_published
 from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.adapters.rotary import name_rotary
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.spec import Vector
+
+
+def save_adapters(folder: Path, backbone: Backbone, weights: Weights, task_type: str | None, plain: bool = False) -> None:
+    """Write adapters in AdaLoRA's format where they have E, else as LoRA with a rank for each module.
+
+    Also without E as AdaLoRA's where stock PEFT would lose a part of LoRA.
+
+    Args:
+        plain: as LoRA of one rank.
+
+    Raises:
+        ConfigError: of plain LoRA stock PEFT would lose a part.
+    """
+    lost = _lost(backbone, weights)
+    if plain and lost:
+        line = f"PEFT does not load LoRA on {lost[0]} of {backbone.model.config.model_type!r} (peft#3711)"
+        raise ConfigError(f"--format lora: {line}, allowed are peft and merged")
+    save = save_plain_lora if plain else save_peft if lost or "E" in weights.arrays else save_lora
+    save(folder, backbone, weights, task_type)
+
+
+def _lost(backbone: Backbone, weights: Weights) -> list[str]:
+    """Modules whose LoRA stock PEFT takes for that of experts, which have their names: it is not loaded."""
+    names = [backbone.spec.modules[m].name for m in _alive(weights)]
+    config = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(config, backbone.model, None)
+    except ValueError:  # it names one of two that it would fuse
+        return names
+    return [name for name in names if name not in set(config.target_modules or ())]
 
 
 def save_peft(folder: Path, backbone: Backbone, weights: Weights, task_type: str | None) -> None:
@@ -113,6 +146,7 @@ def _save(folder: Path, backbone: Backbone, config: PeftConfig, tensors: dict[st
     config.base_model_name_or_path = base_of(backbone)
     config.revision = revision(backbone)
     config.inference_mode = True
+    config.fan_in_fan_out = bool(backbone.convolutions)  # type: ignore[attr-defined]
     whole = [*backbone.head_modules, *([backbone.identity_pooler] if backbone.identity_pooler else [])]
     config.modules_to_save = whole or None  # type: ignore[attr-defined]
     start = 0
@@ -145,5 +179,6 @@ def revision(backbone: Backbone) -> str | None:
 def save_model(folder: Path, adapted: AdaptedModel) -> None:
     """The loaded model, adapters and delta merged into it; loads in stock transformers. Leaves `adapted` merged."""
     adapted.merge()
-    adapted.model.save_pretrained(str(folder))
+    with as_published(adapted.model, adapted.backbone.convolutions):
+        adapted.model.save_pretrained(str(folder))
     name_rotary(folder)

@@ -49,15 +49,25 @@ class OutputLayer:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of shape (n, vocabulary) of positions whose `AdaptedModel.hidden` are `states`, shape (n, hidden)."""
-        base: Any = self._base
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        given = _Given(last_hidden_state=states[None])
         tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        base.forward = lambda *args, **kwargs: given
+        asked: list[Any] = [self._base, getattr(self._base, "decoder", None)]  # OPT asks the second
+        for module in filter(None, asked):
+            module.forward = lambda *args, **kwargs: given
         try:
             logits: torch.Tensor = self._adapted.outputs({"input_ids": tokens}).logits[0]
         finally:
-            del base.forward
+            for module in filter(None, asked):
+                del module.forward
         return logits
+
+
+class _Given(BaseModelOutputWithPastAndCrossAttentions):
+    """What blocks gave, in which whatever else a model looks for, such as its routers' choices, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @contextmanager

@@ -29,6 +29,11 @@ FORMAT_TEXTS = {
     "merged": "the whole model, all that was trained merged into its weights",
 }
 
+RANK_PATTERN = (
+    "PEFT warns that keys of `rank_pattern` match no module and are ignored. It is a false alarm: PEFT looks for layers of "
+    "that name, AdaLoRA's own keys end in `.lora_E`, and they are applied."
+)
+
 
 def write_card(folder: Path, facts: dict[str, Any], kind: str) -> None:
     """Make `folder/README.md`, a model card as the Hugging Face Hub reads it.
@@ -139,6 +144,7 @@ def _body(folder: Path, facts: dict[str, Any], kind: str) -> str:
         "```python",
         *_loading(facts, kind),
         "```",
+        *(["", RANK_PATTERN] if _format(folder, kind) == "ADALORA" else []),
         *(["", "## Labels", ""] if facts["labels"] else []),
         *(f"- {i}: {_code(label)}" for i, label in enumerate(facts["labels"])),
     ]

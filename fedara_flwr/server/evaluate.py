@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedara_flwr.adapters.export import base_of, revision, save_lora, save_model, save_peft, save_plain_lora
+from fedara_flwr.adapters.export import base_of, revision, save_adapters, save_model
 from fedara_flwr.adapters.features import features
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.config import Settings
@@ -60,9 +60,9 @@ class ServerModel:
         parts = {"train": data.pool, "validation": data.validation, "test": data.test}
         most = self.settings.data.max_length
         found = overview(self.task, self.learner.tokenizer, parts, self.labels, most, data.skipped)
-        return found._replace(lines=(*found.lines, *self._checkpoints_head()))
+        return found._replace(lines=(*found.lines, *self.checkpoints_head()))
 
-    def _checkpoints_head(self) -> list[str]:
+    def checkpoints_head(self) -> list[str]:
         """What becomes of the head that the checkpoint has; [] where it has none."""
         start = self.settings.head.start
         if self.backbone.head_refused:
@@ -176,8 +176,8 @@ class ServerModel:
         elif why := _unfit(weights):
             raise ConfigError(f"--format {kind}: method {self.settings.method!r} {why}, allowed is merged")
         else:
-            save = save_plain_lora if kind == "lora" else save_peft if "E" in weights.arrays else save_lora
-            save(folder, self.backbone, weights, self.task.peft_type(self.learner.tokenizer))
+            peft_type = self.task.peft_type(self.learner.tokenizer)
+            save_adapters(folder, self.backbone, weights, peft_type, plain=kind == "lora")
         self.learner.tokenizer.save_pretrained(str(folder))
         for name, content in self.task.files(self.learner, kind, base_of(self.backbone)).items():
             (folder / name).write_text(content)

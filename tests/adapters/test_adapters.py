@@ -290,12 +290,13 @@ def test_sizes_of_the_published_models(config, slot, megabytes):
     """By hand: one slot of B·E·A on every linear layer, and twelve of them in float32."""
     import transformers
 
-    from fedara_flwr.adapters.backbone import _block_list, _linear_modules
+    from fedara_flwr.adapters.blocks import block_lists, linear_modules
     from fedara_flwr.model.spec import ModelSpec
 
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(getattr(transformers, config)())
-    modules = _linear_modules(model, _block_list(model), "")
+    ran = {name for name, _ in model.named_modules()}
+    modules = linear_modules("", model, block_lists("", model, ran), ran, (), "")
     spec = ModelSpec("", modules, ())
     assert sum(spec.length(part, RankMask.full([1] * len(modules))) for part in SLOT_PARTS) == slot
     twelve = RankMask.full([12] * len(modules))
@@ -303,11 +304,14 @@ def test_sizes_of_the_published_models(config, slot, megabytes):
 
 
 def test_blocks_without_linear_layers_are_refused(tmp_path):
-    """GPT-2's blocks are made of Conv1D."""
-    from transformers import GPT2Config
+    """SqueezeBERT's blocks are made of nn.Conv1d."""
+    from transformers import SqueezeBertConfig
 
-    AutoModel.from_config(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"GPT2.* no nn.Linear to adapt"):
+    groups = {f"{kind}_groups": 1 for kind in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    sizes = {"hidden_size": 8, "embedding_size": 8, "intermediate_size": 8}
+    config = SqueezeBertConfig(vocab_size=50, num_hidden_layers=2, num_attention_heads=2, **sizes, **groups)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"SqueezeBert.* no nn.Linear to adapt"):
         backbone(tmp_path)
 
 
