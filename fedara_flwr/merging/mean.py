@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -131,23 +133,32 @@ class PaddedMean(SlotMean):
     """Weighted mean over all clients, slots that one did not send counting as 0 (HetLoRA, arXiv 2401.06432, section 3.2).
 
     A slot that nobody sent keeps its value (this project's reading): as 0 in both A and B it could never learn again.
-    `client_weight` gives each update's weight in the slot parts; all other parts are averaged as in SlotMean.
+    `client_weight` gives each update's weight in the slot parts, which counts up to `cap` times the round's median (this
+    project's reading; 0 = all of it), so updates are kept until all are there. All other parts are averaged as in SlotMean.
     """
 
-    def __init__(self, spec: ModelSpec, mask: RankMask, arrays: Arrays, client_weight: Callable[[Update], float]) -> None:
+    memory = "all"
+
+    def __init__(
+        self, spec: ModelSpec, mask: RankMask, arrays: Arrays, client_weight: Callable[[Update], float], cap: float = 0.0
+    ) -> None:
         super().__init__(spec, mask, arrays)
-        self._of, self._all = client_weight, 0.0
+        self._of, self._cap, self._all = client_weight, cap, 0.0
+        self._held: list[tuple[Update, float, int]] = []
 
     def add(self, client_key: str, update: Update, weight: int) -> None:
-        """Add one client's update; `weight` counts for the parts without slots."""
-        norm = self._of(update)
-        for slots, share in ((True, norm), (False, float(weight))):
-            parts = {part: values for part, values in update.arrays.items() if is_slot_part(part) == slots}
-            self.add_weighted(replace(update, arrays=parts), share)
-        self._all += norm
+        """Keep one client's update; `weight` counts for the parts without slots."""
+        self._held.append((update, self._of(update), weight))
 
     def result(self) -> Arrays:
         """The merged model; unlike SlotMean's, slots are divided by the weights of all clients, whether sent or not."""
+        own = [norm for _, norm, _ in self._held if norm > 0]
+        most = self._cap * statistics.median_low(own) if own and self._cap else math.inf
+        for update, norm, weight in self._held:
+            for slots, share in ((True, min(norm, most)), (False, float(weight))):
+                parts = {part: values for part, values in update.arrays.items() if is_slot_part(part) == slots}
+                self.add_weighted(replace(update, arrays=parts), share)
+            self._all += min(norm, most)
         merged = super().result()
         for part in self._sums.keys() & set(SLOT_PARTS):
             if self._all > 0:

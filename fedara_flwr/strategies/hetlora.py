@@ -2,8 +2,9 @@
 
 Stated by the paper: global factors of rank max r_k, truncated to r_k for client k; its loss has λ·‖B[:, γ·r_k:]‖·‖A[γ·r_k:,
 :]‖ added, and where that product fell during local training the client's rank falls to γ·r_k; updates are padded with zeros
-and weighted by ‖B_k·A_k‖_F. This project's reading: the norm is taken over all modules together; a client's present rank is
-kept by the server, so nothing stays on the client; head averaged as in FedAvg.
+and weighted by ‖B_k·A_k‖_F. This project's reading: the norm is taken over all modules together, and weighs at most so many
+times the round's median as `strategy.weight-cap` says; a client's present rank is kept by the server, so nothing stays on the
+client; head averaged as in FedAvg.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class HetLoRA(ClientRanks):
         return replace(plan, report=frozenset({KEPT_SLOTS})) if "tail-penalty" in plan.terms else plan
 
     def merger(self, state: State) -> PaddedMean:
-        """A zero-padded mean in which a client weighs ‖B_k·A_k‖_F."""
-        return PaddedMean(self.spec, state.mask, state.arrays, lambda update: delta_norm(self.spec, update))
+        """A zero-padded mean in which a client weighs ‖B_k·A_k‖_F, at most `strategy.weight-cap` times the median."""
+        cap = self.settings.strategy.weight_cap
+        return PaddedMean(self.spec, state.mask, state.arrays, lambda update: delta_norm(self.spec, update), cap)
 
     def next(self, state: State, merged: Arrays, replies: Sequence[Reply], merger: Merger) -> None:
         """Remember the rank that each client kept."""

@@ -307,8 +307,8 @@ def test_delta_norm_by_hand():
 
 
 # -- PaddedMean ------------------------------------------------------------
-def padded(*updates, norm=lambda item: item.metrics["norm"]):
-    merger = PaddedMean(SPEC, FULL, global_arrays(), norm)
+def padded(*updates, norm=lambda item: item.metrics["norm"], cap=0.0):
+    merger = PaddedMean(SPEC, FULL, global_arrays(), norm, cap)
     for number, (item, weight) in enumerate(updates):
         merger.add(str(number), item, weight)
     return merger.result(), merger.report()
@@ -336,6 +336,14 @@ def test_padded_mean_by_hand():
     assert merged["head"].tolist() == [1, 3]
     assert merged["E"].tolist() == [6, 7, 8]
     assert report == {}
+
+
+@pytest.mark.parametrize(("cap", "share"), [(0.0, 41 / 50), (3.0, 3 / 12), (1.0, 1 / 10)])
+def test_who_sends_large_factors_weighs_a_multiple_of_the_median(cap, share):
+    """Nine clients of norm 1 send B = 0, one of norm 41 sends B = 1: its share of 50 without a cap, else of 9 + cap."""
+    honest = [(normed(1.0, B=np.zeros(5, np.float32)), 1)] * 9
+    merged, _ = padded(*honest, (normed(41.0, B=np.ones(5, np.float32)), 1), cap=cap)
+    assert merged["B"] == pytest.approx([share] * 5)
 
 
 def test_padded_slot_that_nobody_sent_keeps_its_value():
