@@ -34,15 +34,13 @@ def budget(server_round: int, rounds: int, first: int, final: int, warmup: int, 
 
 @dataclass(frozen=True)
 class Vote:
-    """One client's ranking of its slots.
+    """One client's ranking of its slots. All clients' count alike, whatever size they say they have.
 
     Attributes:
-        weight: of the client, a whole number (examples, or 1).
         ranks: rank of every alive slot by the client's score, 0 = best; shape (slots,).
         budget: how many of the best it votes for.
     """
 
-    weight: int
     ranks: Ints
     budget: int
 
@@ -52,25 +50,32 @@ class Vote:
         return self.ranks < self.budget
 
 
-def vote_shares(votes: Sequence[Vote], slots: int) -> np.ndarray:
-    """The weight of the votes for each alive slot, Σ n_k·vote_k, in whole numbers; shape (slots,)."""
-    total = np.zeros(slots, dtype=np.int64)
-    for vote in votes:
-        total += vote.weight * vote.keep.astype(np.int64)
-    return total
+def outvoted(voters: int) -> int:
+    """How many clients cannot settle a slot by themselves: a quarter; of three or more at least one."""
+    return max(1, voters // 4) if voters > 2 else 0
 
 
-def mean_scores(votes: Sequence[Vote], slots: int) -> np.ndarray:
-    """Weighted sum of slots - rank per slot: the mean rank-normalised score 1 - rank/slots in whole numbers."""
-    total = np.zeros(slots, dtype=np.int64)
-    for vote in votes:
-        total += vote.weight * (slots - vote.ranks)
-    return total
+def counts(votes: Sequence[Vote], slots: int) -> Ints:
+    """How many clients voted for each alive slot; shape (slots,)."""
+    return np.sum([vote.keep for vote in votes], axis=0, dtype=np.int64) if votes else np.zeros(slots, dtype=np.int64)
+
+
+def middle(ranks: np.ndarray) -> np.ndarray:
+    """Sum of each slot's ranks without the `outvoted` best and worst of them; of shape (votes, slots), then (slots,)."""
+    cut = outvoted(len(ranks))
+    return np.sort(ranks, axis=0)[cut : len(ranks) - cut].sum(axis=0)
 
 
 def arbitration_order(votes: Sequence[Vote], slots: int) -> np.ndarray:
-    """Slot numbers from best to worst: by vote share, then by mean rank-normalised score, then by (module, slot)."""
-    return np.lexsort((np.arange(slots), -mean_scores(votes, slots), -vote_shares(votes, slots)))
+    """Slot numbers from best to worst, by votes that a minority cannot turn (this project's reading).
+
+    First slots for which all but `outvoted` clients voted, last those for which no more than these did; among equal ones by
+    the trimmed mean of the ranks (as Yin et al., arXiv 1803.01498, trim updates), then by (module, slot).
+    """
+    bad, votes_for = outvoted(len(votes)), counts(votes, slots)
+    agreed = np.where(votes_for >= len(votes) - bad, 2, np.where(votes_for > bad, 1, 0))
+    ranks = middle(np.stack([vote.ranks for vote in votes])) if votes else np.zeros(slots)
+    return np.lexsort((np.arange(slots), ranks, -agreed))
 
 
 def arbitrate_budget(mask: RankMask, votes: Sequence[Vote], slots: int) -> RankMask:
@@ -81,14 +86,13 @@ def arbitrate_budget(mask: RankMask, votes: Sequence[Vote], slots: int) -> RankM
 
 
 def arbitrate_threshold(mask: RankMask, votes: Sequence[Vote], threshold: float, least: int) -> RankMask:
-    """A slot survives when the weighted share of clients that voted for it is at least `threshold`.
+    """A slot survives when the share of clients that voted for it is at least `threshold`.
 
     Where fewer than `least` would survive, the best others in arbitration order are kept up to that number. Compared in
-    whole numbers: Σ n_k·vote_k·q ≥ p·Σ n_k for threshold = p/q.
+    whole numbers: votes·q ≥ p·clients for threshold = p/q.
     """
-    weights = sum(vote.weight for vote in votes)
     share = Fraction(threshold).limit_denominator(RESOLUTION)
-    keep = vote_shares(votes, mask.count) * share.denominator >= share.numerator * weights
+    keep = counts(votes, mask.count) * share.denominator >= share.numerator * len(votes)
     for slot in arbitration_order(votes, mask.count):
         if int(keep.sum()) >= min(least, mask.count):
             break
@@ -99,7 +103,7 @@ def arbitrate_threshold(mask: RankMask, votes: Sequence[Vote], threshold: float,
 def depth_values(spec: ModelSpec, mask: RankMask, votes: Sequence[Vote], slots: int) -> np.ndarray:
     """V(k): what the `slots` best alive slots in blocks k, k + 1, … are worth, for every k; shape (blocks,).
 
-    A slot is worth its mean normalised rank among the slots of its kind of module, over the clients by their weights: 1 for the
+    A slot is worth its normalised rank among the slots of its kind of module, the clients' trimmed mean (`middle`): 1 for the
     best, 0 below the worst. Kinds, such as all query projections, are ranked apart, since their scores are not of one scale.
     This project's reading, as is all of depth.
     """
@@ -109,10 +113,8 @@ def depth_values(spec: ModelSpec, mask: RankMask, votes: Sequence[Vote], slots: 
     worth = np.zeros(mask.count)
     for kind in np.unique(kinds):
         members = np.flatnonzero(kinds == kind)
-        for vote in votes:
-            within = rank_order(-1.0 * vote.ranks[members])
-            worth[members] += vote.weight * (len(members) - within) / len(members)
-    worth /= sum(vote.weight for vote in votes)
+        within = np.stack([rank_order(-1.0 * vote.ranks[members]) for vote in votes])
+        worth[members] = 1 - middle(within) / ((len(votes) - 2 * outvoted(len(votes))) * len(members))
     return np.array([np.sort(worth[blocks >= k])[::-1][:slots].sum() for k in range(spec.blocks)])
 
 

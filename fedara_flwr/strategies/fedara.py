@@ -4,8 +4,8 @@ Stated by the paper: ΔW = B·diag(E)·A; each round clients make local rank mas
 are pruned progressively; pruned ranks are not sent; inactive modules leave the model.
 This project's reading, each an option: the slots' score (`importance`), the arbitration (`arbitration`, `threshold`), AdaLoRA's
 cubic budget (`final-rank`, `warmup-rounds`, `final-rounds`) and who sends what (`upload-mask`); besides, the start (E = 0, A
-and B of unit norm) and FedAvg of each factor over the alive slots. `threshold` is there for the paper's arbitration by a share
-of votes, `magnitude` for the ablation without gradients (and what is left behind noise): neither differs beyond noise in
+and B of unit norm), FedAvg of each factor over the alive slots, and that all votes count alike and a quarter of the clients
+settles nothing alone (allocation.py). `threshold` is there for the paper's arbitration by a share of votes, `magnitude` for the ablation without gradients (and what is left behind noise): neither differs beyond noise in
 benchmarks/defaults. The clients' half is the term `slot-vote` (client/vote.py).
 Ours alone: `depth-slack`, by which whole blocks leave the model early, from the lowest; configs/paper.toml is without it.
 """
@@ -49,7 +49,7 @@ class FedARAOptions(Group):
         "gradient-product", description="how a client scores its slots"
     )
     arbitration: Literal["budget", "threshold"] = Field("budget", description="how votes become the global mask")
-    threshold: float = Field(0.5, gt=0, le=1, description="share of votes (weighted) that a slot needs, by 'threshold'")
+    threshold: float = Field(0.5, gt=0, le=1, description="share of votes that a slot needs, by 'threshold'")
     depth_slack: float = Field(
         0.03,
         ge=0,
@@ -138,7 +138,7 @@ class FedARA(Method):
         mask, options, allowed = state.mask, self.options, self.budget(state, state.server_round)
         if self.settings.privacy.on:
             return mask.keep(select_top(self.spec.slot_sizes(state.arrays, mask), allowed))
-        votes = [Vote(reply.weight, reply.reports[VOTE], allowed) for reply in replies if VOTE in reply.reports]
+        votes = [Vote(reply.reports[VOTE], allowed) for reply in replies if VOTE in reply.reports]
         if not votes:
             return mask
         if options.depth_slack and mask.count == sum(mask.ranks):  # warm-up is just over

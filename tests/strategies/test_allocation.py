@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,8 +16,9 @@ from fedara_flwr.strategies.allocation import (
     arbitrate_threshold,
     arbitration_order,
     budget,
-    mean_scores,
-    vote_shares,
+    counts,
+    middle,
+    outvoted,
 )
 
 laws = settings(deadline=None, max_examples=150)
@@ -87,26 +87,26 @@ def test_traffic_of_12_to_2_in_a_long_run():
 MASK = RankMask((3, 3), np.array([1, 0, 1, 1, 1, 1], dtype=bool))  # five alive, numbered 0..4 below
 
 
-def vote(ranks, allowed, weight=1):
-    return Vote(weight, np.array(ranks, dtype=np.int64), allowed)
+def vote(ranks, allowed):
+    return Vote(np.array(ranks, dtype=np.int64), allowed)
 
 
-def three_clients():
-    """Clients of weight 3, 2 and 1 that may each keep 2 of the 5 alive slots.
+def four_clients():
+    """Four clients that may each keep 2 of the 5 alive slots; one of them cannot settle anything alone.
 
-    ========  =====  =====================  ==============
-    client    n_k    rank of slots 0..4     votes for
-    ========  =====  =====================  ==============
-    a         3      0 1 2 3 4              0 and 1
-    b         2      4 3 2 1 0              3 and 4
-    c         1      2 0 3 1 4              1 and 3
-    ========  =====  =====================  ==============
+    ========  =====================  ==============
+    client    rank of slots 0..4     votes for
+    ========  =====================  ==============
+    a         0 1 2 3 4              0 and 1
+    b         4 3 2 1 0              3 and 4
+    c         2 0 3 1 4              1 and 3
+    d         1 0 4 2 3              0 and 1
+    ========  =====================  ==============
 
-    Shares Σ n_k·vote_k:        3, 3 + 1 = 4, 0, 2 + 1 = 3, 2; of 6 in all.
-    Scores Σ n_k·(5 - rank_k):  15 + 2 + 3 = 20, 12 + 4 + 5 = 21, 9 + 6 + 2 = 17, 6 + 8 + 4 = 18, 3 + 10 + 1 = 14.
-    Order: 1 (share 4); 0 and 3 have 3 each and 0 the higher score; 4 (share 2); 2.
+    Votes: 2, 3, 0, 2, 1. Slot 1 has three of four and leads; 2 and 4 have no more than one and come last.
+    Ranks without the best and the worst: 1 + 2 = 3, 0 + 1 = 1, 2 + 3 = 5, 1 + 2 = 3, 3 + 4 = 7. Order: 1, 0, 3, 2, 4.
     """
-    return [vote([0, 1, 2, 3, 4], 2, 3), vote([4, 3, 2, 1, 0], 2, 2), vote([2, 0, 3, 1, 4], 2, 1)]
+    return [vote([0, 1, 2, 3, 4], 2), vote([4, 3, 2, 1, 0], 2), vote([2, 0, 3, 1, 4], 2), vote([1, 0, 4, 2, 3], 2)]
 
 
 def survivors(mask):
@@ -115,50 +115,52 @@ def survivors(mask):
     return np.flatnonzero(mask.within(MASK)).tolist()
 
 
-def test_shares_scores_and_order_by_hand():
-    """Derived in `three_clients`."""
-    assert vote_shares(three_clients(), 5).tolist() == [3, 4, 0, 3, 2]
-    assert mean_scores(three_clients(), 5).tolist() == [20, 21, 17, 18, 14]
-    assert arbitration_order(three_clients(), 5).tolist() == [1, 0, 3, 4, 2]
+def test_votes_ranks_and_order_by_hand():
+    """Derived in `four_clients`."""
+    votes = four_clients()
+    assert counts(votes, 5).tolist() == [2, 3, 0, 2, 1]
+    assert middle(np.stack([item.ranks for item in votes])).tolist() == [3, 1, 5, 3, 7]
+    assert arbitration_order(votes, 5).tolist() == [1, 0, 3, 2, 4]
+
+
+@pytest.mark.parametrize("voters, most", [(1, 0), (2, 0), (3, 1), (4, 1), (7, 1), (8, 2), (10, 2), (20, 5)])
+def test_how_many_cannot_settle_a_slot(voters, most):
+    assert outvoted(voters) == most
 
 
 @pytest.mark.parametrize(
     "slots, alive",
-    [(0, []), (1, [1]), (2, [0, 1]), (3, [0, 1, 3]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])],
+    [(0, []), (1, [1]), (2, [0, 1]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])],
 )
 def test_budget_arbitration_by_hand(slots, alive):
-    """The first of the order 1, 0, 3, 4, 2 (`three_clients`)."""
-    assert survivors(arbitrate_budget(MASK, three_clients(), slots)) == alive
+    """The first of the order 1, 0, 3, 2, 4 (`four_clients`)."""
+    assert survivors(arbitrate_budget(MASK, four_clients(), slots)) == alive
 
 
 def test_a_dead_slot_between_the_alive_ones_stays_dead():
     """Slot (0, 1) is dead; the alive 0 and 1 are (0, 0) and (0, 2)."""
-    assert arbitrate_budget(MASK, three_clients(), 2).bits.tolist() == [True, False, True, False, False, False]
+    assert arbitrate_budget(MASK, four_clients(), 2).bits.tolist() == [True, False, True, False, False, False]
 
 
-def test_ties_in_share_and_score_go_by_position():
+def test_ties_go_by_position():
     """Two clients vote for slots 1, 3 and 1, 4: 1 leads; 3 and 4 have ranks 1 + 2 both and 3 comes first; 0 and 2, 3 + 4."""
     votes = [vote([3, 0, 4, 1, 2], 2), vote([4, 0, 3, 2, 1], 2)]
     assert arbitration_order(votes, 5).tolist() == [1, 3, 4, 0, 2]
 
 
-def test_share_comes_before_score():
-    """Budget 1, four slots. Two clients of weight 1 put slot 1 first and slot 2 second, a third slot 2 first and slot 1 last.
+def test_agreement_comes_before_ranks():
+    """Budget 1 of three slots, five clients: four want slot 1, and put slot 2 second. The fifth puts slot 1 last.
 
-    Third at weight 1: slot 1 has share 2 and score 4 + 4 + 1 = 9, slot 2 has share 1 and score 3 + 3 + 4 = 10: slot 1 stays.
-    At weight 2 both have share 2, and slot 2 has 3 + 3 + 8 = 14 against 4 + 4 + 2 = 10: slot 2 stays.
+    Ranks without best and worst are 0 and 3 of slots 1 and 2. With three clients for slot 1 and two for slot 2 it is the ranks.
     """
-    mask = RankMask.full([2, 2])
-
-    def kept(weight):
-        votes = [vote([2, 0, 1, 3], 1), vote([2, 0, 1, 3], 1), vote([1, 3, 0, 2], 1, weight)]
-        return np.flatnonzero(arbitrate_budget(mask, votes, 1).bits).tolist()
-
-    assert [kept(1), kept(2)] == [[1], [2]]
+    votes = [vote([2, 0, 1], 1)] * 4 + [vote([0, 2, 1], 1)]
+    assert arbitration_order(votes, 3).tolist() == [1, 2, 0]
+    votes = [vote([1, 0, 2], 1)] * 3 + [vote([1, 2, 0], 1)] * 2
+    assert arbitration_order(votes, 3).tolist() == [1, 2, 0]
 
 
-def test_equal_share_and_score_go_by_position():
-    """Two clients in opposite orders: each slot scores (3 - r) + (1 + r) = 4, slots 0 and 2 have a vote each."""
+def test_equal_votes_and_ranks_go_by_position():
+    """Two clients in opposite orders: each slot has ranks r and 2 - r, slots 0 and 2 have a vote each."""
     mask = RankMask.full([1, 2])
     assert np.flatnonzero(arbitrate_budget(mask, [vote([0, 1, 2], 1), vote([2, 1, 0], 1)], 1).bits).tolist() == [0]
 
@@ -166,53 +168,50 @@ def test_equal_share_and_score_go_by_position():
 @pytest.mark.parametrize(
     "threshold, alive",
     [
-        (0.25, [0, 1, 3, 4]),  # 1.5 of 6 or more
-        (0.5, [0, 1, 3]),  # exactly 3 of 6 is enough: slots 0 and 3
-        (0.5 + 2**-19, [1]),  # just above it is not
-        (0.625, [1]),  # 3.75 or more
-        (0.75, []),  # 4.5 or more: nobody
+        (0.25, [0, 1, 3, 4]),  # one of four or more
+        (0.5, [0, 1, 3]),  # exactly two are enough: slots 0 and 3
+        (0.5 + 2**-19, [1]),  # just above it they are not
+        (0.75, [1]),
+        (0.76, []),  # nobody
     ],
 )
 def test_threshold_arbitration_by_hand(threshold, alive):
-    """Shares 3, 4, 0, 3, 2 of 6 (`three_clients`), nothing to refill."""
-    assert survivors(arbitrate_threshold(MASK, three_clients(), threshold, 0)) == alive
+    """Votes 2, 3, 0, 2, 1 of 4 (`four_clients`), nothing to refill."""
+    assert survivors(arbitrate_threshold(MASK, four_clients(), threshold, 0)) == alive
 
 
 @pytest.mark.parametrize(
     "threshold, least, alive",
     [
-        (0.75, 1, [1]),
-        (0.75, 2, [0, 1]),
-        (0.625, 3, [0, 1, 3]),
+        (0.8, 1, [1]),
+        (0.8, 2, [0, 1]),
+        (0.7, 3, [0, 1, 3]),
         (0.5, 3, [0, 1, 3]),
-        (0.5, 4, [0, 1, 3, 4]),
+        (0.5, 4, [0, 1, 2, 3]),
         (1.0, 5, [0, 1, 2, 3, 4]),
         (1.0, 50, [0, 1, 2, 3, 4]),
     ],
 )
 def test_threshold_refills_in_arbitration_order(threshold, least, alive):
-    """Order 1, 0, 3, 4, 2 (`three_clients`), up to `least` or all that live."""
-    assert survivors(arbitrate_threshold(MASK, three_clients(), threshold, least)) == alive
+    """Order 1, 0, 3, 2, 4 (`four_clients`), up to `least` or all that live."""
+    assert survivors(arbitrate_threshold(MASK, four_clients(), threshold, least)) == alive
 
 
 def test_unanimous_vote_survives_threshold_one():
-    votes = [vote([0, 1, 2, 3, 4], 2, weight) for weight in (5, 1, 7)]
+    votes = [vote([0, 1, 2, 3, 4], 2)] * 3
     assert survivors(arbitrate_threshold(MASK, votes, 1.0, 0)) == [0, 1]
 
 
 # -- arbitration by law ------------------------------------------------------------
 @st.composite
 def ballots(draw):
-    """(mask, votes): one to five clients with whole weights, each a permutation and its best slots."""
+    """(mask, votes): one to five clients, each a permutation and its best slots."""
     ranks = tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)))
     size = sum(ranks)
     mask = RankMask(ranks, np.array(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool))
     allowed = draw(st.integers(0, mask.count))
     count = draw(st.integers(1, 5))
-    votes = [
-        vote(draw(st.permutations(range(mask.count))), allowed, draw(st.integers(1, 4) | st.integers(1, 10**6)))
-        for _ in range(count)
-    ]
+    votes = [vote(draw(st.permutations(range(mask.count))), allowed) for _ in range(count)]
     return mask, votes
 
 
@@ -228,14 +227,14 @@ def test_budget_keeps_exactly_that_many(case, slots):
 @laws
 @given(ballots())
 def test_order_against_python_sorting(case):
-    """By share, then by the weighted mean of 1 - rank/alive as an exact fraction, then by position."""
+    """By who agrees, then by the trimmed mean of ranks, then by position."""
     mask, votes = case
-    total, alive = sum(item.weight for item in votes), mask.count
+    alive, bad = mask.count, outvoted(len(votes))
 
     def key(slot):
-        share = Fraction(sum(item.weight for item in votes if item.keep[slot]), total)
-        score = sum(item.weight * (1 - Fraction(int(item.ranks[slot]), alive)) for item in votes) / total
-        return (-share, -score, slot)
+        voted = sum(bool(item.keep[slot]) for item in votes)
+        ranks = sorted(int(item.ranks[slot]) for item in votes)[bad : len(votes) - bad]
+        return (voted < len(votes) - bad, voted <= bad, sum(ranks), slot)
 
     assert arbitration_order(votes, alive).tolist() == sorted(range(alive), key=key)
 
@@ -253,16 +252,16 @@ def test_budgets_nest(case, slots):
 def test_threshold_against_exact_fractions(case, threshold, least):
     """Kept: slots whose share reaches the fraction nearest to the threshold, and min(least, alive) in arbitration order."""
     mask, votes = case
-    total = sum(item.weight for item in votes)
     step = Fraction(threshold).limit_denominator(2**20)
-    shares = [sum(item.weight for item in votes if item.keep[i]) for i in range(mask.count)]
-    passed = {i for i in range(mask.count) if Fraction(shares[i], total) >= step}
+    voted = [sum(bool(item.keep[i]) for item in votes) for i in range(mask.count)]
+    passed = {i for i in range(mask.count) if Fraction(voted[i], len(votes)) >= step}
     kept = arbitrate_threshold(mask, votes, threshold, least)
     chosen = set(np.flatnonzero(kept.within(mask)).tolist())
     assert mask.covers(kept)
     assert passed <= chosen
     assert len(chosen) == max(len(passed), min(least, mask.count))
-    assert all(shares[i] >= shares[j] for i in chosen for j in range(mask.count) if j not in chosen)
+    order = [slot for slot in arbitration_order(votes, mask.count).tolist() if slot not in passed]
+    assert chosen - passed == set(order[: len(chosen) - len(passed)])
 
 
 @laws
@@ -275,19 +274,10 @@ def test_order_of_votes_does_not_matter(case, random, slots, threshold):
 
 
 @laws
-@given(ballots(), st.integers(2, 1000), st.integers(0, 25), st.floats(0.01, 1.0))
-def test_only_relative_weights_matter(case, factor, slots, threshold):
+@given(ballots())
+def test_one_client_gets_its_own_vote(case):
     mask, votes = case
-    scaled = [replace(item, weight=item.weight * factor) for item in votes]
-    assert arbitrate_budget(mask, scaled, slots) == arbitrate_budget(mask, votes, slots)
-    assert arbitrate_threshold(mask, scaled, threshold, slots) == arbitrate_threshold(mask, votes, threshold, slots)
-
-
-@laws
-@given(ballots(), st.integers(1, 25))
-def test_one_client_gets_its_own_vote(case, weight):
-    mask, votes = case
-    alone = replace(votes[0], weight=weight)
+    alone = votes[0]
     assert np.array_equal(arbitrate_budget(mask, [alone], int(alone.keep.sum())).within(mask), alone.keep)
     assert np.array_equal(arbitrate_threshold(mask, [alone], 0.5, 0).within(mask), alone.keep)
 
@@ -303,7 +293,7 @@ def test_dead_slots_stay_dead_over_rounds(case, budgets, seed, by_threshold):
         mask = arbitrate_threshold(mask, votes, 0.5, slots) if by_threshold else arbitrate_budget(mask, votes, slots)
         assert not (mask.bits & dead).any()
         dead = ~mask.bits
-        votes = [vote(rng.permutation(mask.count), slots, int(rng.integers(1, 9))) for _ in range(3)]
+        votes = [vote(rng.permutation(mask.count), slots) for _ in range(3)]
 
 
 @pytest.mark.parametrize("threshold, yes, of", [(0.6, 3, 5), (0.8, 4, 5), (0.3, 3, 10), (0.1, 1, 10)])

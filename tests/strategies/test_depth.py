@@ -16,8 +16,8 @@ SPEC = ModelSpec("", tuple(ModuleSpec(f"layer.{b}.{kind}", 2, 2, b) for b in ran
 MASK = RankMask.full([1] * 6)  # slots: block 0 query, dense; block 1 query, dense; block 2 query, dense
 
 
-def vote(*ranks, weight=1):
-    return Vote(weight, np.array(ranks), len(ranks))
+def vote(*ranks):
+    return Vote(np.array(ranks), len(ranks))
 
 
 def test_worth_is_the_place_among_slots_of_the_same_kind():
@@ -34,9 +34,12 @@ def test_one_kind_that_scores_high_everywhere_does_not_decide():
     np.testing.assert_allclose(values, [2, 4 / 3, 2 / 3])
 
 
-def test_votes_weigh_by_their_clients():
-    values = depth_values(SPEC, MASK, [vote(5, 4, 3, 2, 1, 0, weight=3), vote(1, 0, 3, 2, 5, 4, weight=1)], slots=2)
-    np.testing.assert_allclose(values, [2 * (3 * 1 + 1 / 3) / 4] * 3)
+def test_a_minority_moves_no_depth():
+    """Two of ten turn their order round: the trimmed mean is the others' own. Of two the second is half."""
+    honest, liar = vote(5, 4, 3, 2, 1, 0), vote(1, 0, 3, 2, 5, 4)
+    alone = depth_values(SPEC, MASK, [honest], slots=2)
+    np.testing.assert_allclose(depth_values(SPEC, MASK, [honest] * 8 + [liar] * 2, slots=2), alone)
+    np.testing.assert_allclose(depth_values(SPEC, MASK, [honest, liar], slots=2), [4 / 3] * 3)
 
 
 @pytest.mark.parametrize(("slack", "lowest"), [(0.0, 1), (0.05, 1), (0.1, 2), (0.39, 2), (0.4, 3)])
@@ -46,8 +49,8 @@ def test_the_highest_boundary_that_keeps_enough(slack, lowest):
 
 def test_votes_on_what_is_left_keep_their_order():
     upper = last_blocks(SPEC, MASK, 1)
-    (one,) = votes_within([vote(5, 4, 3, 2, 0, 1, weight=7)], MASK, upper)
-    assert one.ranks.tolist() == [0, 1] and one.weight == 7
+    (one,) = votes_within([vote(5, 4, 3, 2, 0, 1)], MASK, upper)
+    assert one.ranks.tolist() == [0, 1] and one.budget == 6
 
 
 @settings(deadline=None, max_examples=100)

@@ -739,12 +739,12 @@ def test_any_permutation_is_a_vote(ranks):
     """Whatever slots the client keeps: what it votes for are the first of its ranks, and nothing beside them."""
     read = update_from_content(spoilt_reply(REPORTED, ranks), SPEC, LOCAL, MOST, read=READ)
     assert read.reports[VOTE].tolist() == list(ranks) and read.mask.bits.tolist() == [0, 1, 0, 1, 0, 0]
-    assert Vote(1, read.reports[VOTE], BUDGET).keep.tolist() == [rank < BUDGET for rank in ranks]
+    assert Vote(read.reports[VOTE], BUDGET).keep.tolist() == [rank < BUDGET for rank in ranks]
 
 
 def test_budget_above_the_alive_slots_means_all_of_them():
     read = update_from_content(reply_to(VOTING), SPEC, VOTING, MOST, read=READ)
-    assert Vote(1, read.reports[VOTE], 9).keep.tolist() == [True] * 4
+    assert Vote(read.reports[VOTE], 9).keep.tolist() == [True] * 4
 
 
 @pytest.mark.parametrize("more", [0, 1])
