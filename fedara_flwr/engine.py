@@ -14,13 +14,12 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedara_flwr.client_app import Received, receive
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.config import OutputSettings
 from fedara_flwr.data.partitions import check_partition
+from fedara_flwr.flower import Run, TaskIdentity
 from fedara_flwr.model.spec import Arrays
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.runs.directory import RunDirectory

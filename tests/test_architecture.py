@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedara_flwr"
-LAYERS = """keys training config seeds files log plugins model data tasks adapters wire merging strategies node client server
-report runs client_app server_app engine cli""".split()
+LAYERS = """keys training config seeds files log plugins flower model data tasks adapters wire merging strategies node client
+server report runs client_app server_app engine cli""".split()
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 NUMPY_ONLY = ("model", "merging", "strategies", "wire", "node", "data", "report")
 FORBIDDEN = dict.fromkeys(NUMPY_ONLY, {"torch"}) | {"adapters": {"flwr"}, "tasks": {"flwr"}}
@@ -41,6 +42,15 @@ def test_imports_point_one_way(path):
             other = rest.partition(".")[0]
             assert LEVEL[other] <= LEVEL[own], f"{own} imports {other}, which stands above it"
             assert (own, other) not in NEVER_MEET
+
+
+PUBLIC = re.compile(r"flwr\.(app|clientapp|serverapp|server_app|client_app)(\.\w+)?")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_flowers_own_stands_in_one_file(path):
+    private = {name for name in imports(path) if name.partition(".")[0] == "flwr" and not PUBLIC.fullmatch(name)}
+    assert not private or path.name == "flower.py"
 
 
 def test_one_idea_a_file():

@@ -101,7 +101,7 @@ def telemetry() -> Finding:
     """Whether Flower's telemetry is on, as it is by default, although its server cannot be reached."""
     if os.environ.get("FLWR_TELEMETRY_ENABLED", "1") != "1":
         return Finding("ok", "Flower's is off")
-    from flwr.supercore.telemetry import TELEMETRY_EVENTS_URL
+    from fedara_flwr.flower import TELEMETRY_EVENTS_URL
 
     if _reachable(str(urlsplit(TELEMETRY_EVENTS_URL).hostname), 443):
         return Finding("ok", "Flower's is on (`fedara run` sets it off)")

@@ -26,12 +26,11 @@ from typing import Any
 
 import click
 import psutil
-from flwr.cli.config_utils import parse_config_args
-from flwr.common.config import flatten_dict
 
 from fedara_flwr.cli import cluster
 from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder, without_proxy
 from fedara_flwr.data.partitions import check_partition
+from fedara_flwr.flower import flatten_dict, parse_config_args
 from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.log import first_line
 from fedara_flwr.runs.directory import new_name

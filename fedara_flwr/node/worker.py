@@ -28,13 +28,18 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.common.constant import APP_DIR
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.supercore.utils import get_flwr_home
 
+from fedara_flwr.flower import (
+    APP_DIR,
+    ProtoContext,
+    ProtoMessage,
+    TaskIdentity,
+    context_from_proto,
+    context_to_proto,
+    get_flwr_home,
+    message_from_proto,
+    message_to_proto,
+)
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.node.power import peak_memory
 from fedara_flwr.node.settings import NodeSettings
