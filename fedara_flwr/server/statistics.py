@@ -112,7 +112,7 @@ class HeadStart:
         for key, why in silent.items():
             logger.warning("client %s tells no sums for the head: %s", key, why)
         whole = sum(min(examples[key], cap) for key in sorted(told))
-        share = sum(self._rows(examples[key]) for key in sorted(told)) / max(whole, 1)
+        share = sum(min(self._rows(examples[key]), cap) for key in sorted(told)) / max(whole, 1)
         told = {key: one.weighted(share) for key, one in told.items()}
         self.lines.sort(key=lambda line: (len(str(line["client"])), str(line["client"])))
         return told

@@ -12,7 +12,7 @@ from fedara_flwr.node.guard import EXAMPLES, known_metrics
 from fedara_flwr.wire.arrays import MAX_DETAIL, MAX_NAME
 
 logger = logging.getLogger(__name__)
-REASON = 10_000  # characters of an error's reason that are looked at
+REASON = 10_000  # characters of a reason in which Ray's words are looked for
 LIST = 100_000  # of a list of names
 
 
@@ -35,8 +35,7 @@ def names(value: object) -> set[str]:
 
 def last_line(reason: str | None) -> str:
     """The last line of a traceback that came as a reason, cut to a readable length, without control characters."""
-    lines = [line.strip() for line in (reason or "")[-REASON:].splitlines() if line.strip()]
-    return text(lines[-1]) if lines else "no reason given"
+    return text((reason or "").rstrip().rpartition("\n")[2].lstrip()[:MAX_DETAIL]) or "no reason given"
 
 
 def actor_died(reason: str | None) -> bool:

@@ -41,13 +41,17 @@ import os
 import time
 from pathlib import Path
 
+from flwr.app import Error, Message
+
 
 def probe(message, context, call_next):
-    """`before` and `after` hold "hold" (until the file is gone), "raise" or "exit"; what was reached is written beside them."""
+    """`before` and `after` hold "hold" (until the file is gone), "raise" or "exit", `before` also "error" (in Ray's words);
+    what was reached is written beside them."""
     if message.metadata.message_type != "train":
         return call_next(message, context)
     folder, number = Path(os.environ["FLWR_HOME"]) / "probe", message.content.config_records["plan"]["round"]
-    stop(folder, "before", number)
+    if stop(folder, "before", number) == "error":
+        return Message(Error(0, "The actor died unexpectedly. " * 10_000), reply_to=message)
     try:
         reply = call_next(message, context)
     except Exception:
@@ -69,6 +73,7 @@ def stop(folder, place, number):
         os._exit(1)
     while what == "hold" and order.exists():
         time.sleep(0.05)
+    return what
 '''
 
 
@@ -216,7 +221,7 @@ class Node:
         return (self.owner.root / f"node-{self.key}.log").read_text(errors="replace")
 
     def order(self, place: str, what: str) -> None:
-        """At its next training the node does this "before" it or "after" it: "hold", "raise" or "exit"."""
+        """At its next training the node does this "before" it or "after" it: "hold", "raise", "exit" or "error"."""
         for old in ("before", "after", "before.reached", "after.reached", "raised"):
             (self.probe / old).unlink(missing_ok=True)
         (self.probe / place).write_text(what)

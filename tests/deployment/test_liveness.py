@@ -294,6 +294,28 @@ def test_when_all_clients_fail_the_run_ends_and_is_saved(fleet):
 
 
 @slow
+def test_an_error_and_a_silent_node_cost_their_replies_and_then_nothing(tiny_bert, tmp_path, deadline):
+    """One says in Ray's words, 290 kB of them, that an actor died; one never replies. Both sit out from the third round on."""
+    with deployment(tmp_path / "run", tiny_bert, 4) as owner:
+        claims, silent = owner.nodes[2:]
+        claims.order("before", "error")
+        silent.order("before", "hold")
+        changes = {"strategy.min-available-nodes": 4, "strategy.quorum": 0.5, "strategy.straggler-timeout": 2.0}
+        changes |= {"num-server-rounds": 3, "strategy.round-timeout": 5 * deadline, "strategy.node-timeout": deadline + 20}
+        run = owner.submit("errors", **changes)
+        assert run.ended(20 * deadline + PATIENCE) == ("finished:completed", "")
+        facts, lines = run.facts(), run.lines("round")
+        for line in lines[:2]:
+            dropped = {drop["client"]: (drop["reason"], len(drop["detail"])) for drop in line["dropped"]}
+            assert dropped["2"] == ("error-0", 300) and dropped["3"][0] == "straggler" and line["good"] == 2
+            assert line["seconds"] < 4 * deadline
+        assert [line["sitting-out"] for line in lines] == [[], [], ["2", "3"]]
+        assert lines[2]["good"] == 2 and lines[2]["dropped"] == [] and sorted(lines[2]["sampled"]) == ["0", "1"]
+        assert facts["simulated"] is False and facts["outcome"] == "completed"
+        assert "failed 2 times in a row (error-0), and sits out until round 4" in run.log()
+
+
+@slow
 def test_a_restarted_superlink_loses_no_run(tiny_bert, tmp_path, deadline):
     """kill -9 while a node computes; state in a database, the ServerApp under a SuperExec of its own."""
     with deployment(tmp_path / "run", tiny_bert, 2, durable=True) as owner:
