@@ -230,3 +230,10 @@ def test_a_client_whose_data_changed_while_the_run_was_stopped(tiny_bert, real, 
     else:
         with pytest.raises(ConfigError, match="run.resume: client 1 has"):
             loop.roster.rejoin(grid, before, {}, {})
+
+
+def test_a_simulation_is_known_by_its_grid():
+    """Which is named, not imported."""
+    from flwr.superlink.grid import HttpGrid, InMemoryGrid
+
+    assert [simulates(cls.__new__(cls)) for cls in (InMemoryGrid, HttpGrid, InProcessGrid)] == [True, False, True]
