@@ -85,7 +85,7 @@ class PrivateMean:
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     """ε of `rounds` rounds at `delta`, adjacency as `ADJACENCY` says.
 
-    No use is made of chance: the client may be in every round, since its sample follows from a seed that clients know. All
+    No use is made of chance: the client may be in every round, since in a simulation clients know what samples follow from. All
     rounds together are then one Gaussian mechanism of noise-multiplier/√rounds, whose ε is known exactly (arXiv 1805.06530).
 
     Raises:

@@ -120,6 +120,8 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
         "bytes-total": state.bytes_total,
         "failed-rounds": state.failed_rounds,
         "strikes": state.strikes,
+        "secret": state.secret,
+        "owners": state.owners,
         "best": state.best,
         "solved": state.solved,
     }
@@ -158,6 +160,8 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         bytes_total=facts["bytes-total"],
         failed_rounds=facts["failed-rounds"],
         strikes=facts["strikes"],
+        secret=facts["secret"],
+        owners=facts["owners"],
         best=facts["best"],
         solved=facts["solved"],
     )

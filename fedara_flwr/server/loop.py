@@ -92,6 +92,7 @@ class RoundLoop(Strategy):
         asked = {**method.calibration, **({"changes-backbone": 1} if method.touches_backbone() else {})}
         strikes = Strikes(settings.strategy.max_client_failures, self.state.strikes)
         self.roster = Roster(settings.strategy, settings.seed, expected, self.meter, self._ready, asked, strikes)
+        self.roster.secret, self.roster.owners = self.state.secret, self.state.owners
         self.fleet = read_profiles(settings.fleet.profiles)
         self._speeds = sorted({profile.flops for profile in self.fleet})
         self.planned = 0
@@ -378,7 +379,7 @@ class RoundLoop(Strategy):
         """Tell a round's line with bytes and seconds, then its clients' lines; the state has all bytes then."""
         sent, state = self.meter.take_round(), self.state
         state.bytes_total = dict(self.meter.total)
-        state.examples, state.unfit = dict(self.roster.examples), dict(self.roster.unfit)
+        state.examples, state.unfit, state.secret = dict(self.roster.examples), dict(self.roster.unfit), self.roster.secret
         record |= {"bytes": sent, "bytes-total": sum(self.meter.total.values())}
         record |= {"seconds": seconds, "seconds-evaluate": evaluation}
         for line in (record, *clients):

@@ -8,6 +8,7 @@ again sits out (server/strikes.py). One that is busy is asked again when it is n
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -73,6 +74,8 @@ class Roster:
         strikes: clients that failed again and again.
         turned_away: nodes that cannot take part, and why, by a name for the node.
         simulated: whether the nodes are a simulation's; known once they are asked for.
+        secret: what draws follow from where nodes are real; 0 = not drawn yet.
+        owners: by client key, as what the SuperLink has registered the node that has it.
     """
 
     def __init__(
@@ -96,6 +99,9 @@ class Roster:
         self.strikes = strikes or Strikes(settings.max_client_failures)
         self.turned_away: dict[str, str] = {}
         self.simulated = False
+        self.secret = 0
+        self.owners: dict[str, str] = {}
+        self._registered: dict[int, str] = {}
         self._asked: set[int] = set()
         self._questions: list[_Question] = []
         self._unknown = Strikes(settings.max_client_failures)  # nodes that do not say who they are
@@ -145,7 +151,8 @@ class Roster:
         Answers are waited for until the time `until`, else for a moment; one that comes later is heard next time.
         """
         self.simulated = simulates(grid)
-        present, timeout = set(grid.get_node_ids()), self.settings.node_timeout
+        self._registered = {node.node_id: text(node.name, MAX_NAME) for node in grid.get_nodes()}
+        present, timeout = set(self._registered), self.settings.node_timeout
         self.nodes = {key: node for key, node in self.nodes.items() if node.node_id in present}
         self._asked &= present  # a node that comes back under its id is asked again
         waiting = {question.nodes[i] for question in self._questions for i in question.exchange.open}
@@ -195,6 +202,11 @@ class Roster:
         if lacks:
             self._turn_away(node_id, f"client {key!r} does not know the {lacks[0]} that this run needs")
             return
+        if not self._may_have(key, self._registered.get(node_id, "")):
+            self._turn_away(node_id, f"client key {key!r} is that of another node, by what the SuperLink has registered")
+            return
+        if key in self.nodes and self._registered.get(self.nodes[key].node_id, "") != self.owners.get(key, ""):
+            self._turn_away(self.nodes.pop(key).node_id, f"client key {key!r} is that of node {node_id}, as it is registered")
         if key in self.nodes:
             logger.warning("node %d waits: client key %r is taken by node %d", node_id, key, self.nodes[key].node_id)
             self._asked.discard(node_id)  # a restarted node is there before Flower notices that its old id is gone
@@ -206,6 +218,19 @@ class Roster:
         self.examples.pop(key, None)  # a node that came back under its key is asked again
         self.unfit.pop(key, None)
 
+    def _may_have(self, key: str, registered: str) -> bool:
+        """Whether a node that is `registered` under this name, '' = under none, may have a client key; if so it keeps it.
+
+        A key that is some node's registered name is that node's; any other goes to the first registered node that claims it.
+        """
+        if registered == key:
+            self.owners[key] = registered
+        elif key in self._registered.values():
+            return False
+        elif registered:
+            self.owners.setdefault(key, registered)
+        return self.owners.get(key, registered) == registered
+
     def _turn_away(self, node_id: int, why: str) -> None:
         logger.warning("node %d dropped: %s", node_id, why)
         if len(self.turned_away) < TOLD:
@@ -213,10 +238,12 @@ class Roster:
 
     # -- who can train ----------------------------------------------------------------------------------------------
     def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
-        """`count` nodes that can train, drawn from the client keys by (seed, round); fewer where there are not enough.
+        """`count` nodes that can train, drawn from the client keys; fewer where there are not enough.
 
-        The draw is one permutation of all keys, so a node that turns out unfit, is busy (`busy` then says why) or does not
-        answer only moves the next one up. Where all are busy, they are asked again until one is not, or `node-timeout` is over.
+        In a simulation the draw follows from the run's seed and the round. Real nodes know the seed and choose their keys, so
+        with them a secret of the run is in the seed's place, which its checkpoints keep. The draw is one permutation of all
+        keys, so a node that turns out unfit, is busy (`busy` then says why) or does not answer only moves the next one up.
+        Where all are busy, they are asked again until one is not, or `node-timeout` is over.
         """
         deadline = time.monotonic() + self.settings.node_timeout
         self._mute.clear()
@@ -231,7 +258,9 @@ class Roster:
     def _draw(self, grid: Grid, server_round: int, count: int) -> list[Node]:
         self.busy.clear()
         keys = sorted(self.nodes, key=lambda key: (len(key), key))
-        order = seeds.generator(self.seed, "sample", server_round).permutation(len(keys))
+        if not self.simulated and not self.secret:
+            self.secret = 1 + secrets.randbelow(2**62)
+        order = seeds.generator(self.secret or self.seed, "sample", server_round).permutation(len(keys))
         drawn: list[Node] = []
         able = self.able()
         queue = [self.nodes[keys[i]] for i in order if keys[i] in able and keys[i] not in self._mute]

@@ -21,6 +21,7 @@ class ServerState(State):
         bytes_total: bytes by "direction.part" since round 1.
         failed_rounds: rounds in a row that had too few good replies.
         strikes: failures in a row by client (server/strikes.py).
+        secret: what real nodes are drawn by; owners: by client key, as what its node is registered (server/roster.py).
         best: `round` and main metric's `value` of the best round so far (server/best.py); {} before one was measured.
     """
 
@@ -31,4 +32,6 @@ class ServerState(State):
     bytes_total: dict[str, int] = field(default_factory=dict)
     failed_rounds: int = 0
     strikes: dict[str, list[Any]] = field(default_factory=dict)
+    secret: int = 0
+    owners: dict[str, str] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.server.checkpoint import decode, encode
-from fedara_flwr.server.roster import Roster, last_line
+from fedara_flwr.server.roster import Expected, Roster
+from fedara_flwr.server.told import last_line
 from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitration_order, counts, outvoted
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire import PROTOCOL
+from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import Update
 
 laws = settings(deadline=None, max_examples=30)
@@ -826,9 +829,7 @@ def test_words_of_clients_forge_no_lines(tiny_bert, caplog):
 def test_a_key_of_nothing_visible_is_still_a_key():
     assert last_line("a\n\x1b[31mb\x00") == "?[31mb?"
     assert log.printable("Ärger in 東京, 5 °C") == "Ärger in 東京, 5 °C"
-    roster = Roster.__new__(Roster)
-    roster.nodes, roster.examples, roster.unfit, roster._asked, roster._started = {}, {}, {}, set(), True
-    roster.expected = type("Expected", (), {"terms": frozenset(), "parts": frozenset()})
+    roster = Roster(read_settings({}).strategy, 0, Expected("", "", "", (), frozenset()), ByteMeter(Counter()))
     for node, key in enumerate(["\x1b[0m\n", "", FORGED * 9]):
         roster._admit(
             node,
