@@ -27,7 +27,7 @@ from typing import Any
 import click
 import psutil
 
-from fedara_flwr.cli import cluster
+from fedara_flwr.cli import cluster, superlink
 from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder, without_proxy
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.flower import flatten_dict, parse_config_args
@@ -203,12 +203,12 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         print(cluster.check(config, simulation, env, neutral), flush=True)
         if env.get(cluster.AUTH_MODE) != "token":
             print(cluster.OPEN, flush=True)
-    with _superlink(env, neutral) as (superlink, port):
+    with _superlink(env, neutral) as (process, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), *(f"--{kind}-config={neutral / kind}.toml" for kind in ("federation", "run"))]
         run_id = str(_flwr(arguments, env, neutral)["run-id"])
         hidden, last = _show_log(run_id, env, neutral, verbose)
-        status, details = _wait(run_id, env, neutral, superlink)
+        status, details = _wait(run_id, env, neutral, process)
         if status != "finished:completed":
             sys.stdout.writelines(hidden)
             details = cause(last) or details
@@ -248,11 +248,11 @@ def _flwr(arguments: list[str], env: dict[str, str], cwd: Path) -> dict:
     return answer
 
 
-def _wait(run_id: str, env: dict[str, str], cwd: Path, superlink: subprocess.Popen) -> tuple[str, str]:
+def _wait(run_id: str, env: dict[str, str], cwd: Path, process: subprocess.Popen) -> tuple[str, str]:
     """Wait for the run to end; its final status and the details."""
     while True:
-        if superlink.poll() is not None:  # `flwr list` would start another one, which knows no run
-            raise RunError(f"flower-superlink ended with code {superlink.returncode}: {_tail(cwd / 'superlink.log')}")
+        if process.poll() is not None:  # `flwr list` would start another one, which knows no run
+            raise RunError(f"flower-superlink ended with code {process.returncode}: {_tail(cwd / 'superlink.log')}")
         run = _flwr(["list", "--run-id", run_id], env, cwd)["runs"][0]
         if str(run["status"]).startswith("finished"):
             return str(run["status"]), str(run.get("status-details") or "")
@@ -263,7 +263,7 @@ def _wait(run_id: str, env: dict[str, str], cwd: Path, superlink: subprocess.Pop
 def _superlink(env: dict[str, str], cwd: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A SuperLink of our own; it and every process that came of it are gone afterwards."""
     log = (cwd / "superlink.log").open("w")
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
+    command = [*superlink.command(), "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
     try:
         for _ in range(5):
             port = _free_port()
