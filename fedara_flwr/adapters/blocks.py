@@ -39,6 +39,8 @@ def try_out(name: str, model: Any, pad_token_id: int | None) -> set[str]:
     Raises:
         ConfigError: it does not run, or what stands at the padding changes what it makes of the text before.
     """
+    if not hasattr(model.config.get_text_config(), "vocab_size"):  # CANINE, and whatever reads no text
+        raise ConfigError(f"model.name = {name!r}: {type(model).__name__} has no vocabulary, allowed are models of tokens")
     ran: set[str] = set()
 
     def note(called: str) -> Any:
@@ -91,11 +93,13 @@ def _outputs(
     special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
     words = [token for token in range(min(config.vocab_size, 100)) if token not in special | {pad_token_id}]
     tokens = torch.tensor([words[i % len(words)] for i in range(2 * LONG)], device=model.device).view(2, LONG)
-    if isinstance(config.eos_token_id, int) and config.eos_token_id != pad_token_id:  # BART's kind classifies there
-        tokens[0, -1] = tokens[1, SHORT - 1] = config.eos_token_id
+    ids = (config.eos_token_id, pad_token_id)  # those that the model does not know are not tried here
+    end, padding_id = (token if isinstance(token, int) and 0 <= token < config.vocab_size else 0 for token in ids)
+    if end != padding_id:  # BART's kind classifies there
+        tokens[0, -1] = tokens[1, SHORT - 1] = end
     real = torch.ones_like(tokens)
     real[1, SHORT:] = 0
-    tokens, real = tokens.where(real > 0, pad_token_id or 0)[rows, :length], real[rows, :length]
+    tokens, real = tokens.where(real > 0, padding_id)[rows, :length], real[rows, :length]
 
     def add(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         padding = real == 0 if embedded.shape[:2] == real.shape else (real == 0).T  # XLNet has the tokens first
