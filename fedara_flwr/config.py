@@ -54,7 +54,8 @@ class HeadSettings(Group):
     start: Literal["statistics", "means", "random"] = Field(
         "statistics",
         description="where the task has classes: solved from sums that every node tells once, of its classes' features and of "
-        "how these spread (statistics), or of the features alone (means); random = drawn, as for tasks without classes",
+        "how these spread (statistics), or of the features alone (means); random = drawn, as for tasks without classes, or the "
+        "checkpoint's own where its labels are the run's",
     )
     clients: int = Field(0, ge=0, description="nodes that are asked for these sums, drawn by seed; 0 = all")
     rows: int = Field(

@@ -22,7 +22,7 @@ logging.disable_progress_bar()
 def load(kind, base, folder, labels):
     if kind == "merged":
         return AutoModelForSequenceClassification.from_pretrained(folder)
-    base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, pad_token_id=0)
+    base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, pad_token_id=0, dtype="float32")
     return PeftModel.from_pretrained(base, folder)
 
 def run(code):

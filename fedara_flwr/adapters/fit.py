@@ -6,11 +6,48 @@ import logging
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 
 from fedara_flwr.keys import ConfigError
 
 logger = logging.getLogger(__name__)
 LEARNED = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def check_tokens(name: str, source: str, tokenizer: Any) -> None:
+    """Refuse, before weights are loaded, tokens that the model has no embedding for.
+
+    Args:
+        name: as `model.name`.
+        source: folder or Hub id that it is loaded from.
+
+    Raises:
+        ConfigError: with the numbers of both.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # who loads the model says it
+        return
+    if known := vocabulary(config):
+        _check_numbers(name, tokenizer, known)
+
+
+def vocabulary(config: Any) -> int:
+    """How many tokens a model has embeddings for by its configuration; 0 where that does not say it."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else 0
+
+
+def _check_numbers(name: str, tokenizer: Any, known: int) -> None:
+    rest = [number for token, number in tokenizer.get_vocab().items() if token != tokenizer.pad_token]
+    largest, pad = max(rest, default=0), tokenizer.pad_token_id or 0
+    if largest >= known:
+        line = f"its tokenizer has a token {largest}, allowed are those below {known}, the model's embeddings"
+        raise ConfigError(f"model.name = {name!r}: {line}")
+    if pad >= known:
+        line = f"its padding token {str(tokenizer.pad_token)!r} is number {pad}, allowed are those below {known}"
+        way = "the model's embeddings: resize these, or name another as pad_token in tokenizer_config.json"
+        raise ConfigError(f"model.name = {name!r}: {line}, {way}")
 
 
 def check_fit(name: str, model: nn.Module, tokenizer: Any, max_length: int) -> None:
@@ -20,12 +57,9 @@ def check_fit(name: str, model: nn.Module, tokenizer: Any, max_length: int) -> N
         ConfigError: with the numbers of both.
     """
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    known, largest = getattr(embeddings, "num_embeddings", None), max(tokenizer.get_vocab().values(), default=0)
+    if (known := getattr(embeddings, "num_embeddings", None)) is not None:
+        _check_numbers(name, tokenizer, known)
     key = f"model.name = {name!r}"
-    if known is not None and max(largest, tokenizer.pad_token_id or 0) >= known:
-        raise ConfigError(
-            f"{key}: its tokenizer has a token {largest}, allowed are those below {known}, the model's embeddings"
-        )
     places, config = positions(model), model.config.get_text_config()  # type: ignore[operator,union-attr]
     if places is not None and max_length > places:
         raise ConfigError(f"data.max-length = {max_length}: with {key} allowed is at most {places}, its positions")

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from transformers import AutoConfig
 
 from fedara_flwr.adapters.attach import AdaptedModel
-from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
-from fedara_flwr.adapters.fit import check_fit
+from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, locate, silence_libraries
+from fedara_flwr.adapters.fit import check_fit, check_tokens
+from fedara_flwr.adapters.folders import check_class
 from fedara_flwr.config import Settings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import first_line
 from fedara_flwr.tasks import open_task
 from fedara_flwr.tasks.base import Batch, Encoded, Task
 
@@ -108,6 +112,26 @@ class Learner:
         return values
 
 
+def look(settings: Settings, labels: tuple[str, ...]) -> None:
+    """What `open_learner` refuses of a model, as far as it shows without the weights.
+
+    Raises:
+        ConfigError: tokenizer, architecture or lengths do not fit.
+    """
+    silence_libraries()
+    name, task = settings.model.name, open_task(settings.data)
+    source, tokenizer = locate(name), load_tokenizer(name, task)
+    check_tokens(name, source, tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
+    except Exception as error:
+        raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
+    check_class(name, config, task.auto_class)
+    with torch.device("meta"):
+        model = getattr(transformers, task.auto_class).from_config(config)
+    check_fit(name, model, tokenizer, settings.data.max_length)
+
+
 def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu") -> Learner:
     """The model, task and tokenizer that the settings name, adapters attached and empty: what server and clients start from.
 
@@ -119,6 +143,7 @@ def open_learner(settings: Settings, labels: tuple[str, ...], device: str = "cpu
     silence_libraries()
     task = open_task(settings.data)
     tokenizer = load_tokenizer(settings.model.name, task)
+    check_tokens(settings.model.name, locate(settings.model.name), tokenizer)
     backbone = Backbone(
         settings.model.name,
         task,

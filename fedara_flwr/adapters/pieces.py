@@ -31,11 +31,11 @@ def as_published(name: str, source: str, tokenizer: Any) -> Any:
     Raises:
         ConfigError: made of a SentencePiece file alone, it gives other tokens than that.
     """
-    pieces = getattr(tokenizer, "vocab_file", None)
+    pieces = getattr(tokenizer, "vocab_file", None) or ""
     if not tokenizer.is_fast:
         return tokenizer
     if (whole := _file(source, "tokenizer.json")) is None:
-        if not pieces or not pieces.endswith(".model") or (model := _processor(pieces)) is None:
+        if not pieces.endswith(".model") or (model := _processor(pieces)) is None:
             return tokenizer
         _compare(name, tokenizer, model, Path(pieces).name)
     if _normalises(tokenizer.backend_tokenizer.normalizer):
@@ -96,7 +96,7 @@ def _compare(name: str, tokenizer: Any, model: Any, file: str) -> None:
         return
     place = next((i for i, (one, two) in enumerate(zip(made, own, strict=False)) if one != two), min(len(made), len(own)))
     found = f"{made[place : place + 3]} for {own[place : place + 3]}"
-    line = f"what transformers makes of {file} gives other tokens than that file ({found}), allowed is one with a tokenizer.json"
+    line = f"what transformers makes of {file} gives other tokens than it has ({found}), allowed is one with tokenizer.json"
     raise ConfigError(f"model.name = {name!r}: {line}")
 
 

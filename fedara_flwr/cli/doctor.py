@@ -11,7 +11,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ OLDEST_PYTHON = (3, 11)
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MEMORY = 3e9  # bytes: Flower and Ray take 1 GB, each training client of the default model about as much
 DISK = 2e9  # bytes
+OPENED = 2e9  # bytes of weights above which the model is not loaded to see whether it can be
 
 
 def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
@@ -232,9 +233,11 @@ def disk(settings: Settings) -> Finding:
 
 
 def model(settings: Settings) -> Finding:
-    """Whether the backbone is here, or can be fetched: local folder, installed package, Hub cache, Hub."""
+    """Whether the backbone is here and opens, or can be fetched: local folder, installed package, Hub cache, Hub."""
     name = settings.model.name
     try:
+        from huggingface_hub import try_to_load_from_cache
+
         from fedara_flwr.adapters.backbone import locate
         from fedara_flwr.adapters.quantise import library
 
@@ -247,14 +250,33 @@ def model(settings: Settings) -> Finding:
         except ConfigError as error:
             return Finding("problem", reason(error), "install it, or choose another model.dtype")
     if source.is_dir():
-        files = ("config.json", *WEIGHT_FILES)
-        there = [file for file in files if (source / file).is_file()]
-        if "config.json" in there and len(there) > 1:
-            return Finding("ok", str(source))
-        return Finding(
-            "problem", f"{source} lacks config.json or the weights", f"allowed is a folder with {', '.join(files[:2])}"
-        )
-    return _on_hub(name, "model", partial(_model_cached, name))
+        return _opened(settings, str(source), source)
+    found = _on_hub(name, "model", partial(_model_cached, name))
+    cached = try_to_load_from_cache(name, "config.json")
+    return _opened(settings, found.found, Path(cached).parent) if found.level == "ok" and isinstance(cached, str) else found
+
+
+def _opened(settings: Settings, found: str, folder: Path) -> Finding:
+    """The model opened as a run does; of one with large weights what shows without them."""
+    from fedara_flwr.adapters.learner import look
+    from fedara_flwr.server.evaluate import ServerModel
+
+    task = registry.open_task(settings.data)
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    try:
+        try:
+            here = bool(settings.data.path) or settings.data.name in BUILT_IN_DATA or _data_cached(settings.data.name)
+            labels = _rows(settings).labels if here else None
+        except ConfigError:  # which the check of the data says
+            labels = None
+        names = ("a", "b") if labels is None and task.labelled else labels or ()
+        if size > OPENED:
+            look(settings, names)
+            return Finding("ok", f"{found}: tokenizer and architecture; {size / 1e9:.1f} GB of weights were not opened")
+        opened = ServerModel(settings, names)
+    except ConfigError as error:
+        return Finding("problem", reason(error), "correct the folder, or name another model")
+    return Finding("ok", "; ".join([found, *(opened.checkpoints_head() if labels is not None else [])]))
 
 
 def _model_cached(name: str) -> bool:
@@ -266,8 +288,6 @@ def _model_cached(name: str) -> bool:
 
 def data(settings: Settings) -> Finding:
     """Whether the data can be read, and how much there is; a data set of the Hub that is not here is not fetched for it."""
-    from fedara_flwr.data.sources import load
-
     name = settings.data.name
     if not settings.data.path and name not in BUILT_IN_DATA:
         finding = _on_hub(name, "dataset", partial(_data_cached, name))
@@ -275,7 +295,7 @@ def data(settings: Settings) -> Finding:
             return finding
     try:
         task = registry.open_task(settings.data)
-        dataset = load(settings.data, settings.seed, task)
+        dataset = _rows(settings)
     except ConfigError as error:
         return Finding("problem", reason(error), "see data.* in `fedara config`")
     rows = f"{len(dataset.train)} training and {len(dataset.test)} test rows"
@@ -284,6 +304,14 @@ def data(settings: Settings) -> Finding:
     if dataset.skipped:
         return Finding("warning", f"{said}; {'; '.join(dataset.skipped)}", "a run leaves these rows out")
     return Finding("ok", said)
+
+
+@lru_cache(maxsize=1)
+def _rows(settings: Settings) -> Any:
+    """The run's data, read once for all checks."""
+    from fedara_flwr.data.sources import load
+
+    return load(settings.data, settings.seed, registry.open_task(settings.data))
 
 
 def _data_cached(name: str) -> bool:

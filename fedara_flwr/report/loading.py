@@ -17,7 +17,13 @@ def base_arguments(name: str, facts: Mapping[str, Any]) -> str:
         name: Python source of its name.
         facts: the run's federated.json.
     """
-    more = {"revision": facts.get("revision"), "key_mapping": facts.get("key-mapping")}
+    dtype = (facts.get("config") or {}).get("model.dtype")  # else a checkpoint's own: in bfloat16 other logits
+    more = {
+        "revision": facts.get("revision"),
+        "key_mapping": facts.get("key-mapping"),
+        "dtype": dtype and ("float32" if dtype == "float32" else "bfloat16"),
+        "ignore_mismatched_sizes": bool(facts.get("other-head")),  # its head is the adapter's
+    }
     return ", ".join([name, *(f"{key}={value!r}" for key, value in more.items() if value)])
 
 

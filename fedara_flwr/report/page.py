@@ -266,7 +266,9 @@ def _loading(run: Run) -> tuple[str, str]:
         f'folder = run / "{exported}"',
     ]
     imports = ["import json", "from pathlib import Path"] if task.labelled else ["from pathlib import Path"]
-    named = {"key-mapping": run.facts.get("key-mapping")} if isinstance(run.facts.get("key-mapping"), dict) else {}
+    mapping = run.facts.get("key-mapping")
+    named = {"config": config, "other-head": run.facts.get("other-head")}
+    named |= {"key-mapping": mapping} if isinstance(mapping, dict) else {}
     base = base_arguments(json.dumps(model, ensure_ascii=False), named) if exported == "adapter" else None
     labels = 'json.loads((run / "federated.json").read_text())["labels"]'
     text = (

@@ -23,10 +23,12 @@ from transformers import (
     OPTConfig,
     RobertaConfig,
 )
+from words_helper import word_pieces
 
 from fedara_flwr.adapters import fit
 from fedara_flwr.adapters.learner import open_learner
 from fedara_flwr.adapters.output import OutputLayer
+from fedara_flwr.cli import doctor
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.tasks.generation import Said, say
@@ -129,20 +131,95 @@ def test_a_folder_without_a_tokenizers_files(tmp_path):
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("pad", [5, -1, None])
-def test_one_padding_token_for_model_and_tokenizer(tmp_path, pad):
-    """A decoder that looks for another one takes padding for the last token: a row's logits are those it has alone."""
-    words = tokenizer()
-    config = LlamaConfig(**SHAPE | {"vocab_size": len(words)}, pad_token_id=5)
+def bare(folder, words, vocabulary=None, **config):
+    """A classifier's folder: a Llama of so many embeddings, and this tokenizer."""
     torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    words.save_pretrained(tmp_path)
-    facts = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**facts, "pad_token_id": pad}))
-    named = {"model.name": str(tmp_path), "model.pooling": "pretrained"}
-    learner = open_learner(read_settings(named), ("a", "b"))
+    shape = SHAPE | {"vocab_size": vocabulary or len(words)}
+    AutoModelForSequenceClassification.from_config(LlamaConfig(**shape, pad_token_id=0)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, **config}))
+    rows = folder.parent / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"number {i},{'ab'[i % 2]}\n" for i in range(20)))
+    return read_settings({"model.name": str(folder), "data.path": str(rows), "data.max-length": 16})
+
+
+def refused(settings) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_learner(settings, ("a", "b"))
+    said = doctor.model(settings)
+    assert said.level == "problem" and said.found == str(caught.value) and "\n" not in said.found
+    return said.found.removeprefix(f"model.name = {settings.model.name!r}: ")
+
+
+def test_a_padding_token_that_nobody_made_room_for(tmp_path):
+    """One line in a run and in `fedara doctor`; with resized embeddings it works."""
+    words = tokenizer()
+    before = len(words)
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    why = f"its padding token '[PAD]' is number {before}, allowed are those below {before}, the model's embeddings: "
+    found = refused(bare(tmp_path / "small", words, before))
+    assert found == why + "resize these, or name another as pad_token in tokenizer_config.json"
+    assert padded_alike(open_learner(bare(tmp_path / "resized", words), ("a", "b"))) == before
+
+
+def test_a_tokenizer_without_padding_and_end(tmp_path):
+    words = tokenizer()
+    settings = bare(tmp_path, words)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tmp_path / name).exists():
+            facts = json.loads((tmp_path / name).read_text())
+            (tmp_path / name).write_text(json.dumps({k: v for k, v in facts.items() if not k.startswith(("pad_", "eos_"))}))
+    line = "its tokenizer has neither a padding token nor an end token, allowed are those with one of the two"
+    assert refused(settings) == line
+
+
+def padded_alike(learner) -> int:
+    """The padding token, once the logits of a batch are those of its rows one by one."""
     data = Encoded([[7, 8, 9, 10, 11], [12, 13]], [0, 1])
     with torch.no_grad():
         together = learner.adapted.outputs(learner.batch(data, [0, 1])).logits
         alone = torch.cat([learner.adapted.outputs(learner.batch(data, [row])).logits for row in (0, 1)])
-    assert torch.allclose(together, alone, atol=1e-5) and learner.adapted.model.config.pad_token_id == words.pad_token_id
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert learner.evaluate(data)["accuracy"] == float((alone.argmax(1) == torch.tensor([0, 1])).float().mean())
+    return learner.batch(data, [0, 1])["input_ids"][1, -1].item()
+
+
+@pytest.mark.parametrize("pad", [5, -1, None, 9999])
+@pytest.mark.parametrize("ends", [False, True], ids=["", "adds its end"])
+def test_decoders_find_the_last_token(tmp_path, pad, ends):
+    """Whatever padding token their configuration names, or that is the token that ends a text."""
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    learner = open_learner(bare(tmp_path, words, pad_token_id=pad), ("a", "b"))
+    assert padded_alike(learner) == words.eos_token_id
+    data = Encoded([[7, 8, 9, *([words.eos_token_id] if ends else [])], [12, 13]], [0, 1])
+    with torch.no_grad():
+        both = learner.adapted.outputs(learner.batch(data, [0, 1])).logits
+        one = learner.adapted.outputs(learner.batch(data, [0])).logits
+    torch.testing.assert_close(both[:1], one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [1, 3, -1, 9999])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SHAPE, max_position_embeddings=PLACES),
+        RobertaConfig(**SHAPE, max_position_embeddings=PLACES + 9),
+        DebertaV2Config(**SHAPE, max_position_embeddings=PLACES, relative_attention=True, position_biased_input=False),
+        DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=PLACES),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_encoders_leave_padding_out(tmp_path, config, pad):
+    """With another padding token in their configuration, RoBERTa's positions count from that one, for a row alone, too."""
+    words = word_pieces()
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(
+        type(config)(**config.to_dict() | {"vocab_size": len(words), "pad_token_id": 1})
+    ).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "pad_token_id": pad}))
+    named = {"model.name": str(tmp_path), "data.max-length": 16}
+    assert padded_alike(open_learner(read_settings(named), ("a", "b"))) == words.pad_token_id

