@@ -241,8 +241,7 @@ class RoundLoop(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by their held-out examples; a bad reply is left out."""
-        assert self._evaluation is not None, "aggregate_evaluate before configure_evaluate"
-        return self._evaluation.means(replies)
+        return self._evaluation.means(replies) if self._evaluation is not None else None
 
     def _rejoin(self, grid: Grid) -> None:
         """Find the nodes again; what that costs is in the totals, and apart from every round."""
