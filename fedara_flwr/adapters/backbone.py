@@ -157,10 +157,11 @@ class Backbone:
         ran = blocks.try_out(name, self.model, pad_token_id)
         lists = blocks.block_lists(name, self.model, ran)
         self.blocks: list[nn.Module] = [block for place in lists for block in self.model.get_submodule(place).children()]
-        other = heads.other_shapes(name, info, task.is_head if task.head == "new" else lambda module: False)
+        below = lists[0].split(".")[0]
+        other = heads.other_shapes(name, info, below if task.head == "new" else "")
         missing = set(info["missing_keys"]) - set(other)
         self.head_modules, head = self._split_head(task, missing | set(other), lists)
-        layer = [p.name for p in head if task.is_head(p.name.split(".")[0])]
+        layer = [p.name for p in head if p.name.split(".")[0] != below]
         kept, self.head_refused = heads.order(labels, published, [p.name for p in head], layer, missing, other)
         self.other_head = bool(other)
         # a pooler below a trained head was trained with it
@@ -199,12 +200,11 @@ class Backbone:
                 line = f"the checkpoint lacks {sorted(missing)[0]}, and task {task.name!r} trains no head"
                 raise ConfigError(f"model.name = {self.name!r}: {line}")
             return (), ()
-        tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != lists[0].split(".")[0]}
-        tops |= {
-            name
-            for name, child in self.model.named_children()
-            if task.is_head(name) and next(child.parameters(), None) is not None
-        }
+        below = lists[0].split(".")[0]
+        tops = {key.split(".")[0] for key in missing if "." in key and key.split(".")[0] != below}
+        there = [name for name, child in self.model.named_children() if next(child.parameters(), None) is not None]
+        tops |= {name for name in there if task.is_head(name)}
+        tops = tops or set(there) - {below}  # of a whole checkpoint whose head has a name that the task does not know, T5's
         head = [(n, p) for n, p in self.model.named_parameters() if n.split(".")[0] in tops]
         left = missing - {name for name, _ in head}
         head += [(n, p) for n, p in self.model.named_parameters() if n in left]

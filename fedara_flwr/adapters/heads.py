@@ -11,20 +11,20 @@ SHOWN = 3  # label names in a line
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def other_shapes(name: str, info: Mapping[str, Any], is_head: Any) -> Shapes:
+def other_shapes(name: str, info: Mapping[str, Any], below: str) -> Shapes:
     """Parameters that the checkpoint has in another shape, (there, needed), all of them of the head.
 
     Args:
         name: as `model.name`.
         info: transformers' loading report.
-        is_head: as `Task.is_head`.
+        below: the top-level module with the blocks, beside which a head is; '' = there is no head.
 
     Raises:
         ConfigError: one is not of the head.
     """
     found = {key: (tuple(there), tuple(needed)) for key, there, needed in sorted(info["mismatched_keys"])}
     for key, (there, needed) in found.items():
-        if not is_head(key.split(".")[0]):
+        if below in ("", key.split(".")[0]):
             line = f"{key} has shape {there} in the checkpoint, by its config.json it needs {needed}"
             raise ConfigError(f"model.name = {name!r}: {line}")
     return found

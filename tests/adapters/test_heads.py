@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, LABELS, TASKS, random_batch
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, T5Config
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.backbone import Backbone
@@ -50,6 +50,19 @@ def test_a_head_of_the_runs_labels_is_kept(tmp_path, name):
         torch.testing.assert_close(adapted.outputs(batch).logits, expected[:, by_name], atol=1e-5, rtol=1e-5)
         assert not found.head_refused and not found.identity_pooler
     assert found.spec.kept is not None and found.spec.fingerprint == opened(tmp_path).spec.fingerprint
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [LABELS, ("x", "y", "z"), ("x", "y")])
+def test_a_head_of_a_name_that_no_task_knows(tmp_path, labels):
+    """T5's and BART's is called classification_head, and what lies beside the model below is the head."""
+    sizes = {"vocab_size": 97, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = T5Config(**sizes, decoder_start_token_id=0, id2label=LABEL)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    found = opened(tmp_path, labels)
+    assert found.head_modules == ("classification_head",) and len(found.labels) == found.spec.head[-1].size
+    assert (found.spec.kept is not None) == (labels == LABELS) == (not found.head_refused)
 
 
 def test_server_and_device_must_hold_the_same_head(tmp_path):

@@ -297,6 +297,19 @@ def test_a_task_without_classes_has_a_drawn_head_and_a_line_says_so(model, tmp_p
     assert f"head.start = 'statistics': data.task = {task!r} has no classes, its head is drawn" in said
 
 
+def test_the_head_of_a_finished_checkpoint(model, tmp_path, said):
+    """Its last layer is solved anew; where that cannot be, it stays the checkpoint's."""
+    names = dict(enumerate(LABELS))
+    finished = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(LABELS), id2label=names)
+    save(tmp_path, finished)
+    loop = begun(flat(tmp_path))
+    assert loop.state.solved and not np.array_equal(head(loop), drawn(loop))
+    weights = torch.cat([finished.classifier.weight.flatten(), finished.classifier.bias]).detach().numpy()
+    assert np.array_equal(drawn(loop), weights)
+    loop = begun(flat(tmp_path, strategy__min_replies=CLIENTS + 1))
+    assert np.array_equal(head(loop), drawn(loop)) and any(line.endswith("are needed; it is the checkpoint's") for line in said)
+
+
 def test_a_model_of_which_nothing_can_be_solved_has_a_drawn_head_and_a_line_says_so(model, monkeypatch, said):
     loop, grid = prepare(flat(model), Answers)
     monkeypatch.setattr(type(loop.method.model.backbone), "last_linear", "")
