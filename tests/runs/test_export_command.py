@@ -67,7 +67,7 @@ def run(base, tmp_path_factory):
     def make(name: str, method: str) -> Path:
         if (name, method) not in found:
             settings = config(base[name], method=method, num_server_rounds=2, fedara__warmup_rounds=0, data__path=str(data))
-            settings |= {"data.test": 0.2, "run.dir": str(root), "run.name": f"{name}-{method}"}
+            settings |= {"data.test": 0.2, "run.dir": str(root), "run.name": f"{name}-{method}", "run.export": "last"}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
                     "fedara_flwr.runs.keeper.write_report", lambda path: path / "report.html"
