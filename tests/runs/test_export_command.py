@@ -377,8 +377,10 @@ def test_a_card_says_what_the_run_was(tmp_path):
         f"from_pretrained('{MINILM}', revision='0123abcd', id2label=dict(enumerate(labels)), ",
         "- `accuracy`: 0.5750 (main metric)\n",
         "- 0: `red`\n- 1: `green`\n- 2: `blue`",
+        "PEFT warns that keys of `rank_pattern` match no module and are ignored. It is a false alarm",
     ):
         assert line in found.text, line
+    assert "rank_pattern` match" not in card(tmp_path, "merged").text
 
 
 def test_a_card_of_a_stopped_run_on_devices(tmp_path):
