@@ -18,6 +18,7 @@ from conftest import CONFIGS, MINILM, TASKS, mean_loss
 from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, start
+from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -729,6 +730,7 @@ def test_long_questions_of_many_bytes(backbones, name):
 def test_a_tokenizer_without_places_is_refused(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     T5Config().save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"^model\.name = .*: its tokenizer does not tell which word a token is of"):
         load_tokenizer(str(tmp_path), TASK)
 

@@ -20,6 +20,7 @@ from data_helper import load, load_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_helper import CLIENTS, config
+from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import ByT5Tokenizer, Qwen2Config, Qwen2Tokenizer, RobertaConfig, RobertaTokenizer, T5Config
 
@@ -403,6 +404,7 @@ def byte_level(request, tmp_path_factory):
     kind, settings_ = {"roberta": (RobertaTokenizer, RobertaConfig()), "qwen": (Qwen2Tokenizer, Qwen2Config())}[request.param]
     kind(vocab=vocabulary, merges=merges).save_pretrained(path)
     settings_.save_pretrained(path)
+    save_file({}, path / "model.safetensors")
     return load_tokenizer(str(path), TASK)
 
 
@@ -419,6 +421,7 @@ def test_byte_level_words_keep_their_space(byte_level):
 def test_a_tokenizer_without_word_places_is_refused(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     T5Config().save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
     load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=r"^model\.name = .*: its tokenizer does not tell which word a token is of"):
         load_tokenizer(str(tmp_path), TASK)
