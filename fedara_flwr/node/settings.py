@@ -18,9 +18,10 @@ from fedara_flwr.config import QUANTISED, NumberType
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
-from fedara_flwr.node.guard import Guard, known_metrics
+from fedara_flwr.node.guard import Guard
 from fedara_flwr.tasks.base import USUAL
 from fedara_flwr.training import LocalTraining
+from fedara_flwr.wire.figures import known_metrics
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says

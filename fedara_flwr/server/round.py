@@ -20,11 +20,11 @@ from fedara_flwr.model.difference import difference, peaks, root_mean_squares
 from fedara_flwr.model.parts import declared
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
-from fedara_flwr.node.guard import EXAMPLES
 from fedara_flwr.server.roster import Node, Roster
 from fedara_flwr.server.told import actor_died, last_line, listed, most_held_out
 from fedara_flwr.strategies.base import Client, Reply
 from fedara_flwr.wire.arrays import Rejected
+from fedara_flwr.wire.figures import EXAMPLES
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import TrainPlan, Update
 from fedara_flwr.wire.records import lacks_delta, says_busy, update_from_content

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import cache
 
 from fedara_flwr.log import printable
-from fedara_flwr.node.guard import EXAMPLES, known_metrics
 from fedara_flwr.wire.arrays import MAX_DETAIL, MAX_NAME
+from fedara_flwr.wire.figures import EXAMPLES, known_metrics
 
 logger = logging.getLogger(__name__)
 REASON = 10_000  # characters of a reason in which Ray's words are looked for

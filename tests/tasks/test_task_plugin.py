@@ -25,13 +25,13 @@ from fedara_flwr.cli.launch import read_config
 from fedara_flwr.cli.listing import print_tasks
 from fedara_flwr.config import DataSettings
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.node import guard
 from fedara_flwr.report import read_run, write_report
 from fedara_flwr.report.compare import check_target, tables
 from fedara_flwr.report.compare import group as grouped
 from fedara_flwr.report.series import to_target
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Task, read_settings, registry
+from fedara_flwr.wire import figures
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-task.md").read_text()
@@ -47,7 +47,7 @@ def in_process(package, monkeypatch):
     """The installed package is this process's own until the test ends."""
     monkeypatch.delitem(sys.modules, "masked_lm", raising=False)
     monkeypatch.syspath_prepend(str(package))
-    forget = (registry.evaluation_metrics, guard.known_metrics)
+    forget = (registry.evaluation_metrics, figures.known_metrics)
     for function in forget:
         function.cache_clear()
     yield package
