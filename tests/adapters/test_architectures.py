@@ -271,7 +271,7 @@ def tiny_gpt2(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("method", some_fast(sorted(strategies.built_in()), {"federa", "flora", "full", "head"}))
 def test_gpt2_in_a_run_of_every_method(tiny_gpt2, tmp_path, method):
     """Its weights are (d_in, d_out): what was trained has the same logits in stock libraries, merged and as adapters."""
-    loop, grid = prepare(config(tiny_gpt2, method=method, num_server_rounds=2, fedara__warmup_rounds=0))
+    loop, grid = prepare(config(tiny_gpt2, method=method, num_server_rounds=2, fedara__warmup_rounds=0, fedara__final_rounds=0))
     loop.start(grid, loop.initial_arrays(), 2)
     weights, model = loop.method.weights(loop.state), loop.method.model
     batch = {"input_ids": torch.arange(24).view(3, 8) + 1000, "attention_mask": torch.ones(3, 8, dtype=torch.long)}
