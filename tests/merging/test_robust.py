@@ -15,6 +15,7 @@ from runs_helper import config, prepare, start
 
 from fedara_flwr import client_app, log
 from fedara_flwr.client import session
+from fedara_flwr.client.train import ClientData
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.norms import ENOUGH, LENGTHS_KEPT, Norms
@@ -29,7 +30,7 @@ from fedara_flwr.server.roster import Expected, Roster
 from fedara_flwr.server.told import last_line
 from fedara_flwr.strategies.allocation import Vote, arbitrate_budget, arbitration_order, counts, outvoted
 from fedara_flwr.strategies.base import Client, Reply
-from fedara_flwr.tasks import read_settings
+from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.wire import PROTOCOL
 from fedara_flwr.wire.meter import ByteMeter
 from fedara_flwr.wire.plan import Update
@@ -860,6 +861,7 @@ def test_a_device_opens_only_what_its_own_configuration_names(monkeypatch, node_
 
         def client_data(self, *arguments):
             seen.append(arguments)
+            return ClientData(Encoded([], []), Encoded([], []))
 
     monkeypatch.setattr(session, "resident", Resident)
     context = Context(1, 5, {"client-key": "me", **node_config}, RecordDict(), SERVER_SAYS)
