@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -364,26 +366,27 @@ def test_of_a_run_that_keeps_no_digest_nothing_is_checked(run, tmp_path):
 
 # -- processes ------------------------------------------------------------
 SLOW = """
-import sys, time
+import os, sys, time
 from fedara_flwr.cli import app
 import fedara_flwr.cli.chat
 chat = sys.modules["fedara_flwr.cli.chat"]
-write = chat._write
-chat._write = lambda text: (write(text), time.sleep(0.3))
+write, pauses = chat._write, [60] * int(os.environ.get("PAUSES", 0))
+chat._write = lambda text: (write(text), text.strip() and pauses and time.sleep(pauses.pop()))
 app()
 """
 
 
 def start(*words: object, **options: object) -> subprocess.Popen:
-    """`fedara chat` of a model that takes 0.3 s for every word."""
+    """`fedara chat`; with PAUSES = 1 in its environment of a model that takes a minute for its first word."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen([sys.executable, "-c", SLOW, "chat", *map(str, words)], text=True, **pipes)
 
 
 def read_until(process: subprocess.Popen, pattern: str) -> str:
     """What a process has written when the pattern matches it."""
-    shown = b""
+    shown, deadline = b"", time.monotonic() + 120
     while not re.search(pattern, shown.decode(errors="replace"), re.DOTALL):
+        assert select.select([process.stdout], [], [], deadline - time.monotonic())[0], shown
         piece = os.read(process.stdout.fileno(), 1000)
         assert piece, shown + process.stderr.read().encode()
         shown += piece
@@ -391,7 +394,7 @@ def read_until(process: subprocess.Popen, pattern: str) -> str:
 
 
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(run):
-    process = start(run, "--max-tokens", 48)
+    process = start(run, "--max-tokens", 48, env=os.environ | {"PAUSES": "1"})
     process.stdin.write("what is number 3?\n")
     process.stdin.flush()
     read_until(process, r"tuned +\S")
@@ -403,7 +406,7 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(run):
 
 
 def test_ctrl_c_ends_the_only_answer(run):
-    process = start(run, "--prompt", "what is number 3?", "--max-tokens", 48)
+    process = start(run, "--prompt", "what is number 3?", "--max-tokens", 48, env=os.environ | {"PAUSES": "1"})
     read_until(process, r"\S")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
