@@ -269,7 +269,7 @@ class Round:
             # measured here; what a client says under that name does not count
             figures = {**listed(node.key, update.metrics), "seconds-elapsed": time.monotonic() - self.began}
             if EXAMPLES in figures:
-                figures[EXAMPLES] = min(figures[EXAMPLES], most_held_out(limit, self.held_out))
+                figures[EXAMPLES] = float(min(figures[EXAMPLES], most_held_out(limit, self.held_out)))
             update = replace(update, metrics=figures)
         except Rejected as error:
             self._drop(node.key, error.reason, str(error))

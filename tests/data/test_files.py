@@ -196,6 +196,7 @@ def test_numbers_beside_missing_ones_keep_their_form(tmp_path):
         ("d.json", '"text"', "it holds neither a list of objects nor one object a line"),
         ("d.jsonl", "", "it is empty"),
         ("d.json", "[]", "it is empty"),
+        ("d.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2 is no JSON (RecursionError)"),
     ],
 )
 def test_json_that_is_none(tmp_path, name, content, line):
@@ -207,6 +208,12 @@ def test_a_line_with_a_list_of_objects_is_one_row(tmp_path):
     assert list(read_file(saved(tmp_path / "d.jsonl", '{"data": [{"a": 1}, {"a": 2}]}\n'))) == [{"data": [{"a": 1}, {"a": 2}]}]
     with pytest.raises(Unreadable):
         read_file(saved(tmp_path / "e.json", "3"))
+
+
+def test_columns_by_row_number_in_another_order(tmp_path):
+    """As pandas writes them, but that each column has its rows in an order of its own."""
+    columns = {"text": {"0": "a", "1": "b", "2": "c"}, "label": {"2": "C", "0": "A", "1": "B"}}
+    assert pairs(read(saved(tmp_path / "d.json", json.dumps(columns)))) == {("a", "A"), ("b", "B"), ("c", "C")}
 
 
 def test_half_a_character(tmp_path):
@@ -221,6 +228,60 @@ def test_other_ends_of_a_line_within_a_text(tmp_path):
         tmp_path / "d.jsonl", json.dumps({"text": text, "label": "a"}, ensure_ascii=False) + '\n{"text": "b", "label": "a"}\n'
     )
     assert (text, "a") in pairs(read(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (gzip.compress(lines().encode()), "it is a gzip file, allowed is such with the ending .gz"),
+        (b"PK\x03\x04" + bytes(30), "it is a zip file or a spreadsheet, allowed is text: unpack it, or save it as csv"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS and not the file, `git lfs pull` gets it"),
+    ],
+)
+def test_other_files_under_the_name_of_a_table(tmp_path, content, line):
+    (path := tmp_path / "d.csv").write_bytes(content)
+    assert problem(path) == f"data.path = {str(path)!r}: d.csv cannot be read: {line}"
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "base64", r"a\u0000b"])
+def test_encodings_that_are_none(tmp_path, encoding):
+    path = saved(tmp_path / "d.csv", lines())
+    assert "d.csv cannot be read: there is no encoding " in problem(path, format=f'encoding = "{encoding}"')
+
+
+def test_a_mark_of_the_encoding_that_is_named(tmp_path):
+    path = saved(tmp_path / "d.csv", "\ufeff" + lines())
+    assert pairs(read(path, format="encoding = 'utf-8'")) == set(ROWS)
+
+
+def test_parquet_that_says_late_what_is_wrong(tmp_path):
+    """A page that is broken, a date that Python has not, two columns of one name."""
+    path, key = tmp_path / "d.parquet", f"data.path = {str(tmp_path / 'd.parquet')!r}"
+    texts = [f"some text number {i}" for i in range(20_000)]
+    pq.write_table(pa.table({"text": texts, "label": ["a", "b"] * 10_000}), path, compression="snappy")
+    broken = bytearray(path.read_bytes())
+    broken[200:4000] = bytes(255 - i % 251 for i in range(3800))
+    path.write_bytes(broken)
+    assert problem(path).startswith(f"{key}: column 'text' cannot be read (")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array([2**40, 2**41], pa.timestamp("s"))}), path)
+    assert problem(path).startswith(f"{key}: column 'label' cannot be read (")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a", "b"])] * 3, names=["text", "text", "label"]), path)
+    assert problem(path) == f"{key}: d.parquet cannot be read: two columns are called 'text'"
+
+
+def test_commas_at_the_ends_of_lines(tmp_path):
+    """As spreadsheets leave them: columns without a name, of which there may be several."""
+    assert pairs(read(saved(tmp_path / "d.csv", "text,label,,\na,x,,\nb,y,,\n"))) == {("a", "x"), ("b", "y")}
+
+
+def test_many_columns_are_not_all_named(tmp_path):
+    path = saved(tmp_path / "d.csv", ",".join(f"c{i}" for i in range(500)) + "\n")
+    assert problem(path).endswith("'c19'] and 480 more")
+
+
+def test_the_label_as_the_text(tmp_path):
+    line = problem(saved(tmp_path / "d.csv", lines()), text_column="label")
+    assert line == "data.label-column = 'label': it is the text-column too, allowed is another column"
 
 
 @pytest.mark.parametrize(("value", "word"), [({"a": 1}, "objects"), ([1, 2], "lists"), (b"\xff\x00", "bytes")])
@@ -252,6 +313,38 @@ def test_a_split_in_pieces(tmp_path):
     assert pairs(read(", ".join(map(str, files)))) == set(ROWS)
     saved(files[1], "text,kind\na,b\n")
     assert "1.csv has the columns ['text', 'kind'], 0.csv has ['text', 'label']" in problem(",".join(map(str, files)))
+
+
+def test_which_files_are_a_split(tmp_path, caplog):
+    """One split in two formats is likely one file twice, whose rows would be in training and test. What is taken, and what
+    is not in spite of its name, is said."""
+    for name in ("train.csv", "train_more.csv", "train (1).csv", "train.csv~", ".train.csv"):
+        saved(tmp_path / name, lines())
+    with caplog.at_level("INFO"):
+        assert len(read(tmp_path).train) + len(read(tmp_path).test) == 8
+    assert "train is train.csv, train_more.csv" in caplog.text and "not read are train (1).csv" in caplog.text
+    saved(tmp_path / "train.csv.gz", "")
+    line = "train.csv and train.csv.gz are one split in two formats, allowed is one; or name the files, with commas between them"
+    assert problem(tmp_path) == f"data.path = {str(tmp_path)!r}: {line}"
+
+
+def test_paths_that_are_none(tmp_path):
+    """A user that is not there, more letters than a name may have; as many in several files are fine."""
+    for path in ("~nobody-of-that-name/d.csv", "a" * 5000, "a\0b.csv"):
+        assert problem(path) == f"data.path = {path!r}: there is no such file or folder"
+    files = [saved(tmp_path / f"{i:060}.csv", lines([ROWS[i % 4]])) for i in range(80)]
+    assert pairs(read(",".join(map(str, files)))) == set(ROWS)
+
+
+def test_a_device_without_a_training_split(tmp_path):
+    """Splits are found by their names there as on the server; a test file without labels is no error."""
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    datasets.DatasetDict({"Training": table, "Test": table.remove_columns("label")}).save_to_disk(str(tmp_path / "own"))
+    own = load_own(DataSettings(path=str(tmp_path / "own")), ("x", "y"))
+    assert own.train.texts == ("a", "b") and own.test is None and str(own.skipped) == "2 of 4 rows skipped: 2 without label"
+    datasets.DatasetDict({"dev": table}).save_to_disk(str(tmp_path / "dev"))
+    with pytest.raises(ConfigError, match="its splits are dev, allowed is one that is called train"):
+        load_own(DataSettings(path=str(tmp_path / "dev")), ("x", "y"))
 
 
 def test_a_validation_split_is_used(tmp_path):
@@ -295,6 +388,14 @@ def test_a_folder_that_the_library_wrote(tmp_path):
     assert pairs(data) == set(ROWS) and data.test.texts == ("lovely phone",)
     (tmp_path / "d" / "train" / "state.json").unlink()
     assert "cannot be read (" in problem(tmp_path / "d", test_split="-")
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_format_that_the_library_saved(tmp_path, kind):
+    """The folder says 'torch': a label would be 'tensor(1)', and other columns were not there."""
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 2, 1]}).with_format(kind, columns=["label"])
+    table.save_to_disk(str(tmp_path / "d"))
+    assert pairs(read(tmp_path / "d")) == {("a", "1"), ("b", "2"), ("c", "1")}
 
 
 def test_a_copy_of_a_hub_repository(tmp_path):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,6 +78,11 @@ def problem(path: Path, **options: str) -> str:
         (["pos", " neg "], "neg,pos"),
         (["007", "7"], "007,7"),
         (["1.1", "1.10", "2.0"], "1.1,1.10,2"),
+        (["01", "1", "+1"], "+1,01,1"),
+        (["-0.0", 0, 1], "0,1"),
+        (["½", "１", "1"], "1,½,１"),
+        (["True", "FALSE", "true"], "False,True"),
+        ([2**53, 2**53 + 1], "9007199254740992,9007199254740993"),
     ],
 )
 def test_names_are_the_values(tmp_path, labels, names):
@@ -189,6 +195,47 @@ def test_a_list_without_numbers_gives_places(tmp_path):
     )
     mixed = jsonl(tmp_path / "d.jsonl", ["neg", 1])
     assert "row 1 has label '1', allowed are neg, pos" in problem(mixed, labels="neg,pos")
+
+
+def test_ids_that_are_others_in_another_file(tmp_path):
+    """Every file's ids are its own: a test split, a piece, or labels.json with the names in another order."""
+    class_labels(tmp_path / "train.parquet", [0, 1, 0, 1], ["pos", "neg"])
+    class_labels(tmp_path / "test.parquet", [0, 1, -1], ["neg", "pos"])
+    data = load(DataSettings(path=str(tmp_path)), 0)
+    assert data.labels == ("pos", "neg") and data.train.groups.tolist() == [0, 1, 0, 1] and data.test.groups.tolist() == [1, 0]
+    both = f"{tmp_path / 'train.parquet'}, {tmp_path / 'test.parquet'}"
+    own = load_own(DataSettings(path=both), ("neg", "pos"))
+    assert own.train.groups.tolist() == [1, 0, 1, 0, 0, 1]
+    csv(tmp_path / "words" / "train.csv", ["neg", "pos", "pos"])
+    class_labels(tmp_path / "words" / "test.parquet", [0, 1], ["pos", "neg"])
+    data = load(DataSettings(path=str(tmp_path / "words")), 0)
+    assert data.labels == ("neg", "pos") and data.test.groups.tolist() == [1, 0]
+    (tmp_path / "labels.json").write_text('["neg", "pos"]')
+    assert server(tmp_path / "train.parquet") == (("neg", "pos"), ["pos", "neg", "pos", "neg"])
+    (tmp_path / "labels.json").write_text('["bad", "good"]')
+    assert server(tmp_path / "train.parquet") == (("bad", "good"), ["bad", "good", "bad", "good"])
+
+
+def test_names_beside_several_files(tmp_path):
+    """labels.json counts in the folder of each, and in `data` of a folder; two that differ are refused."""
+    files = [csv(tmp_path / "a" / "data" / f"train-{i}.csv", [1, 0]) for i in range(2)]
+    (tmp_path / "a" / "data" / "labels.json").write_text('["neg", "pos"]')
+    for path in (",".join(map(str, files)), str(tmp_path / "a")):
+        assert load(DataSettings(path=path), 0).labels == ("neg", "pos")
+    other = csv(tmp_path / "b" / "d.csv", [1, 0])
+    (tmp_path / "b" / "labels.json").write_text('["pos", "neg"]')
+    assert problem(f"{files[0]},{other}").endswith("its labels.json name the ids in several ways, allowed is one")
+    (tmp_path / "b" / "labels.json").write_text("[" * 100_000)
+    assert "labels.json is no JSON (" in problem(other)
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_numbers_of_single_precision(tmp_path, kind):
+    values = [0.1, 0.7, None, 2.0]
+    path = parquet(tmp_path / "d.parquet", [None if v is None else np.float16(v) for v in values], kind)
+    if kind == pa.float32():
+        path = parquet(path, values, kind)
+    assert server(path) == (("0.1", "0.7", "2"), ["0.1", "0.7", None, "2"])
 
 
 def test_a_list_that_is_another_than_the_datas(tmp_path):

@@ -134,7 +134,8 @@ def test_open_ports(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert habits.open_ports().level == "ok"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    warns(habits.open_ports(), "RAY_AUTH_MODE", "fedara run")
+    warns(finding := habits.open_ports(), "RAY_AUTH_MODE")
+    assert "`fedara run` sets it itself" in finding.advice
 
 
 class Process:

@@ -352,7 +352,7 @@ def test_what_a_machine_finds(tiny_bert, tmp_path):
         "shared",
     }
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
-    (copy / "config.json").write_text("{}")
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"layer_norm_eps": 1e-5}))
     name = f"the folder of model.name = {str(copy)!r}"
     assert cluster.look(flat | {"model.name": str(copy)}, str(mark))[name] not in first.values()
     assert "no such directory" in cluster.look(flat | {"model.name": "/nowhere"}, str(mark))["error"]

@@ -232,10 +232,13 @@ def test_a_busy_node_is_left_out_of_the_round_and_asked_again(tiny_bert, tmp_pat
     assert strategy.roster.unfit == {} and "reply of client 2 dropped: busy (hot)" in caplog.text
 
 
+ONE = {"strategy__min_train_nodes": 1, "strategy__min_available_nodes": 1}
+
+
 def test_a_run_waits_while_all_nodes_are_busy(tiny_bert, tmp_path, monkeypatch):
     """They are asked again until one is not; a round without any is no failed one until then."""
     monkeypatch.setattr(roster, "PAUSE", 0.0)
-    flat = config(tiny_bert, **ALL | {"num_server_rounds": 1}, strategy__min_train_nodes=1)
+    flat = config(tiny_bert, **ALL | {"num_server_rounds": 1}, **ONE)
     strategy, grid = prepare(flat, Moody, 1, mine=1000, flag=tmp_path / "flag", first=1, last=4)
     strategy.start(grid, strategy.initial_arrays(), 1)
     (line,) = rounds(strategy)
@@ -245,7 +248,7 @@ def test_a_run_waits_while_all_nodes_are_busy(tiny_bert, tmp_path, monkeypatch):
 def test_a_run_does_not_wait_for_ever(tiny_bert, tmp_path, monkeypatch):
     """Three rounds without any node end it, as other failed rounds do; busy nodes are not called unfit."""
     monkeypatch.setattr(roster, "PAUSE", 99.0)
-    flat = config(tiny_bert, **ALL, strategy__min_train_nodes=1, strategy__node_timeout=60.0)
+    flat = config(tiny_bert, **ALL, **ONE, strategy__node_timeout=60.0)
     strategy, grid = prepare(flat, Moody, 1, mine=1000, flag=tmp_path / "flag", first=1, last=99)
     with pytest.raises(RunFailed, match="3 rounds in a row"):
         strategy.start(grid, strategy.initial_arrays(), 3)

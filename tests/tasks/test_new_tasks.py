@@ -338,7 +338,7 @@ def test_a_device_may_have_options_of_its_own(tiny_bert):
 
     flat = {"data.task": "question-answering", "data.options": "stride = 1"}
     settings = read_settings(flat | {"model.name": str(tiny_bert)})
-    for given, expected in (("{stride = 2}", "{stride = 2}"), ("", "stride = 1")):
+    for given, expected in (("{stride = 2}", "stride = 2"), ("", "stride = 1")):
         node = NodeSettings.read({"data-path": "/d.csv", "models": str(tiny_bert), "data-options": given})
         assert own_settings(settings, node, trusted=False)[0].data.options == expected
     wrong = DataSettings(options="{limit = 1}")

@@ -50,6 +50,18 @@ def test_by_hand(tokenizer):
         ((0, 1, 2), (0, 1, 2), NAMES, []),
         ((0, 1, 0), (0, 1, 2), NAMES, ["no row to train on has 'blue', of 3 labels", "only rows to test on have 'blue'"]),
         ((0, 0), (0,), NAMES[:1], ["all rows to train on have one and the same of the labels: there is nothing to learn"]),
+        (
+            (0, 1, 2, 3),
+            (0, 1, 2, 3),
+            ("Pos", "pos\u200b", "caf\u00e9", "neg"),
+            ["of the labels some look alike: 'Pos', 'pos\\u200b'; what is one should be written so"],
+        ),
+        (
+            (0, 1, 2, 3),
+            (0, 1, 2, 3),
+            ("caf\u00e9", "cafe\u0301", "01", "1"),
+            ["of the labels some look alike: 'caf\\xe9', 'cafe\\u0301', '01', '1'; what is one should be written so"],
+        ),
         ((0, 1), (0, 1), ("0.5", "1"), ["the labels are numbers with a fraction: should numbers be learnt (`fedara tasks`)?"]),
     ],
 )
