@@ -133,13 +133,16 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     check_partition(settings.data, task.grouped)
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
-        config["data.path"] = str(Path(settings.data.path).expanduser().resolve())
+        from fedara_flwr.data.files import places
         from fedara_flwr.data.sources import load
+
+        found = places(settings.data.path, f"data.path = {settings.data.path!r}")
+        config["data.path"] = ",".join(map(os.path.abspath, found))  # a link stays one: what it points to may have no ending
 
         data = read_settings(config).data
         load(data, settings.seed, open_task(data))
-    if Path(settings.model.name).expanduser().is_dir():
-        config["model.name"] = str(Path(settings.model.name).expanduser().resolve())
+    if os.path.isdir(folder := os.path.expanduser(settings.model.name)):
+        config["model.name"] = str(Path(folder).resolve())
     return config
 
 

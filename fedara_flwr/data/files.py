@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,11 +14,12 @@ from typing import Any
 import datasets
 from pydantic import Field
 
-from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, is_table, read_file
+from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, ending, is_table, read_file
 from fedara_flwr.files import data_cache
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
 
+logger = logging.getLogger(__name__)
 datasets.disable_progress_bars()
 SPLITS = {
     "train": ("train", "training"),
@@ -25,6 +28,7 @@ SPLITS = {
 }
 """What the three splits are called, in files' names and on the Hub."""
 NAMED = re.compile(r"(?P<name>[A-Za-z]+)(?:[-_.].*)?", re.S)
+PIECE = re.compile(r"\w+-\d+-of-\d+\..*")
 LIBRARY = ("dataset_dict.json", "state.json", "dataset_info.json")  # what `save_to_disk` writes
 
 
@@ -52,16 +56,14 @@ def read_files(path: str, options: str, subset: str, key: str, copies: bool = Tr
     """
     how = check_options(FormatOptions, read_options("data.format", options), "files", "data.format", "reading")
     assert isinstance(how, FormatOptions)
-    place = Path(path).expanduser()
-    if not place.exists():
-        several = [Path(name.strip()).expanduser() for name in path.split(",")]
-        if len(several) < 2 or not all(file.is_file() for file in several):
-            raise ConfigError(f"{key}: there is no such file or folder", "there is no such file or folder")
-        files: dict[str, list[Path]] = {"train": several}
-    elif place.is_dir():
-        if any((place / name).is_file() for name in LIBRARY):
+    place, *more = places(path, key)
+    if not more and place.is_dir():
+        if any(os.path.isfile(place / name) for name in LIBRARY):
             return _saved(place, key)
-        files = _by_split(place) or _by_split(place / "data")
+        try:
+            files = _by_split(place, key) or _by_split(place / "data", key)
+        except OSError as error:
+            raise ConfigError(f"{key}: the folder cannot be read ({first_line(error)})", "the folder cannot be read") from None
         if "train" not in files:
             readme = place / "README.md"
             if readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace"):
@@ -73,8 +75,21 @@ def read_files(path: str, options: str, subset: str, key: str, copies: bool = Tr
                 "no train file in the folder",
             )
     else:
-        files = {"train": [place]}
+        files = {"train": [place, *more]}
     return {split: _joined([_read(file, how, key) for file in found], found, key) for split, found in files.items()}
+
+
+def places(path: str, key: str) -> list[Path]:
+    """The file or folder that a path means, or the several files with commas between them.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    names = [path] if os.path.exists(os.path.expanduser(path)) else [name.strip() for name in path.split(",")]
+    found = [os.path.expanduser(name) for name in names]  # os.path takes a path of any length, and users that are not there
+    if names == [path] and not os.path.exists(found[0]) or len(names) > 1 and not all(map(os.path.isfile, found)):
+        raise ConfigError(f"{key}: there is no such file or folder", "there is no such file or folder")
+    return [Path(name) for name in found]
 
 
 def read_hub(name: str, subset: str, key: str, copies: bool = True) -> dict[str, Table]:
@@ -116,16 +131,33 @@ def deepest(error: BaseException) -> str:
     return first_line(error)
 
 
-def _by_split(folder: Path) -> dict[str, list[Path]]:
-    """Files of a folder by the split that their names begin with, in the order of their names."""
+def _by_split(folder: Path, key: str) -> dict[str, list[Path]]:
+    """Files of a folder by the split that their names begin with, in the order of their names.
+
+    Raises:
+        ConfigError: those of one split have different formats, as one file that somebody saved twice.
+    """
     found: dict[str, list[Path]] = {}
+    other = []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        named = NAMED.fullmatch(file.name)
-        if named is None or not file.is_file() or not is_table(file):
+        if not is_table(file) or not os.path.isfile(file):
             continue
-        for split, names in SPLITS.items():
-            if named["name"].lower() in names:
-                found.setdefault(split, []).append(file)
+        named = NAMED.fullmatch(file.name)
+        split = next((split for split, names in SPLITS.items() if named and named["name"].lower() in names), "")
+        if split:
+            found.setdefault(split, []).append(file)
+        elif file.name.lower().startswith(tuple(SPLITS)):
+            other.append(file.name)
+    for split, files in found.items():
+        if two := next((file for file in files if ending(file) != ending(files[0])), None):
+            line = f"{files[0].name} and {two.name} are one split in two formats, allowed is one"
+            raise ConfigError(
+                f"{key}: {line}; or name the files, with commas between them", "one split is there in two formats"
+            )
+        if len(files) > 1 and not all(PIECE.fullmatch(file.name) for file in files):
+            logger.info("%s: %s is %s", key, split, ", ".join(file.name for file in files))
+    if other:
+        logger.info("%s: not read are %s", key, ", ".join(other))
     return found
 
 
@@ -154,11 +186,12 @@ def _joined(tables: Sequence[Table], files: Sequence[Path], key: str) -> Table:
             )
     names = first.column_names
 
-    def column(name: str) -> list[Any]:
-        return [value for table in tables for value in table[name]]
+    known = {name: next(filter(None, (table.ids(name) for table in tables)), {}) for name in names}
 
-    ids = {name: first.ids(name) for name in names if first.ids(name)}
-    return Table(names, sum(map(len, tables)), column, ids, sum(table.short for table in tables))
+    def column(name: str) -> list[Any]:
+        return [value for table in tables for value in table.column(name, known[name])]
+
+    return Table(names, sum(map(len, tables)), column, known, sum(table.short for table in tables))
 
 
 def _saved(place: Path, key: str) -> dict[str, Table]:
@@ -166,5 +199,6 @@ def _saved(place: Path, key: str) -> dict[str, Table]:
         found = datasets.load_from_disk(str(place))
     except Exception as error:  # a folder that was cut off or copied in part
         raise ConfigError(f"{key}: cannot be read ({deepest(error)})", "the folder cannot be read") from None
+    found = found.with_format(None)  # as torch's tensors, a label would be 'tensor(1)'
     tables = found if isinstance(found, dict) else {"train": found}
     return {split: Table.of_library(table) for split, table in tables.items()}

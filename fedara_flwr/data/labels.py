@@ -17,6 +17,7 @@ from typing import Any
 
 from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, UnknownLabel, absent, spelled
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import first_line
 
 MAX_LABELS = 10_000
 MAX_DECIMALS = 100  # different numbers with a fraction; more are measurements
@@ -26,9 +27,9 @@ NOTHING = frozenset(
     "#N/A;#N/A N/A;#NA;-1.#IND;-1.#QNAN;-NaN;-nan;1.#IND;1.#QNAN;<NA>;N/A;NA;NULL;NaN;None;n/a;nan;none;null;NAN".split(";")
 )
 """What is written where a number is missing, as pandas reads and writes it. Beside words it is a word."""
-WHOLE = re.compile(r"-?(0|[1-9]\d*)")
-NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-ZEROS = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
+WHOLE = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+ZEROS = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 BOOLEANS = (frozenset(("true", "false")), frozenset(("1", "0")))
 
@@ -47,7 +48,7 @@ def written(value: Any) -> str | None:
         raise LeftOut("with a label that is no single value")
     text = spelled(value).strip()
     if (whole := ZEROS.fullmatch(text)) is not None:
-        return whole[1]
+        return "0" if whole[1] == "-0" else whole[1]
     return text or None
 
 
@@ -159,6 +160,8 @@ def names_in(values: Iterable[Any], key: str, word: str, bare_ids: bool) -> tupl
         ConfigError: whole numbers that may not be names, too many names, or numbers that are measured.
     """
     found = {text for value in values if (text := _readable(value)) is not None}
+    if len(found) > 2 and {text.lower() for text in found} == BOOLEANS[0]:  # True of one file is TRUE in another
+        return NO[0].capitalize(), YES[0].capitalize()
     if all(NUMBER.fullmatch(text) for text in found - NOTHING):
         found -= NOTHING
         if found and not bare_ids and all(WHOLE.fullmatch(text) for text in found):
@@ -194,8 +197,8 @@ def read_names(path: Path, key: str) -> Ordered:
         return Ordered()
     try:
         names = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ConfigError(f"{key}: labels.json is no JSON ({error})", "labels.json is no JSON") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{key}: labels.json is no JSON ({first_line(error)})", "labels.json is no JSON") from None
     if isinstance(names, list):
         pairs = list(enumerate(names))
     elif isinstance(names, dict) and names and all(WHOLE.fullmatch(id_) for id_ in names):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,16 @@ import numpy as np
 from fedara_flwr.config import BUILT_IN_DATA, DOCSTRINGS, FUNCTIONS, DataSettings
 from fedara_flwr.data import docstrings, functions
 from fedara_flwr.data.examples import Dataset, Examples
-from fedara_flwr.data.files import SPLITS, read_files, read_hub
-from fedara_flwr.data.labels import Labels, check_names, names_in, read_names
+from fedara_flwr.data.files import SPLITS, places, read_files, read_hub
+from fedara_flwr.data.labels import Labels, Ordered, check_names, names_in, read_names
 from fedara_flwr.data.partitions import split
 from fedara_flwr.data.reading import Column, Example, Reader
 from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent, spelled
-from fedara_flwr.data.tables import Table, column_problem
+from fedara_flwr.data.tables import Table, Unreadable, column_problem
 from fedara_flwr.keys import ConfigError, nearest
 from fedara_flwr.log import error_line
 
+SHOWN = 20  # columns in an error's line
 NONE = "-"  # a split that is there and is not to be used
 
 
@@ -76,15 +76,7 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
             else read_hub(settings.name, settings.subset, key)
         )
     tables = _unfolded(_splits(settings, found, key), reader, key)
-    columns = _columns(settings, reader, tables["train"])
-    for part, table in list(tables.items()):
-        missing = [column for column in columns if column.role == "label" and column.name not in table.column_names]
-        if missing and part != "train":  # published without its answers
-            columns_of_part = [column for column in columns if column not in missing]
-            _check_columns(table, columns_of_part, settings, reader, key)
-            tables[part] = _with_column(table, missing[0].name)
-        else:
-            _check_columns(table, columns, settings, reader, key)
+    columns = _columns(settings, reader, tables, key)
     labels = _labels(settings, reader, columns, tables, key)
     reader.check_labels(labels.names)
     parts: dict[str, Examples] = {}
@@ -113,6 +105,15 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
     return Dataset(train, held_out, labels.names, tuple(notes), parts.get("validation"))
 
 
+def _own_splits(tables: Mapping[str, Table], key: str) -> dict[str, Table]:
+    """A device's tables to train on and to test on, by their names: the run's settings of splits are not for them."""
+    usual = {part: next((name for name in tables if name.lower() in SPLITS[part]), "") for part in ("train", "test")}
+    if not usual["train"]:
+        line = f"its splits are {', '.join(sorted(tables)) or 'none'}, allowed is one that is called train"
+        raise ConfigError(f"{key}: {line}", "there is no split to train on")
+    return {part: tables[name] for part, name in usual.items() if name}
+
+
 def _splits(settings: DataSettings, tables: Mapping[str, Table], key: str) -> dict[str, Table]:
     """The tables that stand for train, validation and test: by the keys, else by their names."""
     found = {}
@@ -133,14 +134,10 @@ def _splits(settings: DataSettings, tables: Mapping[str, Table], key: str) -> di
     return found
 
 
-def _with_column(table: Table, name: str) -> Table:
-    """The table and a column without values."""
-    return Table(
-        [*table.column_names, name],
-        len(table),
-        lambda column: [None] * len(table) if column == name else table[column],
-        short=table.short,
-    )
+def _with_column(table: Table, name: str, values: Callable[[], list[Any]]) -> Table:
+    """The table with a column that has these values."""
+    names = [*(other for other in table.column_names if other != name), name]
+    return Table(names, len(table), lambda column: values() if column == name else table[column], short=table.short)
 
 
 def _built_in(settings: DataSettings, reader: Reader) -> Table:
@@ -174,13 +171,11 @@ def load_own(settings: DataSettings, names: tuple[str, ...], reader: Reader) -> 
     """
     key = f"node-config data-path = {settings.path!r}"
     found = read_files(settings.path, settings.format, "", key, copies=False)
-    tables = _unfolded({name: found[name] for name in ("train", "test") if name in found}, reader, key)
-    columns = _columns(settings, reader, tables["train"], "node-config ")
-    for table in tables.values():
-        _check_columns(table, columns, settings, reader, key, "node-config ")
+    tables = _unfolded(_own_splits(found, key), reader, key)
+    columns = _columns(settings, reader, tables, key, "node-config ")
     labels, skipped = _labels(settings, reader, columns, tables, key, names), Skipped()
     parts = {part: _examples(table, columns, settings, reader, labels, skipped, key) for part, table in tables.items()}
-    return Own(parts["train"], parts.get("test"), skipped)
+    return Own(parts["train"], parts.get("test") or None, skipped)
 
 
 def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
@@ -194,17 +189,17 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
         ConfigError: the files cannot be read, or their labels cannot be used.
     """
     key = f"node-config data-path = {settings.path!r}"
-    found, skipped = read_files(settings.path, settings.format, "", key, copies=False), Skipped()
+    found = _own_splits(read_files(settings.path, settings.format, "", key, copies=False), key)
+    skipped = Skipped()
     rows, present = {name: len(table) for name, table in found.items()}, found["train"].column_names
     problem: ConfigError | None = None
     for reader in sorted(readers, key=lambda reader: -len(reader.columns(present))):  # who reads more knows more of them
         try:
             tables = _unfolded(found, reader, key)
-            columns = reader.columns(tables["train"].column_names)
-            if not {column.name for column in columns} <= set(tables["train"].column_names):
+            there = tables["train"].column_names
+            if not {column.name for column in reader.columns(there)} <= set(there):
                 continue
-            for table in tables.values():
-                _check_columns(table, columns, settings, reader, key, "node-config ")
+            columns = _columns(settings, reader, tables, key, "node-config ")
             labels = _labels(settings, reader, columns, tables, key)
             for table in tables.values():
                 _examples(table, columns, settings, reader, labels, skipped, key)
@@ -216,18 +211,37 @@ def look(settings: DataSettings, readers: Sequence[Reader]) -> Look:
     return Look(rows, present, "", (), skipped)
 
 
-def _columns(settings: DataSettings, reader: Reader, table: Table, prefix: str = "data.") -> Sequence[Column]:
-    columns = reader.columns(table.column_names)
+def _columns(
+    settings: DataSettings, reader: Reader, tables: dict[str, Table], key: str, prefix: str = "data."
+) -> Sequence[Column]:
+    """The columns that the task reads, looked at in every table; one whose answers were not published gets a column of none."""
+    columns = reader.columns(tables["train"].column_names)
     if settings.pair_column and all(column.key != "pair-column" for column in columns):
         line = f"allowed is '' with data.task = {reader.name!r}"
         raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: {line}", f"pair-column: {line}")
+    label = next((column for column in columns if column.role == "label"), None)
+    if label and (same := [column for column in columns if column is not label and column.name == label.name]):
+        line = f"it is the {same[0].key} too, allowed is another column"
+        raise ConfigError(f"{prefix}{label.key} = {label.name!r}: {line}", f"{label.key}: {line}")
+    for part, table in tables.items():
+        if part != "train" and label and label.name not in table.column_names:
+            _check_columns(table, [column for column in columns if column is not label], settings, reader, key, prefix)
+            tables[part] = _with_column(table, label.name, partial(_none, len(table)))
+        else:
+            _check_columns(table, columns, settings, reader, key, prefix)
     return columns
+
+
+def _none(rows: int) -> list[Any]:
+    return [None] * rows
 
 
 def _unfolded(tables: Mapping[str, Table], reader: Reader, key: str) -> dict[str, Table]:
     """The tables as the task takes them."""
     try:
         return {name: reader.table(table) for name, table in tables.items()}
+    except Unreadable as error:
+        raise ConfigError(f"{key}: {error}", error.told) from None
     except (KeyError, TypeError, AttributeError) as error:
         told = f"no data as data.task = {reader.name!r} knows it"
         raise ConfigError(f"{key}: {told} ({error_line(error)})", told) from None
@@ -241,7 +255,8 @@ def _check_columns(
     for column in (*columns, *owner):
         key, there = f"{prefix}{column.key} = {column.name!r}", table.column_names
         if column.name not in there:
-            line = f"{key}: no such column, allowed are {there}{nearest(column.name, there)}"
+            shown = f"{there[:SHOWN]} and {len(there) - SHOWN} more" if len(there) > SHOWN else there
+            line = f"{key}: no such column, allowed are {shown}{nearest(column.name, there)}"
             raise ConfigError(line, f"{column.key}: no such column")
         if column.nested:
             continue
@@ -255,20 +270,20 @@ def _check_columns(
 def _values(table: Table, column: str, key: str) -> list[Any]:
     try:
         return table[column]
-    except UnicodeDecodeError as error:  # parquet and jsonl are not looked at when they are read
-        raise ConfigError(f"{key}: column {column!r} is no utf-8 text ({error})", "a column is no utf-8 text") from None
+    except Unreadable as error:
+        raise ConfigError(f"{key}: {error}", error.told) from None
 
 
 def _labels(
     settings: DataSettings,
     reader: Reader,
     columns: Sequence[Column],
-    tables: Mapping[str, Table],
+    tables: dict[str, Table],
     key: str,
     names: tuple[str, ...] | None = None,
 ) -> Labels:
     """How the tables' labels are read; `names` are the run's, where it has them: else `data.labels`, what the data says, or all
-    values that it has.
+    values that it has. A table that has other names for its ids gets these in their place.
 
     Raises:
         ConfigError: labels that cannot be used, or are places outside of a list.
@@ -277,9 +292,12 @@ def _labels(
         return Labels(())
     column = next(column.name for column in columns if column.role == "label")
     where = f"{key}: column {column!r}"
+    ids: Mapping[int, str] = _names_beside(settings.path, key) or tables["train"].ids(column)
+    for part, table in tables.items():
+        own = table.ids(column)
+        if own and own != ids and not (isinstance(ids, Ordered) and set(own.values()).isdisjoint(ids.values())):
+            tables[part] = _with_column(table, column, partial(table.column, column, ids))
     values = [value for table in tables.values() for value in _flat(_values(table, column, key))]
-    ids: Mapping[int, str] = read_names(Path(settings.path).expanduser(), key) if settings.path else {}
-    ids = ids or tables["train"].ids(column)
     check_names(tuple(ids.values()), where)
     if names is None and settings.labels:
         names = check_names(tuple(name.strip() for name in settings.labels.split(",")), f"data.labels = {settings.labels!r}")
@@ -293,6 +311,15 @@ def _labels(
     if names is None and not ids:
         return Labels(names_in(values, where, reader.label_word, reader.bare_ids))
     return Labels.of(tuple(ids.values()) if names is None else names, ids, values, where)
+
+
+def _names_beside(path: str, key: str) -> Ordered:
+    """labels.json beside the files, wherever they lie; empty without one."""
+    folders = [folder for place in places(path, key) for folder in (place, place / "data")] if path else []
+    found = [names for names in (read_names(folder, key) for folder in folders) if names]
+    if any(names != found[0] for names in found):
+        raise ConfigError(f"{key}: its labels.json name the ids in several ways, allowed is one", "labels.json are several")
+    return found[0] if found else Ordered()
 
 
 def _flat(column: Sequence[Any]) -> Iterator[Any]:

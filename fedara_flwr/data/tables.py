@@ -8,13 +8,16 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +25,14 @@ from fedara_flwr.log import first_line
 
 PACKED: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = ",;\t|"
+KINDS = {  # what a file begins with that is no text, and no table that its ending names
+    b"version https://git-lfs": "a pointer of Git LFS and not the file, `git lfs pull` gets it",
+    b"\x1f\x8b": "a gzip file, allowed is such with the ending .gz",
+    b"PK\x03\x04": "a zip file or a spreadsheet, allowed is text: unpack it, or save it as csv",
+    b"PAR1": "a parquet file, allowed is such with the ending .parquet",
+}
+SINGLE = {"float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16}
+NO_JSON = (ValueError, RecursionError)
 ROWS = ("data", "rows", "examples", "instances", "records", "items")  # under which a JSON object may have its rows
 
 
@@ -61,7 +72,12 @@ class Table:
         return self._rows
 
     def __getitem__(self, name: str) -> list[Any]:
-        return self._read(name)
+        """The values of a column; Unreadable where the file says so when it is asked, as parquet does."""
+        try:
+            return self._read(name)
+        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+            what = "is no utf-8 text" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+            raise Unreadable(f"column {name!r} {what} ({first_line(error)})", f"a column {what}") from None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = [self[name] for name in self.column_names]
@@ -71,6 +87,11 @@ class Table:
     def ids(self, name: str) -> dict[int, str]:
         """The names that a class-label column has for its ids; {} where it has none."""
         return dict(self._ids.get(name, {}))
+
+    def column(self, name: str, ids: Mapping[int, str]) -> list[Any]:
+        """The values of a column for one who has these names of ids: names, where the table's own ids are others."""
+        own = self.ids(name)
+        return [_named(value, own) for value in self[name]] if own and own != ids else self[name]
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, list[Any]], short: int = 0) -> Table:
@@ -86,7 +107,13 @@ class Table:
     @classmethod
     def of_library(cls, table: Any) -> Table:
         """A table of the library `datasets`."""
-        return cls(table.column_names, len(table), lambda name: list(table[name][:]), _class_labels(table.features))
+        kinds = {name: getattr(feature, "dtype", "") for name, feature in table.features.items()}
+        return cls(
+            table.column_names,
+            len(table),
+            lambda name: _shortest(list(table[name][:]), kinds[name]),
+            _class_labels(table.features),
+        )
 
 
 def read_file(path: Path, delimiter: str = "", encoding: str = "", columns: Sequence[str] = ()) -> Table:
@@ -100,25 +127,35 @@ def read_file(path: Path, delimiter: str = "", encoding: str = "", columns: Sequ
     Raises:
         Unreadable: in one line.
     """
-    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    ending = Path(path.stem if packed else path).suffix.lower()
+    kind, packed = ending(path)
     try:
-        if ending == ".parquet":
+        with path.open("rb") as file:
+            start = file.read(32)
+        other = next((what for sign, what in KINDS.items() if start.startswith(sign)), "")
+        if other and ("LFS" in other or not packed and kind not in (".parquet", ".arrow")):
+            raise Unreadable(f"it is {other}")
+        if kind == ".parquet":
             return _parquet(path)
-        if ending == ".arrow":
+        if kind == ".arrow":
             return Table.of_library(datasets.Dataset.from_file(str(path)))
         with PACKED[packed](path, "rb") as file:
             content = file.read()
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, ValueError) as error:
         raise Unreadable(first_line(error), f"a file cannot be read ({type(error).__name__})") from None
     text = decoded(content, encoding)
-    return READERS[ending](text, delimiter, columns)
+    return READERS[kind](text, delimiter, columns)
 
 
 def is_table(path: Path) -> bool:
     """Whether `read_file` knows the file's ending."""
-    packed = path.suffix.lower() in PACKED
-    return Path(path.stem if packed else path).suffix.lower() in (READERS if packed else ENDINGS)
+    kind, packed = ending(path)
+    return kind in (READERS if packed else ENDINGS)
+
+
+def ending(path: Path) -> tuple[str, str]:
+    """How a file's name ends, in small letters, and before that what it is packed with: ('.csv', '.gz')."""
+    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    return Path(path.stem if packed else path).suffix.lower(), packed
 
 
 def decoded(content: bytes, encoding: str) -> str:
@@ -130,14 +167,14 @@ def decoded(content: bytes, encoding: str) -> str:
     if not encoding and content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         encoding = "utf-16"
     try:
-        return content.decode(encoding or "utf-8-sig")
-    except LookupError:
-        why = f"there is no encoding {encoding!r}, allowed are those of Python such as 'cp1252'"
-        raise Unreadable(why, "there is no such encoding") from None
+        return content.decode(encoding or "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         likely = "" if encoding else "; data.format = \"encoding = 'cp1252'\" is likely"
         raise Unreadable(f"line {line} is no {encoding or 'utf-8'} text{likely}") from None
+    except (LookupError, ValueError):
+        why = f"there is no encoding {encoding!r}, allowed are those of Python such as 'cp1252'"
+        raise Unreadable(why, "there is no such encoding") from None
 
 
 # -- formats ------------------------------------------------------------------------------------------------------------
@@ -148,10 +185,29 @@ def _parquet(path: Path) -> Table:
 
     def column(name: str) -> list[Any]:
         with pq.ParquetFile(path) as again:
-            return list(again.read([name])[name].to_pylist())
+            return _shortest(list(again.read([name])[name].to_pylist()), str(schema.field(name).type))
 
+    _check_names(schema.names)
     with file:
         return Table(schema.names, file.metadata.num_rows, column, _class_labels(features))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse a name that two columns have; '' is none, as commas at the end of a csv's lines make."""
+    if twice := next((name for name, count in Counter(names).items() if name and count > 1), ""):
+        raise Unreadable(f"two columns are called {twice!r}", "two columns have one name")
+
+
+def _shortest(values: list[Any], kind: str) -> list[Any]:
+    """Numbers of half or single precision as somebody writes them: 0.1, not 0.10000000149011612."""
+    number = SINGLE.get(kind)
+    return [None if v is None else float(str(number(v))) for v in values] if number else values
+
+
+def _named(value: Any, ids: Mapping[int, str]) -> Any:
+    if isinstance(value, list):
+        return [_named(item, ids) for item in value]
+    return ids.get(value) if isinstance(value, int) else value
 
 
 def _class_labels(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
@@ -191,9 +247,7 @@ def _csv(text: str, delimiter: str, columns: Sequence[str], usual: str = ",") ->
     except csv.Error as error:
         why = "a quote that is not closed" if "unexpected end" in str(error) else "a quote in a quoted text must be doubled"
         raise Unreadable(f"line {begun}: {why}") from None
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Unreadable(f"two columns are called {twice!r}", "two columns have one name")
+    _check_names(names)
     return Table.from_columns(dict(zip(names, values, strict=True)), short)
 
 
@@ -201,14 +255,15 @@ def _json(text: str, *_: object) -> Table:
     """An array of objects, also one level down ({"data": […]}), columns of values by row as pandas writes them, or lines."""
     try:
         whole = json.loads(text)
-    except ValueError as error:
+    except NO_JSON as error:
         if "\n" not in text.strip():
             raise Unreadable(f"no JSON ({first_line(error)})") from None
         return _lines(text)
     if isinstance(whole, dict):
         columns = list(whole.values())
         if columns and all(isinstance(value, dict) and value.keys() == columns[0].keys() for value in columns):
-            return Table.from_columns({str(name): list(value.values()) for name, value in whole.items()})
+            rows = list(columns[0])
+            return Table.from_columns({name: [value[row] for row in rows] for name, value in whole.items()})
         whole = next((whole[name] for name in ROWS if isinstance(whole.get(name), list)), [whole])
     if not isinstance(whole, list):
         raise Unreadable("it holds neither a list of objects nor one object a line")
@@ -224,8 +279,8 @@ def _lines(text: str, *_: object) -> Table:
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-            except ValueError as error:
-                raise Unreadable(f"line {number} is no JSON ({getattr(error, 'msg', 'ValueError')})") from None
+            except NO_JSON as error:
+                raise Unreadable(f"line {number} is no JSON ({getattr(error, 'msg', type(error).__name__)})") from None
     return _objects(rows, "line")
 
 
@@ -245,9 +300,10 @@ def _conll(text: str, *_: object) -> Table:
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     for number, line in enumerate(text.split("\n"), 1):
-        fields = line.split("\t") if "\t" in line else line.split()
+        parts = line.split()
+        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip())  # a word may hold a no-break space
         fields = [field.strip() for field in fields]
-        if not any(fields) or fields[0] == "-DOCSTART-" or (fields[0] == "#" and len(fields) != 2):
+        if not parts or parts[0] == "-DOCSTART-" or (parts[0] == "#" and len(parts) != 2):
             if words[-1]:
                 words.append([])
                 tags.append([])
@@ -259,6 +315,9 @@ def _conll(text: str, *_: object) -> Table:
     filled = [i for i, sentence in enumerate(words) if sentence]
     if not filled:
         raise Unreadable("it is empty")
+    counted = all(words[i] == [str(place) for place in range(1, len(words[i]) + 1)] for i in filled)
+    if counted and any(len(words[i]) > 1 for i in filled):
+        raise Unreadable("its first fields count the words of a sentence, allowed are lines that begin with the word")
     return Table.from_columns({"text": [words[i] for i in filled], "label": [tags[i] for i in filled]})
 
 

@@ -30,6 +30,15 @@ class MultiLabel(TextTask):
     metric = Metric("micro-f1")
     metrics = ("micro-f1", "macro-f1", "loss")
 
+    def table(self, table: Any) -> Any:
+        """The table, refused where its lists have a 0 or a 1 for each label: as ids these would be the first two labels."""
+        column = self.settings.label_column
+        rows = [row for row in table[column] if isinstance(row, list)] if column in table.column_names else []
+        if rows and len(rows[0]) > 1 and all(len(row) == len(rows[0]) and all(x in (0, 1) for x in row) for row in rows):
+            line = "it holds 0 or 1 for each label, allowed are lists of the labels that a row has"
+            raise ConfigError(f"data.label-column = {column!r}: {line}", f"label-column: {line}")
+        return table
+
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """The columns that every task reads, but that the label column holds lists."""
         *others, label = super().columns(there)

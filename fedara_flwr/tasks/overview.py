@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,11 @@ def _gaps(task: Task, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
         found.append(f"all rows to train on have one and the same of the {word}: there is nothing to learn")
     if missing := [name for name, count in train.items() if not count]:
         found.append(f"no row to train on has {_list(missing)}, of {len(train)} {word}")
+    looks: dict[object, list[str]] = {}
+    for name in train:
+        looks.setdefault(_look(name), []).append(name)
+    if alike := [name for names in looks.values() if len(names) > 1 for name in names]:
+        found.append(f"of the {word} some look alike: {', '.join(map(ascii, alike[:NAMED]))}; what is one should be written so")
     for part in ("validation", "test"):
         held = counts.get(part) or {}
         if only := [name for name, count in held.items() if count and not train.get(name)]:
@@ -112,6 +118,13 @@ def _gaps(task: Task, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
         elif held and (lacking := [name for name, count in train.items() if count and not held.get(name)]):
             found.append(f"no row {PARTS[part]} has {_list(lacking)}")
     return found
+
+
+def _look(name: str) -> object:
+    """What is the same for names that a reader would take for one: in case, forms of a letter, spaces, or as numbers."""
+    seen = "".join(char for char in unicodedata.normalize("NFKC", name).casefold() if unicodedata.category(char)[0] != "C")
+    seen = " ".join(seen.split())
+    return float(seen) if seen.isascii() and seen.replace(".", "", 1).isdigit() else seen
 
 
 def _texts(task: Task, tokenizer: Any, parts: Mapping[str, Examples], max_length: int) -> tuple[str, float]:

@@ -37,9 +37,9 @@ def pairs(data) -> set[tuple[str, str]]:
     return {(text, data.labels[place]) for part in parts for text, place in zip(part.texts, part.groups, strict=True)}
 
 
-def problem(path: Path | str, **options: str) -> str:
+def problem(path: Path | str, seed: int = 0, **options: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        read(path, **options)
+        read(path, seed, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -235,7 +235,10 @@ def test_other_ends_of_a_line_within_a_text(tmp_path):
     [
         (gzip.compress(lines().encode()), "it is a gzip file, allowed is such with the ending .gz"),
         (b"PK\x03\x04" + bytes(30), "it is a zip file or a spreadsheet, allowed is text: unpack it, or save it as csv"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS and not the file, `git lfs pull` gets it"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "it is a pointer of Git LFS and not the file, `git lfs pull` gets it",
+        ),
     ],
 )
 def test_other_files_under_the_name_of_a_table(tmp_path, content, line):
@@ -324,8 +327,10 @@ def test_which_files_are_a_split(tmp_path, caplog):
         assert len(read(tmp_path).train) + len(read(tmp_path).test) == 8
     assert "train is train.csv, train_more.csv" in caplog.text and "not read are train (1).csv" in caplog.text
     saved(tmp_path / "train.csv.gz", "")
-    line = "train.csv and train.csv.gz are one split in two formats, allowed is one; or name the files, with commas between them"
-    assert problem(tmp_path) == f"data.path = {str(tmp_path)!r}: {line}"
+    line = (
+        "train.csv and train.csv.gz are one split in two formats, allowed is one; or name the files, with commas between them"
+    )
+    assert problem(tmp_path, seed=1) == f"data.path = {str(tmp_path)!r}: {line}"
 
 
 def test_paths_that_are_none(tmp_path):

@@ -164,6 +164,16 @@ def test_one_value_is_no_list(tmp_path):
     )
 
 
+@pytest.mark.parametrize("rows", [[[0, 1, 0], [1, 0, 0]], [[0, 1], [1, 0]], [[1.0, 1.0], [0.0, 0.0]]])
+def test_a_number_for_each_label_is_no_list_of_ids(tmp_path, rows):
+    """[0, 1, 0] is the second label alone; as ids it were the first and the second."""
+    path = write(tmp_path / "d.jsonl", [{"text": f"t{i}", "label": row} for i, row in enumerate(rows)])
+    settings = DataSettings(task="multi-label", path=str(path), labels="a,b,c")
+    assert problem(lambda: load(settings, 0)) == (
+        "data.label-column = 'label': it holds 0 or 1 for each label, allowed are lists of the labels that a row has"
+    )
+
+
 # -- multi-label: learning ------------------------------------------------------------
 def test_binary_cross_entropy_by_hand():
     """Probabilities 1/2, 3/4, 1/4 with labels a and b: -(ln 1/2 + ln 3/4 + ln 3/4) / 3; without labels (1/2, 1/4, 3/4)."""

@@ -304,6 +304,19 @@ def test_conll_files(tmp_path, name, gap):
         load(DataSettings(task=TASK.name, path=str(tmp_path / f"bad{name}")), 0)
 
 
+def test_conll_comments_and_spaces_within_a_word(tmp_path):
+    path = tmp_path / "d.conll"
+    path.write_text("# id 7e-5\tdomain=en\n10\u00a0000 _ _ O\nAda _ _ B-PER\n\n# O\n\n# id 8\nso O\n", encoding="utf-8")
+    assert content(load(DataSettings(task=TASK.name, path=str(path)), 0)) == {
+        ("10\u00a0000", "Ada"): ["O", "B-PER"],
+        ("#",): ["O"],
+        ("so",): ["O"],
+    }
+    path.write_text("1\tAda\tB-PER\n2\tleft\tO\n\n1\tso\tO\n")
+    with pytest.raises(ConfigError, match="its first fields count the words of a sentence, allowed are lines that begin with"):
+        load(DataSettings(task=TASK.name, path=str(path)), 1)
+
+
 def test_one_word_a_row(tmp_path):
     """A sentence's name stands in each of its rows, or in the first alone."""
     for number, names in enumerate((["1", "1", "2", "3"], ["1", "", "2", "3"])):
