@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -44,6 +45,7 @@ from typer.testing import CliRunner
 from fedara_flwr import cli
 from fedara_flwr.cli import doctor
 from fedara_flwr.cli.deploy import check, gateway, keys
+from fedara_flwr.cli.deploy.proxy import proxy_to
 from fedara_flwr.cli.deploy.site import SECRETS
 from fedara_flwr.config import Settings
 
@@ -404,6 +406,62 @@ def test_the_gateway_asks_uvicorn_for_what_it_needs(made, monkeypatch):
     assert CliRunner().invoke(cli.app, ["deploy", "gateway", *words]).exit_code == 0
     assert found["proxy_headers"] is False and found["h11_max_incomplete_event_size"] == 16384
     assert found["ssl_certfile"] == str(made / "server" / "server.pem") and constants.SSL_HANDSHAKE_TIMEOUT == 7
+
+
+@contextlib.contextmanager
+def tunnelling(login: bytes = b"") -> Iterator[int]:
+    """A proxy that opens one tunnel to this machine, whatever host is asked for, if the login is right."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            client, _ = listening.accept()
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(4096)
+            if login and b"Proxy-Authorization: Basic " + base64.b64encode(login) not in head:
+                client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+                client.close()
+                return
+            server = socket.create_connection(("127.0.0.1", int(head.split()[1].rpartition(b":")[2])))
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=pump, args=(server, client))
+            back.start()
+            pump(client, server)
+            back.join()
+
+        def pump(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while piece := source.recv(65536):
+                    target.sendall(piece)
+                target.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join(10)
+
+
+def test_a_server_is_looked_for_as_the_supernode_reaches_it(made, monkeypatch):
+    """By the proxy of the environment; this machine's own ports without one."""
+    for name in ("all_proxy", "ALL_PROXY", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    folder, quiet = made / "server", [Route("/health", lambda request: Response())]
+    with serving(folder, quiet) as port, tunnelling(b"me:a b") as proxy:
+        monkeypatch.setenv("https_proxy", f"http://me:a%20b@127.0.0.1:{proxy}")
+        finding = check.server_answers(folder, HOST, port)
+        assert (
+            finding.level == "ok" and f"{HOST}:{port} by way of the proxy 127.0.0.1:{proxy} answers over TLS" in finding.found
+        )
+        assert check.own_service(folder, port).level == "ok"
+    finding = check.server_answers(folder, HOST, port)  # the proxy is gone
+    assert finding.level == "problem" and f"no_proxy={HOST}" in finding.advice and "a b" not in finding.found
+    with tunnelling(b"me:other") as proxy:
+        monkeypatch.setenv("https_proxy", f"http://me:wrong@127.0.0.1:{proxy}")
+        assert "407 Proxy Authentication Required" in check.server_answers(folder, HOST, port).found
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
+    assert "allowed are HTTP proxies" in check.server_answers(folder, HOST, port).found
+    monkeypatch.setenv("no_proxy", f"localhost,{HOST}")
+    assert proxy_to(HOST) is None
 
 
 def test_check_notices_what_answers(made, tmp_path):

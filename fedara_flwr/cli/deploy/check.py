@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from packaging.requirements import Requirement
 
 from fedara_flwr.cli.deploy.keys import CURVE
+from fedara_flwr.cli.deploy.proxy import connection as connection_to
+from fedara_flwr.cli.deploy.proxy import proxy_to, shown
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
@@ -226,10 +228,7 @@ def _ask(folder: Path, host: str, port: int, path: str = "/health", method: str 
     Raises:
         OSError, HTTPException: nothing answers, or not as it should.
     """
-    connection = HTTPSConnection(
-        host, port, timeout=ANSWER_SECONDS, context=ssl.create_default_context(cafile=str(folder / "ca.crt"))
-    )
-    with contextlib.closing(connection):
+    with contextlib.closing(connection_to(host, port, ANSWER_SECONDS, str(folder / "ca.crt"))) as connection:
         connection.connect()
         shown = connection.sock.getpeercert(binary_form=True)
         connection.request(method, path)
@@ -287,12 +286,16 @@ def server_answers(folder: Path, host: str, port: int) -> Finding:
     """Whether the server can be reached, and is the one that our authority certified."""
     place = f"{host}:{port}"
     try:
+        proxy = proxy_to(host)
+        place += f" by way of the proxy {shown(proxy)}" if proxy else ""
         status, _, certificate = _ask(folder, host, port)
     except ssl.SSLCertVerificationError as error:
         names = f"for another server, or for another name than {host}"
         return Finding("problem", f"{place} shows a certificate {names} ({error.verify_message})", "see SUPERLINK, and ca.crt")
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:
         advice = "is the server started, the port open in its firewall, the name known here?"
+        if "proxy" in f"{place} {error}":
+            advice = f"a server that needs no proxy: export no_proxy={host} in settings.env"
         return Finding("problem", f"{place} does not answer ({first_line(error)})", advice)
     if status != 200:
         return Finding("problem", f"{place} answers with {status}: the gateway is up, the SuperLink is not", "see the server")

@@ -9,6 +9,11 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 export FLWR_HOME="$here/home"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="$POLL_SECONDS" TOKENIZERS_PARALLELISM=false PATH
+# the ClientApp reaches its SuperNode past any proxy
+no_proxy=${no_proxy:-${NO_PROXY:-}}
+no_proxy=${no_proxy:+$no_proxy,}localhost,127.0.0.1,::1
+NO_PROXY=$no_proxy
+export no_proxy NO_PROXY
 mkdir -p "$FLWR_HOME"
 if [ "${ADDRESS_SPACE_MB:-0}" -gt 0 ]; then
     if [ -e /dev/nvidiactl ] || [ -e /dev/nvmap ]; then

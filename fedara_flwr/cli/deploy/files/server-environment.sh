@@ -8,6 +8,11 @@
 export FLWR_HOME="$here/home"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="$POLL_SECONDS" TOKENIZERS_PARALLELISM=false PATH
+# the parts of a site reach each other past any proxy
+no_proxy=${no_proxy:-${NO_PROXY:-}}
+no_proxy=${no_proxy:+$no_proxy,}localhost,127.0.0.1,::1,$SUPERLINK_HOST
+NO_PROXY=$no_proxy
+export no_proxy NO_PROXY
 if [ "${1:-}" != gateway ]; then # whose container has files to read alone
     mkdir -p "$FLWR_HOME"
     # for the flwr command; Flower wants an absolute path, so it is written where the folder is
