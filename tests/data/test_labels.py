@@ -262,6 +262,14 @@ def test_names_that_cannot_be(tmp_path, labels, line):
     assert problem(csv(tmp_path / "d.csv", ["a", "b"]), labels=labels) == line
 
 
+def test_numbers_that_are_measured_and_labels_that_are_ids(tmp_path):
+    path = csv(tmp_path / "d.csv", [number + 0.5 for number in range(101)])
+    assert "101 different numbers with a fraction" in (line := problem(path)) and "`fedara tasks` says what learns numbers" in line
+    assert len(server(csv(tmp_path / "e.csv", [number + 0.5 for number in range(100)]))[0]) == 100
+    line = problem(csv(tmp_path / "f.csv", [f"id{number}" for number in range(10_001)]))
+    assert "10001 different labels, allowed are 10000" in line
+
+
 def test_a_label_that_is_an_object(tmp_path):
     line = problem(jsonl(tmp_path / "d.jsonl", ["a", {"b": 1}]))
     assert line == "data.label-column = 'label': it holds objects, allowed with data.task = 'classification' is one value a row"
