@@ -4,6 +4,8 @@
 PYTHON ?= python3
 ENGINE ?= flower
 CONFIG ?=
+# the recipe takes it from the environment, where quotes inside it stay quotes
+export CONFIG
 VENV := .venv
 READY := $(VENV)/.ready
 
@@ -20,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 run: $(READY)
-	$(VENV)/bin/fedara run . --engine $(ENGINE) $(if $(CONFIG),--run-config "$(CONFIG)")
+	$(VENV)/bin/fedara run . --engine $(ENGINE) $(if $(CONFIG),--run-config "$$CONFIG")
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -471,3 +472,15 @@ def test_the_reference_is_current():
     from fedara_flwr.cli.reference import reference
 
     assert (Path(__file__).parent.parent / "docs" / "config.md").read_text() == reference()
+
+
+def test_make_hands_on_quotes(tmp_path):
+    """`make run CONFIG=…` gives the settings as the shell had them, both kinds of quotes among them."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".ready").touch()
+    tell = tmp_path / "bin" / "fedara"
+    tell.write_text('#!/bin/sh\nfor last in "$@"; do :; done; printf %s "$last"\n')
+    tell.chmod(0o755)
+    asked = """data.text-column='a b' data.options='{answer-column = "reply"}'"""
+    command = ["make", "-s", "run", f"VENV={tmp_path}", f"CONFIG={asked}"]
+    assert subprocess.run(command, cwd=PYPROJECT.parent, capture_output=True, text=True, check=True).stdout == asked

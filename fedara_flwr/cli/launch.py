@@ -32,7 +32,7 @@ from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, sh
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.flower import flatten_dict, parse_config_args
 from fedara_flwr.keys import ConfigError, Scalar
-from fedara_flwr.log import first_line
+from fedara_flwr.log import first_line, show
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
@@ -71,6 +71,8 @@ def launch(
         ConfigError: before anything is started.
         RunError: the run failed or was stopped.
     """
+    if engine == "inprocess":
+        show()  # what is said of the data is said once in a process, here when they are checked
     config = read_config(app, overrides, resume)
     simulation = Simulation.read(federation or app / "federation.toml")
     try:

@@ -160,7 +160,9 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         if metric == run.metric or not np.isnan(value):
             figures.append((f"{metric}, validation", figure(value), before))
         if metric == run.metric or not np.isnan(test):
-            figures.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else ""))
+            bare = number((run.facts.get("unadapted") or {}).get(metric))
+            without = "" if np.isnan(bare) else f"{figure(bare)} of the unadapted model"
+            figures.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else without))
     last = run.rounds[-1] if run.rounds else {}
     alive, slots = number(last.get("alive")), number(last.get("slots"))
     if slots > 0:

@@ -264,8 +264,8 @@ class CausalLM(Task):
             "batch = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",
-            "config = GenerationConfig.from_pretrained(tokenizer.name_or_path)  # knows what ends an answer",
-            "answer = model.generate(**batch, generation_config=config, max_new_tokens=64)",
+            "config = GenerationConfig.from_pretrained(folder, max_new_tokens=64)  # knows what ends an answer",
+            "answer = model.generate(**batch, generation_config=config)",
             'print(tokenizer.decode(answer[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))',
         ]
 

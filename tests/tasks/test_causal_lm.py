@@ -22,11 +22,14 @@ from transformers import GenerationConfig
 
 from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner
+from fedara_flwr.cli import launch
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client import session
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.report import read_run
+from fedara_flwr.report.page import _figures
 from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Encoded, causal_lm, conversations, open_task, read_settings
 from fedara_flwr.tasks.causal_lm import Answers, Perplexity
@@ -83,6 +86,16 @@ def test_columns_that_were_taken_by_their_names_are_said(tmp_path, caplog):
     assert (
         "columns by their names: text from 'instruction', answer from 'response' (data.options says otherwise)" in caplog.text
     )
+
+
+def test_fedara_run_in_one_process_says_the_columns_too(tmp_path, monkeypatch, capsys):
+    """They are said once for a process, as it checks the settings before the run."""
+    conversations.preset.cache_clear()
+    monkeypatch.setattr(launch, "_run_in_process", lambda config, nodes: None)
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "b"}) + "\n" for i in range(9)))
+    root = Path(__file__).parents[2]
+    launch.launch(root, [f"data.task='causal-lm' data.path='{tmp_path}/qa.jsonl'"], None, "inprocess")
+    assert "columns by their names: text from 'prompt', answer from 'completion'" in capsys.readouterr().out
 
 
 def test_columns_by_the_keys(tmp_path):
@@ -532,6 +545,8 @@ def test_a_whole_run(finished, method):
     assert last["loss"] < begin["loss"] and last["perplexity"] < begin["perplexity"]
     assert set(facts["test"]) == set(facts["unadapted"]) == set(TASK.metrics)
     assert facts["test"]["loss"] < facts["unadapted"]["loss"]
+    bare = f"{facts['unadapted']['perplexity']:,.3f} of the unadapted model"
+    assert bare in [more for name, _, more in _figures(read_run(run)) if name == "perplexity, test"]
     model = open_run(run).model
     assert model.evaluate(model.unadapted(), "validation")["loss"] == pytest.approx(begin["loss"], rel=1e-5)
     assert len(facts["samples"]) == 2 and set(facts["samples-scores"]) == {"exact-match", "rouge-l", "stopped"}
