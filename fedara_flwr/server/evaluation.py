@@ -43,6 +43,7 @@ class Evaluation:
     def __init__(self, settings: Settings, spec: ModelSpec, state: ServerState, dispatch: Dispatch, meter: ByteMeter) -> None:
         self._settings, self._spec, self._state, self._dispatch, self._meter = settings, spec, state, dispatch, meter
         self._asked: list[_Asked] = []
+        self._good: dict[str, Line] = {}
 
     def ask(self, node: Node, plan: TrainPlan, examples: int) -> Message:
         """The message to a node that declared so many examples: the global model as it is, by the plan of its last round.
@@ -61,7 +62,7 @@ class Evaluation:
 
     def receive(self, grid: Grid) -> Iterator[Message]:
         """Send the messages and give the replies as they come, until the round's deadline."""
-        strategy, came = self._settings.strategy, set[int]()
+        strategy = self._settings.strategy
 
         def again(index: int, reply: Message) -> Message | None:
             asked = self._asked[index]
@@ -78,7 +79,7 @@ class Evaluation:
             messages,
             strategy.round_timeout,
             again,
-            lambda: len(came) >= strategy.replies_enough(len(messages)),
+            lambda: len(self._good) >= strategy.replies_enough(len(messages)),
             strategy.straggler_timeout,
         )
         for index, reply in exchange:
@@ -88,12 +89,11 @@ class Evaluation:
             elif reply.metadata.src_node_id != node.node_id:
                 logger.warning("evaluation of client %s left out: answered by node %d", node.key, reply.metadata.src_node_id)
             else:
-                came.add(index)
                 yield reply
 
     def means(self, messages: Iterable[Message]) -> MetricRecord | None:
         """Means of the replies, weighted by held-out examples, as `client-eval-…`; a bad reply is left out."""
-        by_node, good = {asked.node.node_id: asked for asked in self._asked}, dict[str, Line]()
+        by_node, good = {asked.node.node_id: asked for asked in self._asked}, self._good
         for reply in messages:
             asked = by_node.get(reply.metadata.src_node_id)
             if asked is None or asked.node.key in good:

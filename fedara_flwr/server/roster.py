@@ -281,10 +281,10 @@ class Roster:
         return min(len(self.able()), wanted)
 
     def able(self) -> set[str]:
-        """Who may be drawn; those that sit out only where fewer than `min-train-nodes` would be left."""
+        """Who may be drawn; those that sit out only where fewer than `min-train-nodes` or `min-replies` would be left."""
         usable = {key for key in self.nodes if key not in self.unfit}
         able = {key for key in usable if not self.strikes.sits_out(key)}
-        return able if len(able) >= self.settings.min_train_nodes else usable
+        return able if len(able) >= max(self.settings.min_train_nodes, self.settings.min_replies) else usable
 
     def rejoin(
         self, grid: Grid, asked: Mapping[str, int], unfit: Iterable[str], holdings: Mapping[str, Holding]

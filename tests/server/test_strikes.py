@@ -133,6 +133,24 @@ def test_nobody_sits_out_where_too_few_are_left(tiny_bert):
     assert not any(line["sitting-out"] for line in rounds(loop)) and not loop.state.strikes
 
 
+def test_strikes_leave_as_many_as_must_reply(tiny_bert):
+    """One client fails in every round, one in the first two: of the other four alone no round could count."""
+
+    class Failing(InProcessGrid):
+        def _call(self, message):
+            reply = super()._call(message)
+            number = message.content.config_records.get("plan", {}).get("round", 0)
+            if (message.metadata.dst_node_id == SILENT and number) or (
+                message.metadata.dst_node_id == 1003 and number in (1, 2)
+            ):
+                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+            return reply
+
+    loop, grid = begun(tiny_bert, 4, Failing, {"strategy__min_replies": 5})
+    loop.start(grid, loop.initial_arrays(), 4)
+    assert [line["good"] for line in rounds(loop)] == [4, 4, 5, 5]
+
+
 class Broken(InProcessGrid):
     """One client always fails."""
 
@@ -204,6 +222,35 @@ def test_bad_replies_are_no_quorum(tiny_bert):
     loop, grid = begun(tiny_bert, 1, Failing, changes, silent=["train"])
     loop.start(grid, loop.initial_arrays(), 1)
     assert sorted(drop["reason"] for drop in rounds(loop)[0]["dropped"]) == ["error-2", "timeout"]
+
+
+def test_bad_evaluations_are_no_quorum(tiny_bert):
+    """Of six, one is silent and one fails at once: the four that are good are waited for."""
+
+    class Failing(Real):
+        def _call(self, message):
+            reply = super()._call(message)
+            if message.metadata.message_type == "evaluate" and message.metadata.dst_node_id == 1000:
+                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+            return reply
+
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            late = [
+                reply for reply in replies if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 1005
+            ]
+            if late and self.looks < 2:
+                self.looks += 1
+                self.ready |= dict.fromkeys(message_ids, replies)
+                return []
+            return replies
+
+        looks = 0
+
+    changes = {"strategy__quorum": 0.65, "strategy__straggler_timeout": 0.0, "data__client_validation": 0.2}
+    loop, grid = begun(tiny_bert, 1, Failing, changes, silent=["evaluate"])
+    loop.start(grid, loop.initial_arrays(), 1)
+    assert next(line["clients"] for line in loop.lines if line["type"] == "client-evaluation") == 4
 
 
 def test_a_deployment_waits_for_as_many_nodes_as_its_owner_says(tiny_bert):
