@@ -117,6 +117,11 @@ class TrainSettings(LocalTraining):
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")
     threads: int = Field(1, ge=1, description="torch threads of a client; results depend on it in the last bits")
 
+    def share(self, done: float) -> float:
+        """Learning rates over those of the first round, when a share `done` of the run is over."""
+        fallen = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        return 1 - (1 - self.final_rate) * fallen
+
     def local(
         self, learning_rate: float, diversity: float | None = None, done: float = 0.0, kept: bool = False
     ) -> LocalTraining:
@@ -129,8 +134,7 @@ class TrainSettings(LocalTraining):
             done: share of the run that is over: 0 in the first round, 1 in the last.
             kept: whether the head is the checkpoint's, which has learnt already.
         """
-        fallen = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
-        share = 1 - (1 - self.final_rate) * fallen
+        share = self.share(done)
         values = {name: getattr(self, name) for name in LocalTraining.model_fields}
         drawn = diversity is None and not kept
         head = self.head_learning_rate if self.head_learning_rate >= 0 else DRAWN_HEAD if drawn else SOLVED_HEAD

@@ -22,7 +22,7 @@ from fedara_flwr.wire.plan import TrainPlan
 LENGTHS_KEPT = 64  # lengths remembered of each part
 ENOUGH = 3  # lengths that make a median
 WIDEST = 5.0  # times the usual length, which of noise by a whole fleet (update-noise) one number in a million is beyond
-ROUNDING, ON_THE_WIRE, RESIDUE = 1e-6, 1.01, 1.25  # of float32 values; of float16 differences; what wire.feedback may add
+ROUNDING, ON_THE_WIRE, RESIDUE = 1e-6, 0.01, 0.24  # of float32 values; of float16 differences; what wire.feedback may add
 HALF_PRECISION = 2.0**-7  # what rounding to bfloat16 puts a backbone's weight of up to 2 off
 
 Sizes = dict[str, float]
@@ -96,17 +96,18 @@ class Norms:
             del self.history[part][:-LENGTHS_KEPT]
 
 
-def reach(plan: TrainPlan, examples: int) -> dict[str, float]:
+def reach(plan: TrainPlan, examples: int, share: float = 1.0) -> dict[str, float]:
     """How far training by `plan` can move a number of each part that is sent, with what its way here adds.
 
     A part that stays with the node began elsewhere: of it nothing is known.
 
     Args:
         examples: of the client, which by epochs decide how many steps it does.
+        share: this round's learning rates over those of the first: a residue may be of larger differences.
     """
     found, steps = {}, plan.train.reach(examples)
     for name in sorted(plan.sent - plan.kept):
-        far = declared()[name].rate(plan.train) * steps * (RESIDUE if name in plan.feedback else ON_THE_WIRE)
+        far = declared()[name].rate(plan.train) * steps * (1 + ON_THE_WIRE + (RESIDUE / share if name in plan.feedback else 0))
         if not is_slot_part(name) and of_backbone([name]):
             far = 2 * far + HALF_PRECISION  # a node may hold it in bfloat16
         found[name] = far

@@ -68,6 +68,7 @@ class RoundLoop(Strategy):
         state: all that must survive a crash.
         planned: how many clients the present round meant to ask.
         work: the present round; None before the first.
+        failure: why the run ends after that round; '' where it goes on.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class RoundLoop(Strategy):
         self.planned = 0
         self.run_id = run_id or uuid.uuid4().hex
         self.work: Round | None = None
+        self.failure = ""
         self._head_asked = bool(self.state.solved)
         self._evaluation: Evaluation | None = None
         self._dispatch = self._new_dispatch()
@@ -177,6 +179,7 @@ class RoundLoop(Strategy):
             read=method.read_report,
             quorum=self.settings.strategy.replies_enough(len(asked)),
             held_out=self.settings.data.client_validation,
+            rates=self.settings.train.share((server_round - 1) / max(self.settings.num_server_rounds - 1, 1)),
             cap=weight_cap(self.settings.strategy.weight_cap, [self.roster.weights[node.key] for node in asked]),
             private=private,
             sitting=sitting,
@@ -297,10 +300,11 @@ class RoundLoop(Strategy):
             arrays = result.arrays = merged if merged is not None else arrays
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             record = self._record(evaluated, trained - began, time.monotonic() - trained)
-            self._keep(progress.line(record))
             assert self.work is not None
-            if failure := self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy):
-                raise RunFailed(failure)
+            self.failure = self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy)
+            self._keep(progress.line(record))
+            if self.failure:
+                raise RunFailed(self.failure)
         self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), result)
         return result
 

@@ -64,6 +64,7 @@ class Round:
         cap: the largest weight that one client may have.
         quorum: good replies that are enough; `closing` once they are there and the others are not waited for much longer.
         held_out: `data.client-validation`.
+        rates: learning rates over those of the first round.
         private: of a reply nothing is used or written but its arrays and whether it counted.
         sitting: clients that sit out (server/strikes.py).
         down: bytes sent to each client, by part.
@@ -89,6 +90,7 @@ class Round:
     quorum: int = 0
     closing: bool = False
     held_out: float = 0.0
+    rates: float = 1.0
     private: bool = False
     sitting: list[str] = field(default_factory=list)
     coding: Line = field(default_factory=dict)
@@ -209,7 +211,7 @@ class Round:
         self, node: Node, plan: TrainPlan, update: Update, moved: Sizes, largest: Sizes, beside: Sequence[Sizes]
     ) -> tuple[Update, Sizes]:
         """The update with no number further than its steps reach, and how far it then moved."""
-        far = reach(plan, self.limits[node.key])
+        far = reach(plan, self.limits[node.key], self.rates)
         if all(size <= far.get(part, math.inf) for part, size in largest.items()):
             return update, moved
         arrays, said = self.norms.cut(update.arrays, self.start(plan, update.mask), far, beside)

@@ -160,6 +160,15 @@ def test_nothing_of_honest_clients_is_cut(tiny_bert, flat):
     assert all(line["good"] == len(line["sampled"]) == CLIENTS // 2 and "cut" not in line for line in lines)
 
 
+@pytest.mark.parametrize("up", ["int4", "int8"])
+def test_a_residue_of_larger_steps_is_not_cut(tiny_bert, up):
+    """Rates fall to a hundredth, and what rounding took at the first ones comes with the next update."""
+    coded = {"wire__up": up, "wire__down": "int8", "wire__feedback": True, "train__final_rate": 0.01, "train__steps": 6}
+    loop = start(config(tiny_bert, **SHORT | coded | {"method": "fedlora", "strategy__fraction_train": 1.0}), clients=2)
+    lines = [line for line in loop.lines if line["type"] == "round"]
+    assert [line["good"] for line in lines] == [2, 2] and not any("cut" in line for line in lines)
+
+
 def test_noise_of_a_whole_fleet_is_not_cut_away(tiny_bert):
     """Three nodes or more that add noise of far more than their steps reach set what is usual, in round 1, too."""
     loop, grid = prepare(config(tiny_bert, **SHORT | {"strategy__fraction_train": 1.0, "method": "fedlora"}))
