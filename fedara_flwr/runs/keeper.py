@@ -101,10 +101,10 @@ class Keeper(Callback):
             dealt(shares["partition"], bool(shares["groups"])).log(logger)
 
     def after_round(self, loop: RoundLoop) -> None:
-        """Write a checkpoint where one is due, or the round is the best so far, and the facts as they are now."""
+        """Write a checkpoint where one is due, the round is the best so far or the run ends, and the facts as they are now."""
         every, state = self.settings.run.checkpoint_every, loop.state
         wanted = (self.settings.num_server_rounds, state.best.get("round"))
-        if every and (state.server_round % every == 0 or state.server_round in wanted):
+        if every and (state.server_round % every == 0 or state.server_round in wanted or loop.failure):
             self.checkpoints.save(state, self.directory.sync())
         self.directory.update(self._facts())
 

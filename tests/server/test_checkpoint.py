@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import some_fast
+from flwr.app import Error
 from runs_helper import CLIENTS, config, exported, prepare, stopped_in_round, written
 
 from fedara_flwr import engine
+from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import RunDirectory, read_facts
 from fedara_flwr.runs.keeper import conclude_stopped, open_run
 from fedara_flwr.server.checkpoint import BadCheckpoint, Checkpoints, decode, encode
+from fedara_flwr.server.loop import RunFailed
 
 METHODS = ["fedara", "legend", "federa", "flora", "fedex-lora", "hetlora", "slora", "full"]
 OPTIONS = {"hetlora": "ranks = [1, 2, 4]", "flora": "ranks = [1, 2, 4]", "slora": "sparse-rounds = 0.5"}
@@ -92,6 +95,26 @@ def test_killed_while_a_checkpoint_is_written(tiny_bert, tmp_path, moment, known
     engine.run(settings(tiny_bert, tmp_path, "", run__resume=str(tmp_path / "killed")), CLIENTS)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
     assert read_facts(tmp_path / "killed")["resumed"] == [known]
+
+
+def test_a_run_that_ends_early_keeps_its_last_round(tiny_bert, tmp_path, monkeypatch):
+    """Also where it is not due: it goes on from there, and `fedara export` gives what the run left."""
+
+    class Failing(InProcessGrid):
+        def _call(self, message):
+            reply = super()._call(message)
+            if message.content.config_records.get("plan", {}).get("round", 0) == 2:
+                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+            return reply
+
+    monkeypatch.setattr(engine, "InProcessGrid", Failing)
+    more = {"run__checkpoint_every": 3, "run__export": "last", "strategy__max_failed_rounds": 1}
+    with pytest.raises(RunFailed, match="1 rounds in a row"):
+        engine.run(settings(tiny_bert, tmp_path, "run", **more), CLIENTS)
+    run = tmp_path / "run"
+    assert read_facts(run)["export"] == open_run(run).export == {"round": 2, "said": "round 2, the last: run.export = 'last'"}
+    engine.run(settings(tiny_bert, tmp_path, "", run__resume="run", **more), CLIENTS)
+    assert read_facts(run)["resumed"] == [2] and read_facts(run)["outcome"] == "completed"
 
 
 @pytest.fixture
