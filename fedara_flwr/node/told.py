@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import errorcode
 from pathlib import Path
 
 from fedara_flwr.keys import ConfigError
@@ -27,7 +29,8 @@ def kind(error: BaseException) -> str:
     """The error's kind and the place in this package where it came up; of the system's own errors also what is the matter."""
     inside = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f" in {Path(inside[-1].filename).relative_to(PACKAGE)}, line {inside[-1].lineno}" if inside else ""
-    why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+    # by its number: libraries put names of files into `strerror`
+    why = f" ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno in errorcode else ""
     return f"{type(error).__name__}{why}{place}"
 
 

@@ -20,6 +20,7 @@ from fedara_flwr.data.docstrings import AREAS
 from fedara_flwr.data.files import read_hub
 from fedara_flwr.keys import ConfigError, read_options
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.node.told import kind
 from fedara_flwr.tasks import Encoded, read_settings
 from fedara_flwr.training import LocalTraining
 
@@ -131,6 +132,19 @@ def test_what_a_reader_says_stays_here(tiny_bert, tmp_path, caplog):
         answer = ask(context)
     assert "own data: " in str(answer["ready"]["error"]) and "HIV" not in str(answer)
     assert SECRET in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, f"Failed to open local file '{SECRET}.csv'"), "FileNotFoundError (No such file or directory)"),
+        (OSError(10**20, SECRET), "OSError"),
+        (OSError(SECRET), "OSError"),
+    ],
+)
+def test_the_system_s_own_words_alone_leave(error, said):
+    """pyarrow puts names of files into `strerror`."""
+    assert kind(error) == said
 
 
 def test_no_copy_of_a_device_s_rows_is_left(tiny_bert, tmp_path, monkeypatch):
