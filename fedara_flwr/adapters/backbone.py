@@ -38,8 +38,8 @@ def locate(name: str) -> str:
     Raises:
         ConfigError: the folder holds no model that can serve; the packaged weights are not the published ones.
     """
-    if Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
+    if os.path.isdir(os.path.expanduser(name)):  # os.path takes names of any length, and users that are not there
+        folder = Path(os.path.expanduser(name)).resolve()
         folders.check_folder(name, folder)
         return str(folder)
     folders.check_file(name)
@@ -64,6 +64,9 @@ def load_tokenizer(name: str, task: Task | None = None) -> Any:
     tokenizer = pieces.as_published(name, source, tokenizer)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise ConfigError(f"model.name = {name!r}: its tokenizer knows no word, allowed are models with a tokenizer's files")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        line = f"its tokenizer_config.json has model_max_length = {tokenizer.model_max_length!r}, allowed is a number"
+        raise ConfigError(f"model.name = {name!r}: {line}")
     if task is not None:
         task.check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
@@ -120,7 +123,8 @@ class Backbone:
         source = locate(name)
         try:
             names = AutoConfig.from_pretrained(source, trust_remote_code=False).id2label or {}
-            published = [str(label) for _, label in sorted(names.items())]
+            # ids with gaps do not say which output is which
+            published = [str(names[i]) for i in range(len(names))] if set(names) == set(range(len(names))) else []
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **task.model_config(labels))
             for part in {id(part): part for part in (config, config.get_text_config())}.values():
                 if part.pad_token_id is None or not 0 <= part.pad_token_id < (fit.vocabulary(config) or math.inf):
@@ -151,12 +155,14 @@ class Backbone:
         # by another one decoders would take padding for a row's last token; RoBERTa's kind counts its positions from it, though
         if pad_token_id is not None and not fit.counts_from_padding(self.model):
             self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = pad_token_id
+        fit.check_finite(name, self.model)
         self.model.requires_grad_(False)
         self.model.eval()
         self.convolutions = blocks.to_linear(self.model)
         ran = blocks.try_out(name, self.model, pad_token_id)
         lists = blocks.block_lists(name, self.model, ran)
         self.blocks: list[nn.Module] = [block for place in lists for block in self.model.get_submodule(place).children()]
+        blocks.tell_what_is_left_out(name, self.model, lists, info["unexpected_keys"])
         below = lists[0].split(".")[0]
         other = heads.other_shapes(name, info, below if task.head == "new" else "")
         missing = set(info["missing_keys"]) - set(other)

@@ -7,7 +7,7 @@ gets nothing, and of an encoder-decoder both halves are blocks, the encoder's fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,6 +190,25 @@ def linear_modules(
         for called, place in places.items()
         if not wanted or any(called == e or called.endswith("." + e) for e in wanted)
     )
+
+
+def tell_what_is_left_out(name: str, model: nn.Module, lists: Sequence[str], unexpected: Iterable[str]) -> None:
+    """Say it where the checkpoint has more blocks than its config.json: transformers takes the first of them.
+
+    Args:
+        unexpected: names in the checkpoint of what the model has no place for.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for place in lists:
+        there, more = len(list(model.get_submodule(place).children())), set()
+        for key in unexpected:
+            key = key if key.startswith(prefix) else prefix + key
+            number = key.removeprefix(place + ".").split(".")[0]
+            if key.startswith(place + ".") and number.isdecimal() and int(number) >= there:
+                more.add(int(number))
+        if more:
+            line = "the checkpoint has %d more blocks in %s than the %d that its config.json names: they are left out"
+            logger.warning(f"model.name = %r: {line}", name, len(more), place, there)
 
 
 def tell_what_is_left_alone(name: str, model: nn.Module, blocks: Sequence[str], modules: Sequence[ModuleSpec]) -> None:

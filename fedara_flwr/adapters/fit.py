@@ -50,6 +50,17 @@ def _check_numbers(name: str, tokenizer: Any, known: int) -> None:
         raise ConfigError(f"model.name = {name!r}: {line}, {way}")
 
 
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse weights with NaN or infinity in them, as a training that failed leaves them.
+
+    Raises:
+        ConfigError: with the first such tensor.
+    """
+    for called, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ConfigError(f"model.name = {name!r}: {called} has NaN or infinity in it, allowed are finite numbers")
+
+
 def check_fit(name: str, model: nn.Module, tokenizer: Any, max_length: int) -> None:
     """Refuse tokens that the model has no embedding for, and texts longer than its learned positions.
 

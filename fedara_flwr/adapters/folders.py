@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,8 +60,8 @@ def check_file(name: str) -> None:
     Raises:
         ConfigError: there is such a file.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         what = "a GGUF file" if path.suffix == ".gguf" else "a file"
         raise ConfigError(f"model.name = {name!r}: {what}, allowed is a folder with config.json, weights and tokenizer")
 
@@ -78,13 +79,13 @@ def _problem(folder: Path) -> str:
 
 
 def _read(file: Path) -> Any:
-    """What a JSON file says; {} where it is none, which transformers then says; None where there is no such file."""
+    """What a JSON file says; [] where it is none; None where there is no such file."""
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
-    except ValueError:
-        return {}
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return []
 
 
 def _without_config(folder: Path) -> str:
@@ -107,7 +108,7 @@ def _of_config(config: Any) -> str:
         way = "name the model that it was made of; model.dtype = 'int4' or 'int8' quantises it"
         return f"its weights are quantised already ({method}), allowed are plain numbers; {way}"
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return ""
     if config.get("auto_map"):
         return f"needs Python code of its own ({kind!r}, auto_map), never run here; allowed are architectures of transformers"
@@ -129,13 +130,17 @@ def _weight_files(folder: Path) -> Iterator[Path]:
             yield folder / file
             return
         if (index := _read(folder / (file + INDEX))) is not None:
-            names = index.get("weight_map", {}) if isinstance(index, dict) else {}
-            yield from (folder / part for part in sorted(set(names.values())))
+            names = index.get("weight_map") if isinstance(index, dict) else None
+            parts = list(names.values()) if isinstance(names, dict) else []
+            sound = parts and all(isinstance(part, str) for part in parts)
+            yield from (folder / part for part in (sorted(set(parts)) if sound else [file + INDEX]))
             return
 
 
 def _of_file(file: Path) -> str:
     """Why a file of weights cannot be whole; '' where it may be."""
+    if file.name.endswith(INDEX):
+        return f"{file.name} names no files of weights"
     if not file.is_file():
         return f"{file.name} is missing, its index names it"
     with file.open("rb") as opened:

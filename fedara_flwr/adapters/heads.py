@@ -52,5 +52,5 @@ def order(
         return None, f"the checkpoint has a part of it alone, without {lacking[0]}"
     if labels and sorted(labels) != sorted(published):
         shown = ", ".join(map(repr, published[:SHOWN])) + (", …" if len(published) > SHOWN else "")
-        return None, f"the checkpoint's is for other labels ({shown})"
+        return None, f"the checkpoint's is for other labels ({shown or 'its id2label has gaps'})"
     return [list(published).index(label) for label in labels], ""

@@ -131,6 +131,13 @@ def test_a_folder_without_a_tokenizers_files(tmp_path):
     assert str(caught.value) == line
 
 
+def test_a_tokenizers_length_as_text(tmp_path):
+    settings = bare(tmp_path, tokenizer())
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "512"}))
+    assert refused(settings) == "its tokenizer_config.json has model_max_length = '512', allowed is a number"
+
+
 def bare(folder, words, vocabulary=None, **config):
     """A classifier's folder: a Llama of so many embeddings, and this tokenizer."""
     torch.manual_seed(0)

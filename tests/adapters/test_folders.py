@@ -115,8 +115,44 @@ def test_code_of_its_own(folder):
 def test_a_config_that_is_no_json(folder):
     (folder / "config.json").write_text("[]")
     assert problem(folder) == "its config.json is no JSON object"
-    (folder / "config.json").write_text('{"model_type": "bert"')
-    assert "config.json" in problem(folder)
+    sound = '{"model_type": "bert"}'
+    for content in (sound[:-1], "\ufeff" + sound, "[" * 100_000):
+        (folder / "config.json").write_text(content, encoding="utf-8")
+        assert problem(folder) == "its config.json is no JSON object"
+    (folder / "config.json").write_text('{"model_type": ["bert"]}')
+    assert problem(folder) == "its architecture is ['bert'], allowed are those that the installed transformers has"
+
+
+@pytest.mark.parametrize("weights", [[], None, {}, {"a": 1, "b": FILE}])
+def test_an_index_that_names_no_files(folder, weights):
+    shards(folder)
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert problem(folder) == f"{FILE}.index.json names no files of weights"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a" * 5000])
+def test_names_that_are_no_path(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert problem(name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(folder, value):
+    """Of a token that the trial's texts do not have, too."""
+    tensors = load_file(folder / FILE)
+    name = next(key for key in tensors if key.endswith("word_embeddings.weight"))
+    tensors[name][-1, 0] = value
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    assert problem(folder).endswith("word_embeddings.weight has NaN or infinity in it, allowed are finite numbers")
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_more_blocks_than_the_configuration_names(tiny_models, tmp_path, caplog, kind):
+    """transformers takes the first of them without a word."""
+    shutil.copytree(tiny_models[kind], tmp_path / "model")
+    changed(tmp_path / "model", num_hidden_layers=1)
+    assert len(Backbone(str(tmp_path / "model"), TASKS["classification"], LABELS, pad_token_id=0).blocks) == 1
+    assert "more blocks in " in caplog.text and "than the 1 that its config.json names: they are left out" in caplog.text
 
 
 def test_no_weights(folder):

@@ -104,6 +104,15 @@ def test_labels_that_nobody_named(tmp_path):
     assert opened(tmp_path).head_refused == "the checkpoint's is for other labels ('LABEL_0', 'LABEL_1', 'LABEL_2')"
 
 
+def test_labels_by_ids_with_gaps(tmp_path):
+    """{0: a, 2: b, 5: c} does not say which of three outputs is b."""
+    save(tmp_path, "bert", id2label=dict(enumerate(LABELS)))
+    facts = json.loads((tmp_path / "config.json").read_text())
+    gaps = {str(2 * i): label for i, label in enumerate(LABELS)}
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"id2label": gaps}))
+    assert opened(tmp_path).head_refused == "the checkpoint's is for other labels (its id2label has gaps)"
+
+
 def test_tasks_without_label_names(tmp_path):
     """A regression's or a question answerer's own head fits by its shape."""
     save(tmp_path / "one", "bert", id2label={0: "LABEL_0"})
