@@ -166,6 +166,21 @@ def query(kind: str, context: Context, content: RecordDict) -> Message:
     return client_app.app(Message(content, 5, kind), context)
 
 
+def test_sums_are_those_first_asked_for(tiny_bert, tmp_path):
+    """By those of 9 and of 10 rows, a server would know the features of the one between them."""
+    context = device(tmp_path, tiny_bert, ROWS)
+    ask(context)
+
+    def sums(**more):
+        question = {"seed": 1, "rows": 0, "up": "float32", "scatter": False, **more}
+        return query("query.statistics", context, RecordDict({"statistics": ConfigRecord(question)})).content
+
+    first = sums()["sums"]
+    for more in ({"rows": 9}, {"seed": 2}, {"scatter": True}, {"up": "float16"}, {"x": 1}):
+        assert sums(**more)["statistics"]["refused"] == "the run asks for other sums than it first did"
+    assert sums()["sums"] == first
+
+
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query.statistics", "query.ready"])
 def test_what_a_handler_raises_leaves_without_its_words(tiny_bert, tmp_path, monkeypatch, caplog, kind):
     """Of whatever code: a task's, torch's, a package's."""
