@@ -246,15 +246,15 @@ def _packed(context: Context) -> bytes:
 
 
 def _files(node: NodeSettings) -> list[tuple[str, int, int, int]]:
-    """The node's own files as they are: path, inode, size, time."""
-    listed = []
+    """The node's own files as they are, with the names of labels beside them: path, inode, size, time."""
+    found: set[str] = set()
     for name in filter(None, (node.data_path, *node.backbones.values())):
-        place = Path(name).expanduser()
-        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if file.is_file():
-                facts = file.stat()
-                listed.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
-    return listed
+        for part in [name] if os.path.exists(os.path.expanduser(name)) else name.split(","):  # several files
+            place = os.path.expanduser(part.strip())
+            found.update(os.path.join(folder, file) for folder, _, files in os.walk(place) for file in files)
+            found.update((place, os.path.join(os.path.dirname(place), "labels.json")))
+    facts = ((file, os.stat(file)) for file in sorted(found) if os.path.isfile(file))
+    return [(file, fact.st_ino, fact.st_size, fact.st_mtime_ns) for file, fact in facts]
 
 
 def _check_peer(connection: socket.socket) -> None:

@@ -122,7 +122,8 @@ class Template:
         that the template writes otherwise once more follows it, as those do that drop thoughts, is not learnt.
 
         Raises:
-            Refused: as `render`, or the last prompt is not the beginning of the conversation that goes on from it.
+            Refused: as `render`; the last prompt is not the beginning of the conversation that goes on from it; or answers are
+                not in it.
         """
         whole = self.render(messages)
         spans = self._spans(messages, whole)
@@ -194,7 +195,9 @@ class Template:
     def _end(self, before: Sequence[Message], said: str) -> int:
         """Where in `said` the answer ends: behind the first control token after its text, else behind the last letter."""
         _, found, rest = self.render([*before, {"role": ASSISTANT, "content": MARK}]).rpartition(MARK)
-        if not found or not said.endswith(rest):
+        if not found:
+            raise Refused("data.options: the tokenizer's chat template does not write what an assistant says")
+        if not said.endswith(rest):
             return len(said.rstrip())
         places = [(place, -len(token)) for token in self._controls if (place := rest.find(token)) >= 0]
         if not places:

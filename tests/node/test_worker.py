@@ -32,6 +32,7 @@ from fedara_flwr import client_app
 from fedara_flwr.cli import app as cli
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.node import worker
+from fedara_flwr.node.settings import NodeSettings
 
 NODE = 7
 COMMAND = worker.COMMAND
@@ -469,6 +470,17 @@ def test_other_data_under_the_old_name_is_not_what_it_has_in_memory(place, log, 
     assert thread.is_alive()
     assert who(worker.ask(train, message(log), given)) == "here"
     assert thread.ended()
+
+
+def test_what_its_own_files_are(tmp_path):
+    """Each of several files, what lies deeper in a folder, and the labels' names beside them."""
+    for name in ("a/one.csv", "b/two.csv", "b/labels.json", "c/data/train.csv", "c/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    both = NodeSettings.read({"data-path": f"{tmp_path}/a/one.csv, {tmp_path}/b/two.csv", "models": "~nobody-of-that-name/x"})
+    folder = NodeSettings.read({"data-path": f"{tmp_path}/c", "models": "a" * 5000})
+    found = [[file.removeprefix(f"{tmp_path}/") for file, *_ in worker._files(node)] for node in (both, folder)]
+    assert found == [["a/one.csv", "b/labels.json", "b/two.csv"], ["c/README.md", "c/data/train.csv"]]
 
 
 def test_only_files_that_the_node_names_count(place, log, tmp_path, monkeypatch):

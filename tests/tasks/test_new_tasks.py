@@ -290,6 +290,17 @@ def test_regression_learns(tiny_bert, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["spearman"] > 0.2
 
 
+def test_paths_are_told_in_full(tmp_path, monkeypatch):
+    """Flower runs the app in a folder of its own. A link stays one: what it points to may have no ending."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("text,label\n" + "".join(f"{name} {i},a\n" for i in range(4)))
+        (tmp_path / f"{name}.csv").symlink_to(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = read_config(Path(__file__).parents[2], ["data.path='one.csv, two.csv'"])["data.path"]
+    assert found == f"{tmp_path / 'one.csv'},{tmp_path / 'two.csv'}"
+    assert read_config(Path(__file__).parents[2], ["data.path='two.csv'"])["data.path"] == str(tmp_path / "two.csv")
+
+
 def test_a_partition_that_does_not_suit_is_said_before_anything_starts(tmp_path):
     override = f"data.task='regression' data.path='{data_of('regression', tmp_path)}'"
     root = Path(__file__).parents[2]

@@ -236,6 +236,12 @@ def test_a_template_that_refuses_a_conversation():
     assert answers(tokenizer(strict), GREETING)[1] == ["hello world<|end|>"]
 
 
+def test_a_template_that_drops_what_is_said():
+    """Nothing but roles would be learnt."""
+    line = problem(lambda: answers(tokenizer("{% for m in messages %}<|turn|>{{ m['role'] }}<|end|>{% endfor %}"), GREETING))
+    assert line == "data.options: the tokenizer's chat template does not write what an assistant says"
+
+
 def test_the_end_is_not_lost_where_it_is_the_padding_too():
     found = tokenizer()
     assert found.pad_token_id == found.eos_token_id
