@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.csv.csv import Csv
 from pydantic import Field
 
-from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, ending, is_table, read_file
+from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, class_labels, ending, is_table, read_file
 from fedara_flwr.files import data_cache
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
@@ -100,12 +101,36 @@ def read_hub(name: str, subset: str, key: str, copies: bool = True) -> dict[str,
     """
     try:
         with _cache(copies) if Path(name).is_dir() else nullcontext() as cache:
+            if Path(name).is_dir():
+                builder = datasets.load_dataset_builder(name, subset or None, cache_dir=cache)
+                files = [Path(file) for part in (builder.config.data_files or {}).values() for file in part]
+                if isinstance(builder, Csv) and all(map(is_table, files)):
+                    return _csv_of(builder, key)
             tables = datasets.load_dataset(name, subset or None, cache_dir=cache)
+    except ConfigError:
+        raise
     except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
         known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error)[:9999], re.S)
         hint = f"data.subset = {subset!r}: allowed are {known[1]}" if known else f"cannot be loaded ({deepest(error)})"
         raise ConfigError(f"{key}: {hint}", f"the folder cannot be loaded ({type(error).__name__})") from None
     return {split: Table.of_library(table) for split, table in tables.items()}
+
+
+def _csv_of(builder: Any, key: str) -> dict[str, Table]:
+    """The csv files that a README names, read as others are: the library makes 007 a 7, and NA nothing."""
+    config, ids = builder.config, class_labels(builder.info.features or {})
+    mark = config.delimiter or config.sep or ","
+    how = FormatOptions(
+        delimiter="" if mark == "," else mark,
+        encoding=config.encoding or "",
+        columns=list(config.column_names or config.names or ()),
+    )
+    found = {}
+    for split, names in config.data_files.items():
+        files = [Path(name) for name in names]
+        table = _joined([_read(file, how, key) for file in files], files, key)
+        found[str(split)] = Table(table.column_names, len(table), table.__getitem__, ids, table.short)
+    return found
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Table:
             table.column_names,
             len(table),
             lambda name: _shortest(list(table[name][:]), kinds[name]),
-            _class_labels(table.features),
+            class_labels(table.features),
         )
 
 
@@ -189,7 +189,7 @@ def _parquet(path: Path) -> Table:
 
     _check_names(schema.names)
     with file:
-        return Table(schema.names, file.metadata.num_rows, column, _class_labels(features))
+        return Table(schema.names, file.metadata.num_rows, column, class_labels(features))
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -210,7 +210,8 @@ def _named(value: Any, ids: Mapping[int, str]) -> Any:
     return ids.get(value) if isinstance(value, int) else value
 
 
-def _class_labels(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+def class_labels(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """Column → name by id, of the features of a table of the library `datasets` that are class labels, or lists of these."""
     found = {}
     for name, feature in features.items():
         inner = getattr(feature, "feature", feature)

@@ -418,6 +418,18 @@ def test_a_copy_of_a_hub_repository(tmp_path):
     assert "allowed are" in problem(tmp_path, subset="fr")
 
 
+def test_a_csv_of_a_hub_repository_is_read_as_any_other(tmp_path):
+    """The library would make 007 a 7, and NA nothing; names of ids that the README has count."""
+    head = "---\nconfigs:\n- config_name: default\n  sep: '|'\n  data_files: part.csv\n"
+    saved(tmp_path / "a" / "README.md", head + "---\n")
+    saved(tmp_path / "a" / "part.csv", "text|label\na|007\nb|7\nc|NA_\nNA|7\n")
+    assert pairs(read(tmp_path / "a")) == {("a", "007"), ("b", "7"), ("c", "NA_"), ("NA", "7")}
+    names = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n"
+    saved(tmp_path / "b" / "README.md", head + names + "        names:\n          '0': neg\n          '1': pos\n---\n")
+    saved(tmp_path / "b" / "part.csv", "text|label\n007|1\nNA|0\n")
+    assert pairs(read(tmp_path / "b")) == {("007", "pos"), ("NA", "neg")}
+
+
 def test_what_is_in_a_folder_without_training_rows(tmp_path):
     saved(tmp_path / "reviews.csv", lines())
     saved(tmp_path / "notes.txt", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import stat
@@ -85,7 +86,8 @@ def written(folder: Path, name: str, text: str) -> str:
 
 
 GOOD = "body,area\n" + "".join(f"{text},{name}\n" for text, name in ROWS)
-HUB = "---\nconfigs:\n- config_name: default\n  data_files: own.csv\n---\n"
+HUB = "---\nconfigs:\n- config_name: default\n  data_files: own.jsonl\n"
+NUMBERS = "dataset_info:\n  features:\n  - name: body\n    dtype: int64\n  - name: area\n    dtype: string\n"
 
 
 @pytest.mark.parametrize(
@@ -115,19 +117,18 @@ def test_an_error_about_own_data_is_a_kind_and_a_place(tiny_bert, tmp_path, capl
     assert caplog.text.count("node-config") == 1  # the device's own words
 
 
-def copy_of_hub(tmp_path: Path, rows: str) -> Path:
+def copy_of_hub(tmp_path: Path, rows: list[tuple[str, str]], features: str = "") -> Path:
     folder = tmp_path / "hub"
     folder.mkdir()
-    (folder / "README.md").write_text(HUB)
-    (folder / "own.csv").write_text(rows)
-    (folder / "own.csv").chmod(0o600)
+    (folder / "README.md").write_text(f"{HUB}{features}---\n")
+    (folder / "own.jsonl").write_text("".join(json.dumps({"body": body, "area": area}) + "\n" for body, area in rows))
+    (folder / "own.jsonl").chmod(0o600)
     return folder
 
 
 def test_what_a_reader_says_stays_here(tiny_bert, tmp_path, caplog):
-    numbers = "".join(f"{i},{name}\n" for i, (_, name) in enumerate(ROWS * 1100))
     context = device(tmp_path, tiny_bert, ROWS)
-    context.node_config["data-path"] = str(copy_of_hub(tmp_path, f'body,area\n{numbers}"{SECRET}",mail\n'))
+    context.node_config["data-path"] = str(copy_of_hub(tmp_path, [("1", "mail"), (SECRET, "mail")], NUMBERS))
     with caplog.at_level(logging.INFO, "fedara_flwr"):
         answer = ask(context)
     assert "own data: " in str(answer["ready"]["error"]) and "HIV" not in str(answer)
@@ -153,7 +154,7 @@ def test_no_copy_of_a_device_s_rows_is_left(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     monkeypatch.setenv("FLWR_HOME", str(home))
     context = device(tmp_path, tiny_bert, ROWS)
-    context.node_config["data-path"] = str(copy_of_hub(tmp_path, GOOD))
+    context.node_config["data-path"] = str(copy_of_hub(tmp_path, ROWS))
     assert ask(context)["metrics"]["num-examples"] == 10
     assert [file for folder in (cache, home) for file in folder.rglob("*") if file.is_file()] == []
     read_hub(context.node_config["data-path"], "", "data.path")  # a simulation's copy is there for its other processes
