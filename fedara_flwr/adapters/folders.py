@@ -16,6 +16,7 @@ from fedara_flwr.keys import ConfigError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+NO_REAL = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "C64", "C128")  # as safetensors calls them
 POINTER = b"version https://git-lfs"
 
 
@@ -157,8 +158,15 @@ def _of_file(file: Path) -> str:
             return f"{file.name} is cut off, or no safetensors file"
         try:
             tensors = json.loads(opened.read(length))
-            ends = [value["data_offsets"][1] for key, value in tensors.items() if key != "__metadata__"]
+            tensors.pop("__metadata__", None)
+            ends = [value["data_offsets"][1] for value in tensors.values()]
+            other = {
+                key: value["dtype"] for key, value in tensors.items() if key.endswith(".weight") and value["dtype"] in NO_REAL
+            }
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return f"{file.name} is no safetensors file"
+    if other:
+        key, kind = next(iter(other.items()))
+        return f"{file.name} has {key} in {kind}, quantised or complex, allowed are floating-point numbers"
     expected = 8 + length + max(ends, default=0)
     return f"{file.name} is cut off: {size} bytes of {expected}" if size < expected else ""

@@ -146,6 +146,18 @@ def test_weights_that_are_no_numbers(folder, value):
     assert problem(folder).endswith("word_embeddings.weight has NaN or infinity in it, allowed are finite numbers")
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_weights_in_other_numbers(folder, kind):
+    """Without a quantization_config nothing says what an integer stands for: transformers would take 1 for 1.0."""
+    tensors = load_file(folder / FILE)
+    save_file(tensors | {"position_ids": torch.arange(4)[None]}, folder / FILE, metadata={"format": "pt"})
+    Backbone(str(folder), TASKS["classification"], LABELS, pad_token_id=0)
+    name = next(key for key in tensors if key.endswith("query.weight"))
+    save_file(tensors | {name: tensors[name].to(kind)}, folder / FILE, metadata={"format": "pt"})
+    said = {torch.int8: "I8", torch.complex64: "C64"}[kind]
+    assert problem(folder) == f"{FILE} has {name} in {said}, quantised or complex, allowed are floating-point numbers"
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_more_blocks_than_the_configuration_names(tiny_models, tmp_path, caplog, kind):
     """transformers takes the first of them without a word."""
