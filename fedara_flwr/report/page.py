@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.config import DataSettings
 from fedara_flwr.files import write_whole
 from fedara_flwr.keys import ConfigError
@@ -278,7 +279,8 @@ def _loading(run: Run) -> tuple[str, str]:
         if exported == "adapter"
         else "The whole model loads in stock transformers:"
     )
-    return text, "\n".join(loading_code(task, base=base, place=place, imports=imports, labels=labels))
+    note = "  # not on the Hub: adapter_config.json has its folder" if model in NOTES else ""
+    return text, "\n".join(loading_code(task, base=base, place=place, imports=imports, labels=labels, note=note))
 
 
 def _provenance(run: Run) -> dict[str, Any]:

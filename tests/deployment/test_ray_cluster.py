@@ -372,3 +372,9 @@ def test_the_room_of_a_machine_is_what_flower_counts(cpus, gpus, one, share):
 )
 def test_what_clients_print_is_hidden_on_whatever_machine(line):
     assert NOISE.match(line) and not NOISE.match(line.replace(" pid=", " id="))
+
+
+def test_deprecations_that_python_hides_by_itself_are_hidden():
+    """Flower turns them on for everybody."""
+    line = "/a b/torch/jit/_script.py:365: DeprecationWarning: `torch.jit.script_method` is deprecated."
+    assert NOISE.match(line) and not NOISE.match(line.replace("Deprecation", "Runtime"))

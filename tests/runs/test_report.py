@@ -460,6 +460,13 @@ def test_a_run_without_evaluation_has_a_page(tmp_path):
     assert "not reached" in write_comparison([tmp_path / "run"], tmp_path / "c.html", 0.5).read_text()
 
 
+def test_a_model_that_only_a_package_has_is_no_hub_id(tmp_path):
+    """Its name opens nothing: the page says where the adapter has the folder."""
+    model = "SmolLM2-135M-Instruct-Q4_1"
+    page = write_report(make(tmp_path / "run", facts(exported="adapter", task="causal-lm", model=model))).read_text()
+    assert "  # not on the Hub: adapter_config.json has its folder\n" in page
+
+
 def test_a_large_failed_run(tmp_path):
     path = write_report(make_large(tmp_path / "run"))
     page = check_page(path, 6)
