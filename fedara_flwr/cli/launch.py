@@ -42,8 +42,8 @@ TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
 HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
 LAST_KEPT = 1000  # lines in which a failure's cause is looked for
-# Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, what is said of every run, and what Python itself would
-# not show (Flower turns it on); other warnings and errors are shown
+# Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, what is said of every run, and what Python by itself
+# would not show (Flower turns it on); other warnings and errors are shown
 NOISE = re.compile(
     r"\s*(\x1b\[\d+m)*(INFO|DEBUG|\(\S+ pid=\d+(, ip=\S+)?\)|Using SuperLink: |Successfully installed |warnings\.warn\($|$"
     r"|WARNING.*Since flwr 1\.32, default|.*FutureWarning: Tip: In future versions of Ray|.*\.py:\d+: DeprecationWarning: )"
