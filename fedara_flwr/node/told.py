@@ -30,7 +30,8 @@ def kind(error: BaseException) -> str:
     inside = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f" in {Path(inside[-1].filename).relative_to(PACKAGE)}, line {inside[-1].lineno}" if inside else ""
     # by its number: libraries put names of files into `strerror`
-    why = f" ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno in errorcode else ""
+    number = error.errno if isinstance(error, OSError) else None
+    why = f" ({os.strerror(number)})" if number is not None and number in errorcode else ""
     return f"{type(error).__name__}{why}{place}"
 
 
