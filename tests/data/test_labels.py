@@ -264,7 +264,9 @@ def test_names_that_cannot_be(tmp_path, labels, line):
 
 def test_numbers_that_are_measured_and_labels_that_are_ids(tmp_path):
     path = csv(tmp_path / "d.csv", [number + 0.5 for number in range(101)])
-    assert "101 different numbers with a fraction" in (line := problem(path)) and "`fedara tasks` says what learns numbers" in line
+    assert (
+        "101 different numbers with a fraction" in (line := problem(path)) and "`fedara tasks` says what learns numbers" in line
+    )
     assert len(server(csv(tmp_path / "e.csv", [number + 0.5 for number in range(100)]))[0]) == 100
     line = problem(csv(tmp_path / "f.csv", [f"id{number}" for number in range(10_001)]))
     assert "10001 different labels, allowed are 10000" in line
