@@ -183,6 +183,9 @@ class Method:
         for part in sorted(self.trained - self.parts - {"head"}):
             logger.warning("method %s: part %r holds nothing of this model and is left out", self.name, part)
         self._check_overlap()
+        if not settings.num_server_rounds and not model.spec.head:
+            task = settings.data.task
+            raise ConfigError(f"num-server-rounds = 0: data.task = {task!r} has no head to be solved, allowed is 1 or more")
         if not self.parts and fixed and settings.num_server_rounds:
             raise ConfigError(f"train.head-learning-rate = 0.0: method {self.name!r} trains nothing else, allowed is above 0")
         if not self.parts and not fixed:

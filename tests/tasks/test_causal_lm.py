@@ -679,6 +679,8 @@ def test_a_private_run(folder, rows):
 def test_a_method_without_adapters_is_refused(folder, rows):
     line = problem(lambda: engine.run(flat_of(folder, rows, method="head", run__dir=""), 4))
     assert line == "method = 'head': data.task = 'causal-lm' has no head, and nothing else would be trained"
+    line = problem(lambda: engine.run(flat_of(folder, rows, num_server_rounds=0, run__dir=""), 4))
+    assert line == "num-server-rounds = 0: data.task = 'causal-lm' has no head to be solved, allowed is 1 or more"
 
 
 def test_a_seed_gives_the_same_bits(finished, folder, rows, tmp_path):
