@@ -679,7 +679,7 @@ def test_a_private_run(folder, rows):
 def test_a_method_without_adapters_is_refused(folder, rows):
     line = problem(lambda: engine.run(flat_of(folder, rows, method="head", run__dir=""), 4))
     assert line == "method = 'head': data.task = 'causal-lm' has no head, and nothing else would be trained"
-    line = problem(lambda: engine.run(flat_of(folder, rows, num_server_rounds=0, run__dir=""), 4))
+    line = problem(lambda: engine.run(flat_of(folder, rows, num_server_rounds=0, head__start="means", run__dir=""), 4))
     assert line == "num-server-rounds = 0: data.task = 'causal-lm' has no head to be solved, allowed is 1 or more"
 
 
