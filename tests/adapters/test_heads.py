@@ -23,7 +23,7 @@ LABEL = dict(enumerate(LABELS))
 
 def save(folder, name, auto=AutoModelForSequenceClassification, **changes):
     config = copy.deepcopy(CONFIGS[name])
-    for key, value in {"pad_token_id": 0, "id2label": LABEL, **changes}.items():
+    for key, value in {"pad_token_id": 0, "id2label": LABEL, "dtype": torch.float32, **changes}.items():
         setattr(config, key, value)
     torch.manual_seed(0)
     model = auto.from_config(config).eval()

@@ -366,7 +366,8 @@ def test_of_a_run_that_keeps_no_digest_nothing_is_checked(run, tmp_path):
 
 # -- processes ------------------------------------------------------------
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from fedara_flwr.cli import app
 import fedara_flwr.cli.chat
 chat = sys.modules["fedara_flwr.cli.chat"]
