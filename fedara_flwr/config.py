@@ -21,6 +21,7 @@ LEAST_NOISE = 0.01  # noise multiplier; below it ε has no meaning
 NumberType = Literal["float32", "bfloat16", "int8", "int4"]
 Dtype = Literal["auto", NumberType]
 QUANTISED = ("int8", "int4")
+MAX_RANK = 1024
 BUILT_IN_DATA = DOCSTRINGS, FUNCTIONS = ("docstrings", "functions")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -43,7 +44,7 @@ class ModelSettings(Group):
 
 
 class AdapterSettings(Group):
-    rank: int = Field(12, ge=1, le=1024, description="rank slots per module at the start (r0)")
+    rank: int = Field(12, ge=1, le=MAX_RANK, description="rank slots per module at the start (r0)")
     alpha: float = Field(24.0, gt=0, description="scale of the adapters: alpha / rank, fixed for the whole run")
     target_modules: str = Field(
         "", description="name endings of the linear layers to adapt, comma-separated; '' = all inside the blocks"

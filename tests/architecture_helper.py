@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from conftest import enlarge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "red green blue apples and pears", "nothing at all, twice"] * 9
@@ -161,10 +162,7 @@ def save_architecture(name: str, folder: Path) -> Path:
     speaks = name in DECODERS or name in SPEAKERS
     model = (AutoModelForCausalLM if speaks else AutoModelForSequenceClassification).from_config(config)
     model = model if speaks else model.base_model
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger numbers than a fresh model's, of which nothing would be seen
-            if parameter.dim() > 1:
-                parameter.mul_(4)
+    enlarge(model, 4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -182,6 +182,14 @@ def some_windows(ids: list[list[int]], spans: list[list[int]]) -> Encoded:
     return Encoded(ids, [[*span, i] for i, span in enumerate(spans)], (windows, examples))
 
 
+def enlarge(model: torch.nn.Module, times: float) -> None:
+    """Larger numbers than a fresh model's, of which nothing would be seen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(times)
+
+
 def random_arrays(spec: ModelSpec, mask: RankMask, seed: int = 0, spread: float = 0.3) -> Arrays:
     rng = np.random.default_rng(seed)
     return {part: rng.normal(0, spread, spec.length(part, mask)).astype(np.float32) for part in ("B", "E", "A", "head")}

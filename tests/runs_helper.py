@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from safetensors.numpy import load_file
 
 from fedara_flwr import strategies
@@ -39,6 +39,12 @@ SMALL = {
 
 FEDARA = {"final-rank": 1.0, "warmup-rounds": 1, "final-rounds": 1, "depth-slack": 0.0}
 """fedara's options in those runs."""
+
+
+def turn_into_error(reply: Message, reason: str = "broken", code: int = 2) -> Message:
+    """The same reply, which now says that the node failed."""
+    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(code, reason)
+    return reply
 
 
 def options(**values: object) -> str:

@@ -173,8 +173,8 @@ class Backbone:
         # a pooler below a trained head was trained with it
         self.identity_pooler = "" if kept is not None else self._set_pooling(pooling, head)
         adapted = partial(blocks.linear_modules, name, self.model, lists, ran, self.head_modules)
-        modules = adapted(target_modules)
-        blocks.tell_what_is_left_alone(name, self.model, lists, adapted(""))
+        modules, adaptable = adapted(target_modules), adapted("")
+        blocks.tell_what_is_left_alone(name, self.model, lists, adaptable)
         names = {p.name for p in head}
         rest = tuple(ParameterSpec(n, tuple(p.shape)) for n, p in self.model.named_parameters() if n not in names)
         self.spec = ModelSpec(self._fingerprint(() if kept is not None else head), modules, head, rest)
@@ -184,7 +184,7 @@ class Backbone:
         for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
             parameter.data = parameter.data.to(wanted)
         if self.quantised:
-            quantise(self.model, [m.name for m in adapted("")], dtype, device)
+            quantise(self.model, [m.name for m in adaptable], dtype, device)
         for parameter in self.head_parameters():
             parameter.data = parameter.data.float()
         self.model.to(device)

@@ -118,18 +118,12 @@ def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
 
     def go_on(text: str, stream_end: bool = False) -> None:
         nonlocal opens, held
-        if not opens:
-            write(text)
-            return
         held += text
         begun = held.lstrip()
-        if begun.startswith(opens) and (rest := begun.removeprefix(opens).lstrip()):
-            opens, text = "", rest
-        elif not opens.startswith(begun.rstrip()) and not begun.startswith(opens):
-            opens, text = "", held
-        else:
-            text = held if stream_end and not begun.startswith(opens) else ""
-        write(text)
+        if opens and not stream_end and opens.startswith(begun.rstrip()):
+            return  # it may be the opening yet
+        write(begun.removeprefix(opens).lstrip() if opens and begun.startswith(opens) else held)
+        opens, held = "", ""
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = go_on  # type: ignore[method-assign]

@@ -17,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedara_flwr.adapters.attach import AdaptedModel
 from fedara_flwr.adapters.learner import Learner, cut
+from fedara_flwr.config import MAX_RANK
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.parts import of_backbone
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.tasks.base import Encoded
-
-MAX_RANK = 1024  # as of adapter.rank
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from architecture_helper import ARCHITECTURES, DECODERS, GPT, GROUPED, SPEAKERS, USUAL, published, save_architecture
-from conftest import LABELS, MINILM, mean_loss, some_fast
+from conftest import LABELS, MINILM, enlarge, mean_loss, some_fast
 from peft import PeftModel
 from runs_helper import config, prepare
 from test_session import plan
@@ -175,10 +175,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "n
 def backbone_of(config, folder: Path, task: str = "classification") -> Backbone:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
+    enlarge(model, 4)
     model.base_model.save_pretrained(folder)
     return Backbone(str(folder), open_task(DataSettings(task=task)), LABELS, pad_token_id=0)
 

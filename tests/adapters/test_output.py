@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, mean_loss, random_arrays
+from conftest import TASKS, enlarge, mean_loss, random_arrays
 from test_templates import tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -73,10 +73,7 @@ def save_model(folder: Path, name: str, words=None, dtype: torch.dtype = torch.f
         setattr(config, key, value)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
+    enlarge(model, 8)
     model.to(dtype).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

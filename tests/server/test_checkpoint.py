@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import some_fast
-from flwr.app import Error
-from runs_helper import CLIENTS, config, exported, prepare, stopped_in_round, written
+from runs_helper import CLIENTS, config, exported, prepare, stopped_in_round, turn_into_error, written
 
 from fedara_flwr import engine
 from fedara_flwr.engine import InProcessGrid
@@ -104,7 +103,7 @@ def test_a_run_that_ends_early_keeps_its_last_round(tiny_bert, tmp_path, monkeyp
         def _call(self, message):
             reply = super()._call(message)
             if message.content.config_records.get("plan", {}).get("round", 0) == 2:
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+                turn_into_error(reply)
             return reply
 
     monkeypatch.setattr(engine, "InProcessGrid", Failing)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import fuzz
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from runs_helper import CLIENTS, TamperedGrid, config, prepare
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from runs_helper import CLIENTS, TamperedGrid, config, prepare, turn_into_error
 
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.engine import InProcessGrid
@@ -156,7 +156,7 @@ def metadata(**values):
 
 
 def as_error(reply, ground):
-    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "Traceback\n  ValueError: broken")
+    turn_into_error(reply, "Traceback\n  ValueError: broken")
 
 
 def unreadable(reply, ground):

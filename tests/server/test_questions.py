@@ -12,9 +12,9 @@ import time
 
 import fuzz
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
-from runs_helper import CLIENTS, config, prepare
+from runs_helper import CLIENTS, config, prepare, turn_into_error
 
 from fedara_flwr.client_app import app as client_app
 from fedara_flwr.engine import InProcessGrid
@@ -91,7 +91,7 @@ def error(code, reason):
     """The reply is an error; Flower's `Error` says so."""
 
     def fault(reply):
-        reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(code, reason)
+        turn_into_error(reply, reason, code)
 
     return fault
 

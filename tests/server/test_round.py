@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
-from runs_helper import CLIENTS, TamperedGrid, config, prepare, start
+from runs_helper import CLIENTS, TamperedGrid, config, prepare, start, turn_into_error
 
 from fedara_flwr.client import train
 from fedara_flwr.client.terms import TERMS
@@ -45,8 +45,7 @@ def poison(value):
 
 
 def as_error(reply):
-    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "Traceback\n  ValueError: broken")
-    return reply
+    return turn_into_error(reply, "Traceback\n  ValueError: broken")
 
 
 def test_a_second_reply_of_one_client_does_not_count(tiny_bert):

@@ -7,8 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from flwr.app import Error
-from runs_helper import CLIENTS, ShuffledGrid, config, prepare
+from runs_helper import CLIENTS, ShuffledGrid, config, prepare, turn_into_error
 
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
@@ -104,7 +103,7 @@ def test_who_sits_out_does_not_depend_on_the_order_of_replies(tiny_bert, grid_cl
             reply = super()._call(message)
             number = message.content.config_records.get("plan", {}).get("round", 0)
             if number and message.metadata.dst_node_id in FAILS.get(number, ()):
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+                turn_into_error(reply)
             return reply
 
     loop, grid = begun(tiny_bert, 6, Failing)
@@ -124,7 +123,7 @@ def test_nobody_sits_out_where_too_few_are_left(tiny_bert):
         def _call(self, message):
             reply = super()._call(message)
             if message.metadata.message_type == "train" and message.content.config_records["plan"]["round"] < 4:
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+                turn_into_error(reply)
             return reply
 
     loop, grid = begun(tiny_bert, 5, Failing, {"strategy__max_failed_rounds": 9})
@@ -143,7 +142,7 @@ def test_strikes_leave_as_many_as_must_reply(tiny_bert):
             if (message.metadata.dst_node_id == SILENT and number) or (
                 message.metadata.dst_node_id == 1003 and number in (1, 2)
             ):
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+                turn_into_error(reply)
             return reply
 
     loop, grid = begun(tiny_bert, 4, Failing, {"strategy__min_replies": 5})
@@ -157,7 +156,7 @@ class Broken(InProcessGrid):
     def _call(self, message):
         reply = super()._call(message)
         if message.metadata.message_type == "train" and message.metadata.dst_node_id == SILENT:
-            reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
+            turn_into_error(reply)
         return reply
 
 
@@ -208,18 +207,25 @@ def test_a_round_closes_soon_after_the_quorum(tiny_bert, quorum, timeout, reason
     assert loop.state.strikes == {"2": [1, 1, reason]}
 
 
+class FailsAt(Real):
+    """Node 1000 fails at one kind of message."""
+
+    def __init__(self, *args, kind, **options):
+        super().__init__(*args, **options)
+        self.kind = kind
+
+    def _call(self, message):
+        reply = super()._call(message)
+        if message.metadata.message_type == self.kind and message.metadata.dst_node_id == 1000:
+            turn_into_error(reply)
+        return reply
+
+
 def test_bad_replies_are_no_quorum(tiny_bert):
     """Of six, one is silent and one fails: four of the five that are wanted."""
 
-    class Failing(Real):
-        def _call(self, message):
-            reply = super()._call(message)
-            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1000:
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
-            return reply
-
     changes = {"strategy__quorum": 0.8, "strategy__straggler_timeout": 0.0, "strategy__round_timeout": 2.0}
-    loop, grid = begun(tiny_bert, 1, Failing, changes, silent=["train"])
+    loop, grid = begun(tiny_bert, 1, FailsAt, changes, silent=["train"], kind="train")
     loop.start(grid, loop.initial_arrays(), 1)
     assert sorted(drop["reason"] for drop in rounds(loop)[0]["dropped"]) == ["error-2", "timeout"]
 
@@ -227,13 +233,7 @@ def test_bad_replies_are_no_quorum(tiny_bert):
 def test_bad_evaluations_are_no_quorum(tiny_bert):
     """Of six, one is silent and one fails at once: the four that are good are waited for."""
 
-    class Failing(Real):
-        def _call(self, message):
-            reply = super()._call(message)
-            if message.metadata.message_type == "evaluate" and message.metadata.dst_node_id == 1000:
-                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "broken")
-            return reply
-
+    class Failing(FailsAt):
         def pull_messages(self, message_ids):
             replies = super().pull_messages(message_ids)
             late = [
@@ -248,7 +248,7 @@ def test_bad_evaluations_are_no_quorum(tiny_bert):
         looks = 0
 
     changes = {"strategy__quorum": 0.65, "strategy__straggler_timeout": 0.0, "data__client_validation": 0.2}
-    loop, grid = begun(tiny_bert, 1, Failing, changes, silent=["evaluate"])
+    loop, grid = begun(tiny_bert, 1, Failing, changes, silent=["evaluate"], kind="evaluate")
     loop.start(grid, loop.initial_arrays(), 1)
     assert next(line["clients"] for line in loop.lines if line["type"] == "client-evaluation") == 4
 

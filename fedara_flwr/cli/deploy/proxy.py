@@ -8,6 +8,8 @@ from http.client import HTTPSConnection
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from fedara_flwr.cli.simulation import LOCAL_HOSTS
+
 
 def proxy_to(host: str) -> SplitResult | None:
     """The proxy that the environment names for a server, None where it is reached without one; never for this machine.
@@ -17,7 +19,7 @@ def proxy_to(host: str) -> SplitResult | None:
     """
     told = getproxies()
     address = told.get("https") or told.get("all")
-    if not address or host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host):
+    if not address or host in LOCAL_HOSTS.split(",") or proxy_bypass(host):
         return None
     proxy = urlsplit(address if "://" in address else f"http://{address}")
     if not proxy.hostname or proxy.scheme not in ("http", "https"):
