@@ -1,0 +1,112 @@
+"""The study's plan and the lines that its trials left. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tomllib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent.parent / "configs"
+PAIRED = ("set", "alpha", "group", "row", "rate", "seed")  # what names a trial; `rate` is a factor of the method's own
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t for 95%, two-sided, for two values and more."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are compared with one another, each alike."""
+
+    rounds: int
+    against: str
+    rows: dict[str, dict[str, Any]]
+    factors: tuple[float, ...] = ()
+    rungs: tuple[dict[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A set as it is dealt out to clients, and the group that is compared on it."""
+
+    set: str
+    group: str
+    alpha: float | None = None
+
+    def __str__(self) -> str:
+        return self.set + (f", α = {self.alpha:g}" if self.alpha is not None else "")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a set is read, and by how many clients."""
+
+    clients: int
+    built_in: bool = False
+    lower_is_better: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.toml."""
+
+    seeds: tuple[int, ...]
+    evaluate_every: int
+    base: dict[str, Any]
+    sets: dict[str, DataSet]
+    groups: dict[str, Group]
+    cells: tuple[Cell, ...]
+
+
+def read_plan(path: Path = HERE / "plan.toml") -> Plan:
+    """The plan, its names as Python's."""
+
+    def named(table: dict) -> dict:
+        return {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+    plan = named(tomllib.loads(path.read_text()))
+    plan["sets"] = {name: DataSet(**named(table)) for name, table in plan["sets"].items()}
+    plan["groups"] = {name: Group(**named(table)) for name, table in plan["groups"].items()}
+    plan["cells"] = tuple(Cell(**table) for table in plan["cells"])
+    return Plan(**plan)
+
+
+def flat(table: dict, before: str = "") -> dict[str, Any]:
+    """A TOML table with dotted keys, as Flower hands it to an app."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
+
+
+def row_config(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's own part of the run configuration: its file of configs/ and what it sets besides."""
+    own = dict(row)
+    file = own.pop("config", None)
+    return (flat(tomllib.loads((CONFIGS / file).read_text())) if file else {}) | own
+
+
+def read(files: list[Path]) -> dict[tuple, list[dict]]:
+    """Trial (`PAIRED`) → its evaluations in the order of rounds; of a round that was run twice, the later line."""
+    found: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for file in files:
+        for line in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+            found[tuple(line[name] for name in PAIRED)][line["round"]] = line
+    return {key: [lines[number] for number in sorted(lines)] for key, lines in found.items()}
+
+
+def end(curve: list[dict]) -> float:
+    """Validation score of a trial: the mean of its last two evaluations, since one round's model swings."""
+    return statistics.mean(line["score"] for line in curve[-2:])
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95% interval; None from one value."""
+    if len(values) < 2:
+        return values[0], None
+    t = T95[min(len(values) - 2, len(T95) - 1)]
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5

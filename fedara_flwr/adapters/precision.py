@@ -1,0 +1,83 @@
+"""Which number type a frozen backbone has by `model.dtype = 'auto'`: one timed product, its outcome kept by machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from fedara_flwr.files import flwr_home, write_whole
+
+logger = logging.getLogger(__name__)
+KEPT = "number-types.json"
+TOKENS, NARROW, WIDE = 512, 384, 1536  # a batch through a small encoder's feed-forward layer
+REPEATS = 7
+GAIN = 1.2  # times as fast that bfloat16 must be: its digits are fewer
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def fastest_type(device: str) -> str:
+    """'bfloat16' where this machine multiplies matrices faster in it, else 'float32'.
+
+    Timed once for each processor and version of torch, then read from `number-types.json` under FLWR_HOME, so that all
+    processes and later runs of a machine compute alike; this file can be edited or removed. Where it cannot be written, each
+    process times anew.
+
+    Args:
+        device: as torch calls it: "cpu", "cuda", "cuda:1".
+    """
+    path, name = flwr_home() / KEPT, f"{_processor(device)}, torch {torch.__version__}"
+    kept = _read(path)
+    if kept.get(name) in ("float32", "bfloat16"):
+        return str(kept[name])
+    gain = _gain(device)
+    found = "bfloat16" if gain >= GAIN else "float32"
+    logger.info("model.dtype = 'auto': %s, a product in bfloat16 takes %.2f of float32's time (%s)", found, 1 / gain, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # another process may have been faster: the first outcome stands
+        kept = {name: found} | _read(path)
+        write_whole(path, json.dumps(kept, indent=2).encode())
+    except OSError as error:
+        logger.warning("%s cannot be kept (%s): every process times a product of its own", path, error.strerror or error)
+    return str(kept[name])
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        kept = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _gain(device: str) -> float:
+    """Time of a product in float32 over that in bfloat16: the shortest of some interleaved repetitions each."""
+    where = torch.device(device)
+    types = (torch.float32, torch.bfloat16)
+    factors = [(torch.ones(TOKENS, NARROW, dtype=t, device=where), torch.ones(WIDE, NARROW, dtype=t, device=where)) for t in types]
+    times: dict[int, list[float]] = {0: [], 1: []}
+    with torch.inference_mode():
+        for _ in range(REPEATS + 2):  # the first two are for kernels to be made and caches to fill
+            for i, (rows, weights) in enumerate(factors):
+                began = time.perf_counter()
+                linear(rows, weights).sum().item()  # a number that has come back: a GPU has done all of it
+                times[i].append(time.perf_counter() - began)
+    return min(times[0][2:]) / min(times[1][2:])
+
+
+def _processor(device: str) -> str:
+    """A name that another kind of processor does not have."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        models = [line.partition(":")[2].strip() for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        models = []
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, {capability}"
