@@ -35,10 +35,11 @@ class Study:
         self.plan, self.data, self.out, self.done, self.until = plan, data, out, done, until
         self.over: dict[str, Any] = {}
 
-    def cell(self, cell: Cell, part: int, parts: int, seeds: Sequence[int]) -> None:
-        """This part's rows of a cell."""
+    def cell(self, cell: Cell, part: int, parts: int, seeds: Sequence[int], only: Sequence[str] = ()) -> None:
+        """This part's rows of a cell, of those that are asked for; all without `only`."""
         for row in list(self.plan.groups[cell.group].rows)[part - 1 :: parts]:
-            self.row(cell, row, seeds)
+            if not only or row in only:
+                self.row(cell, row, seeds)
 
     def row(self, cell: Cell, row: str, seeds: Sequence[int]) -> None:
         """Successive halving of the rates on the plan's first seed, then each of the seeds with the best one."""
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--cells", nargs="*", help="as tables.py names them; all by default")
     parser.add_argument("--groups", nargs="*", help="of the plan; all by default")
+    parser.add_argument("--rows", nargs="*", help="of the groups; all by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="of the plan; all by default")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no trial starts later")
     parser.add_argument("--heads", type=Path, help="folder of solved heads, shared by the parts; default: heads beside FILE")
@@ -101,7 +103,7 @@ def main() -> None:
     ]
     try:
         for cell in cells:
-            study.cell(cell, part, parts, args.seeds or plan.seeds)
+            study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
     except TimeUp:
         print(f"{args.minutes:g} minutes are over; the same command goes on")
 
