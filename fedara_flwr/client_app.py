@@ -169,6 +169,7 @@ def ready(message: Message, context: Context) -> Message:
                 "fingerprint": resident.adapted.spec.fingerprint,
                 "tokenizer": resident.learner.tokenizer_digest,
                 "data": resident.federation.digest if shared else "own",
+                "dtype": resident.adapted.backbone.dtype,
             }
         )
     except ConfigError as error:

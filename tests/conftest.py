@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from fedara_flwr.adapters import precision
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer, silence_libraries
 from fedara_flwr.adapters.packaged import PACKAGED
 from fedara_flwr.config import DataSettings
@@ -97,9 +98,12 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def flower_home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Runs and stores of the tests go where they do not meet the user's."""
+def flower_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs and stores of the tests go where they do not meet the user's; `model.dtype = 'auto'` is the same on every machine."""
     os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flower"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "fastest_type", lambda device: "float32")
+        yield
 
 
 @pytest.fixture(scope="session")

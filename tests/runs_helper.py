@@ -25,6 +25,7 @@ WALL_CLOCK = {"seconds", "bytes-free", "peak-memory-mb", *(f"seconds-{phase}" fo
 """What differs between two equal runs in metrics.jsonl."""
 CLIENTS = 6
 SMALL = {
+    "model.dtype": "float32",  # own processes time their own product
     "num-server-rounds": 4,
     "adapter.rank": 4,
     "strategy.fraction-train": 0.5,

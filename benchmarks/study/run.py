@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, Cell, Plan, read, read_plan, row_config
+from plan import HERE, Cell, Plan, read_plan, row_config
 from trial import TimeUp, Trial, keep_heads
 
 from fedara_flwr import strategies
@@ -36,7 +36,7 @@ class Study:
         self.over: dict[str, Any] = {}
 
     def cell(self, cell: Cell, part: int, parts: int, seeds: Sequence[int], only: Sequence[str] = ()) -> None:
-        """This part's rows of a cell, of those that are asked for; all without `only`."""
+        """Every `parts`-th row of a cell, of those that are asked for; all without `only`."""
         for row in list(self.plan.groups[cell.group].rows)[part - 1 :: parts]:
             if not only or row in only:
                 self.row(cell, row, seeds)
@@ -82,7 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--done", type=Path, nargs="*", default=[HERE / "results.jsonl"], help="files of trials that count as run")
+    parser.add_argument(
+        "--done", type=Path, nargs="*", default=[HERE / "results.jsonl"], help="files whose trials count as run"
+    )
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--cells", nargs="*", help="as tables.py names them; all by default")
     parser.add_argument("--groups", nargs="*", help="of the plan; all by default")

@@ -88,7 +88,8 @@ class Trial(Callback):
         done: Sequence[Path] = (),
         until: float = float("inf"),
     ) -> None:
-        """
+        """A trial that has not begun.
+
         Args:
             names: what its lines are told apart by (`PAIRED`).
             config: run configuration with dotted keys.

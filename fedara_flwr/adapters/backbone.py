@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fedara_flwr.adapters import blocks, fit, folders, heads, pieces
 from fedara_flwr.adapters import packaged as packages
+from fedara_flwr.adapters.precision import number_type
 from fedara_flwr.adapters.quantise import library, quantise
 from fedara_flwr.config import QUANTISED
 from fedara_flwr.keys import ConfigError
@@ -82,6 +83,7 @@ class Backbone:
 
     Attributes:
         model: the transformers model, every parameter frozen and eval() on.
+        dtype: number type of its weights, as `model.dtype` but for "auto".
         spec: modules and head.
         blocks: the repeated blocks, from the lowest.
         convolutions: names of the linear layers that the published model has as Conv1D.
@@ -152,6 +154,8 @@ class Backbone:
             raise ConfigError(f"model.name = {name!r}: cannot be loaded ({first_line(error)})") from error
         self.stored = self.model.dtype
         """The checkpoint's own number type."""
+        if dtype == "auto":
+            self.dtype = number_type(device, self.model.num_parameters(), self.stored)
         # by another one decoders would take padding for a row's last token; RoBERTa's kind counts its positions from it, though
         if pad_token_id is not None and not fit.counts_from_padding(self.model):
             self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = pad_token_id
@@ -180,11 +184,11 @@ class Backbone:
         self.spec = ModelSpec(self._fingerprint(() if kept is not None else head), modules, head, rest)
         if kept is not None:
             self.spec = replace(self.spec, kept=self._packed_head(kept))
-        wanted = torch.float32 if dtype == "float32" else torch.bfloat16
+        wanted = torch.float32 if self.dtype == "float32" else torch.bfloat16
         for parameter in self.model.parameters():  # no buffers: rotary frequencies need their digits
             parameter.data = parameter.data.to(wanted)
         if self.quantised:
-            quantise(self.model, [m.name for m in adaptable], dtype, device)
+            quantise(self.model, [m.name for m in adaptable], self.dtype, device)
         for parameter in self.head_parameters():
             parameter.data = parameter.data.float()
         self.model.to(device)

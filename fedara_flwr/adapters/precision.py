@@ -8,6 +8,7 @@ import platform
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from torch.nn.functional import linear
 
@@ -18,7 +19,29 @@ KEPT = "number-types.json"
 TOKENS, NARROW, WIDE = 512, 384, 1536  # a batch through a small encoder's feed-forward layer
 REPEATS = 7
 GAIN = 1.2  # times as fast that bfloat16 must be: its digits are fewer
+ROOM = 0.25  # share of the memory that a float32 copy of a checkpoint in 16 bits may take
 CPU_INFO = Path("/proc/cpuinfo")
+
+
+def number_type(device: str, parameters: int, stored: torch.dtype) -> str:
+    """What `model.dtype = 'auto'` is here: `fastest_type`, but a large checkpoint in 16 bits is not made twice as large.
+
+    Args:
+        device: as torch calls it.
+        parameters: how many the model has.
+        stored: the checkpoint's own type.
+    """
+    found = fastest_type(device)
+    if found == "float32" and stored.itemsize < 4 and 4 * parameters > ROOM * _memory(device):
+        logger.info("model.dtype = 'auto': bfloat16, which is slower here; float32 would take %.1f GB", 4e-9 * parameters)
+        return "bfloat16"
+    return found
+
+
+def _memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def fastest_type(device: str) -> str:

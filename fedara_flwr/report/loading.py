@@ -17,7 +17,7 @@ def base_arguments(name: str, facts: Mapping[str, Any]) -> str:
         name: Python source of its name.
         facts: the run's federated.json.
     """
-    dtype = (facts.get("config") or {}).get("model.dtype")  # else a checkpoint's own: in bfloat16 other logits
+    dtype = (facts.get("dtypes") or {}).get("server")  # else a checkpoint's own: in bfloat16 other logits
     more = {
         "revision": facts.get("revision"),
         "key_mapping": facts.get("key-mapping"),

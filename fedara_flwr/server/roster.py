@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedara_flwr import seeds
-from fedara_flwr.config import StrategySettings
+from fedara_flwr.config import NumberType, StrategySettings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import POLL, Exchange, replies, simulates
@@ -72,6 +72,7 @@ class Roster:
 
     Attributes:
         strikes: clients that failed again and again.
+        dtypes: number types of the backbone of clients that can train.
         turned_away: nodes that cannot take part, and why, by a name for the node.
         simulated: whether the nodes are a simulation's; known once they are asked for.
         secret: what draws follow from where nodes are real; 0 = not drawn yet.
@@ -96,6 +97,7 @@ class Roster:
         self.weights: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
         self.busy: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}
         self.strikes = strikes or Strikes(settings.max_client_failures)
         self.turned_away: dict[str, str] = {}
         self.simulated = False
@@ -366,6 +368,8 @@ class Roster:
             self.unfit[key] = f"{said} tokens to learn, with strategy.weighting = 'tokens' allowed are 1 to {MAX_EXAMPLES}"
             return
         self.examples[key] = examples
+        if (dtype := answer.get("dtype")) in get_args(NumberType):
+            self.dtypes[key] = str(dtype)
         self.weights[key] = {"examples": examples, "tokens": targets, "uniform": 1}[self.settings.weighting]
         numbers = listed(key, metrics)
         self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})

@@ -32,7 +32,7 @@ Batch = dict[str, "torch.Tensor"]
 # what the run configuration leaves open, and what is meant then unless the task says otherwise (`Task.defaults`)
 USUAL: Mapping[str, Scalar] = {
     "model.name": "sentence-transformers/all-MiniLM-L6-v2",
-    "model.dtype": "float32",
+    "model.dtype": "auto",
     "data.name": "docstrings",
     "data.partition": "dirichlet",
     "data.validation-rows": 0,

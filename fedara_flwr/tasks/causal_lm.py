@@ -78,7 +78,6 @@ class CausalLM(Task):
     metrics = ("perplexity", "accuracy", "loss")
     defaults = {  # noqa: RUF012
         "model.name": "SmolLM2-135M-Instruct-Q4_1",
-        "model.dtype": "bfloat16",
         "data.name": "functions",
         "data.max-length": 256,
         "data.validation-rows": 32,
