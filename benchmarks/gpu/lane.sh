@@ -5,8 +5,8 @@
 #   lane.sh [--dry] [BUNDLE [OUT]]    there: all steps, results to the folder OUT; --dry: tiny, on a processor
 #
 # BUNDLE is lane.tar.xz beside the checkout, OUT results/. PYTHON names the interpreter (python3), WANTED the machine's
-# version for `pack` (3.12), SECONDS_LEFT the time for all steps, STEPS the steps to do; `big` is done only where it is named:
-# loading it takes a lease of its own.
+# version for `pack` (3.12), SECONDS_LEFT the time for all steps, PROCESSES how many share the study (4), STEPS the steps to do;
+# `big` is done only where it is named: loading it takes a lease of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -81,10 +81,23 @@ step() {
 }
 
 speed="$root/benchmarks/speed"
+# the study's plan, as far as it needs no data set, by as many processes as asked for
+study() {
+  local part parts=$1
+  for part in $(seq "$parts"); do
+    "$PYTHON" "$root/benchmarks/study/run.py" --data . --cells "docstrings, α = 0.1" --part "$part/$parts" --done \
+      --out "$OUT/study-$part.jsonl" --heads "$work/heads-$part" --minutes 1.5 --config "$2" &
+  done
+  wait
+}
+export -f study
+export PYTHON root OUT work
+
 if [ -n "$DRY" ]; then
-  device=cpu small=tiny models=tiny big=tiny rounds=1 repeats=1 steps=2
+  device=cpu small=tiny models=tiny big=tiny rounds=1 repeats=1 steps=2 PROCESSES=1
+  tiny=', "num-server-rounds": 5, "train.steps": 1, "head.rows": 8, "data.test-rows": 16, "data.validation-rows": 16'
 else
-  device=cuda small=minilm models=minilm,bert-base big=qwen-1b rounds=3 repeats=2 steps=6
+  device=cuda small=minilm models=minilm,bert-base big=qwen-1b rounds=3 repeats=2 steps=6 tiny=
 fi
 step there 60 "$PYTHON" -c '
 import bitsandbytes, datasets, flwr, fedara_flwr, json, numpy, peft, torch, transformers
@@ -96,7 +109,8 @@ AutoModel.from_pretrained(locate("sentence-transformers/all-MiniLM-L6-v2"), dtyp
 print(json.dumps({"card": torch.cuda.get_device_name() if there else "none", "capability": torch.cuda.get_device_capability() if there else [],
     **{n: version(n) for n in ("torch", "transformers", "peft", "numpy", "flwr", "bitsandbytes", "protobuf")}, "fedara": fedara_flwr.__file__}))'
 cat "$OUT/there.log" 2>/dev/null || true
-step tests 75 "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/test_cuda.py" "$root/tests/test_quantised.py" -k "cuda or gpu"
+step tests 75 "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/adapters/test_cuda.py" \
+  "$root/tests/adapters/test_quantised.py" -k "cuda or gpu"
 step runs-minilm 90 "$PYTHON" "$speed/throughput.py" --device $device --models $small --rounds $rounds \
   --out "$OUT/throughput.jsonl"
 step together 90 "$PYTHON" "$speed/together.py" --device $device --models $models --dtypes float32,bfloat16 --clients 2,5 \
@@ -109,6 +123,10 @@ step quantised 70 "$PYTHON" "$here/lane.py" quantised --out "$OUT" --device $dev
   --repeats $((repeats + 2)) --dtypes bfloat16,int8,int4
 step profile 110 "$PYTHON" "$here/lane.py" profile --out "$OUT" --device $device --models $models --dtypes bfloat16 \
   --rounds $rounds --repeats $((repeats + 1))
+step study 150 bash -c "study ${PROCESSES:-4} '{\"run.device\": \"$device\"$tiny}'"
 step big 240 "$PYTHON" "$speed/throughput.py" --device $device --models $big --dtypes bfloat16 --rounds 2 \
   --out "$OUT/throughput.jsonl"
+for lines in "$OUT"/study-*.jsonl; do
+  [ ! -e "$lines" ] || "$PYTHON" "$root/benchmarks/study/tables.py" "$OUT"/study-*.jsonl >"$OUT/study.md"
+done
 "$PYTHON" "$here/lane.py" table --out "$OUT" | tee "$OUT/table.txt"

@@ -47,7 +47,7 @@ class Study:
         rounds = self.config(cell, row).get("num-server-rounds", group.rounds)
         trials = {rate: self.trial(cell, row, rate, self.plan.seeds[0], rounds) for rate in group.factors if rounds}
         for rung in group.rungs if trials else ():
-            scores = {rate: sign * trial.run(rung["rounds"]) for rate, trial in trials.items()}
+            scores = {rate: sign * trial.run(min(rung["rounds"], rounds)) for rate, trial in trials.items()}
             best = sorted(scores, key=lambda rate: -scores[rate])[: rung["survivors"]]
             trials = {rate: trials[rate] for rate in best}
         rate = next(iter(trials), 1.0)
