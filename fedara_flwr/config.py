@@ -35,8 +35,8 @@ class ModelSettings(Group):
     dtype: Dtype = Field(
         "auto",
         description="number type of the frozen backbone; adapters, head and optimiser are always float32; auto = on "
-        "each machine what a timed product is faster in, float32 or bfloat16; int8, int4: of the blocks' linear layers, the rest "
-        "in bfloat16, by the extra `quantised`, for GPUs",
+        "each machine what a timed product is faster in, float32 or bfloat16; int8, int4: of the blocks' linear layers, the "
+        "rest in bfloat16, by the extra `quantised`, for GPUs",
     )
     pooling: Literal["pretrained", "identity"] = Field(
         "identity",

@@ -99,7 +99,7 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def flower_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs and stores of the tests go where they do not meet the user's; `model.dtype = 'auto'` is the same on every machine."""
+    """Runs and stores of the tests do not meet the user's; `model.dtype = 'auto'` is the same on every machine."""
     os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flower"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "fastest_type", lambda device: "float32")

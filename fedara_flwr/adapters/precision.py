@@ -61,10 +61,9 @@ def fastest_type(device: str) -> str:
     gain = _gain(device)
     found = "bfloat16" if gain >= GAIN else "float32"
     logger.info("model.dtype = 'auto': %s, a product in bfloat16 takes %.2f of float32's time (%s)", found, 1 / gain, name)
+    kept = {name: found} | _read(path)  # another process may have been faster: the first outcome stands
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # another process may have been faster: the first outcome stands
-        kept = {name: found} | _read(path)
         write_whole(path, json.dumps(kept, indent=2).encode())
     except OSError as error:
         logger.warning("%s cannot be kept (%s): every process times a product of its own", path, error.strerror or error)
@@ -83,7 +82,9 @@ def _gain(device: str) -> float:
     """Time of a product in float32 over that in bfloat16: the shortest of some interleaved repetitions each."""
     where = torch.device(device)
     types = (torch.float32, torch.bfloat16)
-    factors = [(torch.ones(TOKENS, NARROW, dtype=t, device=where), torch.ones(WIDE, NARROW, dtype=t, device=where)) for t in types]
+    factors = [
+        (torch.ones(TOKENS, NARROW, dtype=t, device=where), torch.ones(WIDE, NARROW, dtype=t, device=where)) for t in types
+    ]
     times: dict[int, list[float]] = {0: [], 1: []}
     with torch.inference_mode():
         for _ in range(REPEATS + 2):  # the first two are for kernels to be made and caches to fill
