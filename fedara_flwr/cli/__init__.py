@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,18 @@ app.add_typer(deploy.app, name="deploy")
 app.add_typer(worker.app, name="worker")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedara-flwr {version('fedara-flwr')}")
+        raise typer.Exit
+
+
 @app.callback()
-def fedara() -> None:
+def fedara(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     """Federated parameter-efficient fine-tuning on Flower."""
 
 
