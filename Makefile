@@ -42,11 +42,15 @@ test-oldest:  ## what touches Flower, on the oldest Flower that is allowed (part
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
 		tests/deployment tests/node tests/server tests/test_flower_private.py
 
-lint: $(READY)  ## ruff, mypy and bandit; changes nothing
+lint: $(READY)  ## ruff, mypy, bandit, the form of what others read; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/bandit --quiet --recursive fedara_flwr --configfile pyproject.toml -ll
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 format: $(READY)  ## rewrite the files as ruff formats them
 	$(VENV)/bin/ruff format .

@@ -10,5 +10,5 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 # peft imports it where it is installed; it would warn then of a kernel that is missing, and later with every pass of a cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# it also compiles a function at import, for which torch loads a module of its own that torch warns of; Flower shows such warnings
+# it also compiles at import, for which torch loads a module of its own that it warns of; Flower shows what Python would hide
 warnings.filterwarnings("ignore", message="`torch.jit.script_method` is ", category=DeprecationWarning)

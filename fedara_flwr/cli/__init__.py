@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedara_flwr import __version__
 from fedara_flwr.cli import deploy, worker
 from fedara_flwr.keys import ConfigError
 
@@ -18,7 +18,7 @@ app.add_typer(worker.app, name="worker")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedara-flwr {version('fedara-flwr')}")
+        typer.echo(f"fedara-flwr {__version__}")
         raise typer.Exit
 
 
