@@ -1,7 +1,7 @@
 """What the documents say can be done can be done: their commands, code, links and paths; slow: commands run as they stand.
 
-Tutorials (docs/write-a-….md) are run by tests/strategies/test_plugin.py and tests/tasks/test_task_plugin.py, the README's Python
-by tests/runs/test_export_command.py. Here they are only looked at.
+Tutorials (docs/write-a-….md) are run by tests/strategies/test_plugin.py and tests/tasks/test_task_plugin.py, the README's
+Python by tests/runs/test_export_command.py. Here they are only looked at.
 """
 
 from __future__ import annotations
@@ -147,12 +147,13 @@ def check_run_config(text: str, page: str, refused: bool = False) -> None:
     """Keys that there are, with values that a run would take; of files only the names."""
     if "…" in text:
         return
-    given = _parse_override(str(ROOT / text) if text.startswith(FOLDERS) else text)
+    text = str(ROOT / text) if text.startswith(FOLDERS) else text
+    given = _parse_override(text)
     assert given.keys() <= DEFAULTS.keys(), set(given) - set(DEFAULTS)
     if refused or own_names(page) & set(map(str, given.values())):
         return
-    without_files = " ".join(part for part in shlex.split(text, posix=False) if not part.startswith("data.path="))
-    read_config(ROOT, [text if text.startswith(FOLDERS) else without_files] if without_files else [])
+    without_files = re.sub(r"data\.path='[^']*' ?", "", text)
+    read_config(ROOT, [without_files] if without_files else [])
 
 
 def check_make(words: list[str], page: str) -> None:
@@ -435,7 +436,6 @@ RUN = (
     ".venv/bin/fedara doctor",
     "fedara methods",
     "fedara tasks",
-    "flwr run . --stream --federation-config federation.toml --run-config \"method='fedlora'\"",
     "fedara deploy init --server fed.example.org --nodes 2 --names attic,cellar --out ~/site",
 )
 # what is not run here, and why; regular expressions of the whole command
@@ -447,7 +447,7 @@ NOT_RUN = {
     r"make run CONFIG=\"wire\..*": "as `make run`; formats: tests/wire",
     r"\S*fedara chat .*": "needs a language model's run; tests/runs/test_chat.py",
     r"\S*fedara run --resume .*": "needs a run that was stopped; tests/deployment/test_simulation.py",
-    r"flwr run \. --stream": "as the one above, on Flower's default of two nodes",
+    r"flwr run .*": "its SuperLink stays; tests/deployment/test_flower.py",
     r"fedara run \. -c .*(last-layers|masked-).*": "the tutorials' own, which run elsewhere (above)",
     r"pip install .*": "packages; those of the tutorials: as above",
     r"RAY_ADDRESS=.*|\S*ray start .*": "a cluster; tests/deployment/test_ray_cluster.py",
@@ -503,8 +503,6 @@ def outcome(clone: Path, command: str) -> str:
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_does_what_is_said(clone, command):
     """`pytest tests/test_documents.py -m slow` runs them in order; those with NAME need one before that made a run."""
-    if command.startswith("flwr run"):
-        pytest.skip("its SuperLink stays")
     said = outcome(clone, command)
     if command.startswith("make run"):
         run = max((clone / "runs").iterdir(), key=os.path.getmtime)
