@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 .PHONY: help install run test test-all test-oldest lint format clean distclean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY)  ## the environment in .venv, with the versions of constraints.txt
 

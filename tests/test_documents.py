@@ -33,7 +33,6 @@ from fedara_flwr.keys import ConfigError
 from fedara_flwr.node.settings import NodeSettings
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MEASURED = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/*/README.md"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -171,8 +170,8 @@ def check_click(name: str, words: list[str], page: str, refused: bool = False) -
         given = params.get("run_config") or params.get("run_config_overrides") or []
         for text in given:
             check_run_config(text, page, refused)
-        federation = params.get("federation_config")
-        if isinstance(federation, Path) and "…" not in str(federation):
+        federation = str(params.get("federation_config") or "FILE")
+        if federation != "FILE":
             Simulation.read(ROOT / federation)
 
 
@@ -271,6 +270,7 @@ def test_what_is_looked_at_is_what_the_pages_show():
     [
         ["fedara", "run", "--enigne", "flower"],
         ["fedara", "exprot", "NAME"],
+        ["fedara", "run", "--federation-config", "federations.toml"],
         ["fedara", "run", "-c", "metod='fedlora'"],
         ["fedara", "run", "-c", "method='fedlara'"],
         ["flwr", "run", ".", "--steam"],
