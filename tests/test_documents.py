@@ -482,7 +482,9 @@ def clone(tmp_path_factory) -> Path:
 
 def outcome(clone: Path, command: str) -> str:
     """What the command prints, run in the clone by a user whose home is new."""
-    name = max((clone / "runs").iterdir(), key=os.path.getmtime).name if " NAME" in command else ""
+    runs = sorted((clone / "runs").glob("*"), key=os.path.getmtime)
+    assert runs or " NAME" not in command, "no command before it made a run"
+    name = runs[-1].name if runs else ""
     env = os.environ | {
         "HOME": str(clone / "home"),
         "PATH": f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
