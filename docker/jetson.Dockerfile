@@ -2,7 +2,7 @@
 # A Jetson with JetPack 6 (L4T r36): as device.Dockerfile, with the CUDA build of torch that its base image has. JetPack's
 # own Ubuntu 22.04 has Python 3.10, too old for flwr 1.41. The base is the vendor's PyTorch image for Jetson: in NVIDIA's
 # catalogue "pytorch", a tag that ends in -igpu, of a release with Python 3.12. On the Jetson, from the repository's folder:
-#   docker build --file docker/jetson.Dockerfile --tag fedara/jetson:0.1.0 --build-arg BASE=…/pytorch@sha256:… .
+#   docker build --file docker/jetson.Dockerfile --tag fedara/jetson:0.2.0 --build-arg BASE=…/pytorch@sha256:… .
 # It has no default: whoever builds names the digest that he has looked up (docs/deploy.md).
 ARG BASE
 # hadolint ignore=DL3006 # there is no tag to pin

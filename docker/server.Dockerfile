@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # The server: SuperLink, SuperExec with the ServerApp, gateway. From the repository's folder:
-#   docker build --file docker/server.Dockerfile --tag fedara/server:0.1.0 .
+#   docker build --file docker/server.Dockerfile --tag fedara/server:0.2.0 .
 # pip's settings and TORCH as build arguments, see install-server.sh.
 # A tag can be given to another image, a digest cannot (docs/deploy.md): --build-arg BASE=python@sha256:…
 ARG BASE=python:3.11.14-slim-bookworm

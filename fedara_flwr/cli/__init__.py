@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedara_flwr import __version__
 from fedara_flwr.cli import deploy, worker
 from fedara_flwr.keys import ConfigError
 
@@ -15,8 +16,18 @@ app.add_typer(deploy.app, name="deploy")
 app.add_typer(worker.app, name="worker")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedara-flwr {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def fedara() -> None:
+def fedara(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     """Federated parameter-efficient fine-tuning on Flower."""
 
 

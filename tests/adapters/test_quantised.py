@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -397,3 +398,12 @@ def test_a_gpu_trains_as_a_processor_does(tiny_models, name, dtype):
     expected, _ = train(loaded(tiny_models[name], dtype), 4)
     np.testing.assert_allclose(losses, expected, rtol=0.05)
     assert found.layers[0].base_layer.weight.device.type == "cuda"
+
+
+@pytest.mark.slow
+def test_what_it_brings_at_import_warns_of_nothing():
+    """In a fresh process that shows deprecations, as Flower's and Ray's do."""
+    show = [sys.executable, "-W", "default::DeprecationWarning", "-c"]
+    quiet = subprocess.run([*show, "import fedara_flwr.adapters.learner"], capture_output=True, text=True, check=True)
+    loud = subprocess.run([*show, "import peft"], capture_output=True, text=True, check=True)
+    assert "script_method" in loud.stderr and "script_method" not in quiet.stderr

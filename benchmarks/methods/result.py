@@ -1,0 +1,88 @@
+"""The README's picture: this project's default and its method's rivals, accuracy against megabytes, from lines of choices.py.
+
+python benchmarks/methods/result.py FILE [FILE ...] [--sets banking77,sst2] [--picture docs/images/accuracy-mb.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from curves import spread  # noqa: E402
+from table import runs  # noqa: E402
+
+SHOWN = {  # choices of choices.py: how the picture calls them
+    "fedara": ("FedARA as it comes", "tab:blue"),
+    "fedlora": ("FedLoRA, else the same", "tab:orange"),
+    "fedlora as the field runs it": ("FedLoRA as usual", "tab:gray"),
+}
+NAMES = {"banking77": "Banking77", "sst2": "SST-2", "docstrings": "docstrings", "20news": "20 Newsgroups"}
+
+Trials = dict[str, list[list[dict]]]
+"""Choice → its seeds' evaluations, in the order of rounds."""
+
+
+def trials(files: list[Path], data: str) -> Trials:
+    """What the picture shows of one data set."""
+    ended = runs(files)
+    return {choice: [lines for key, lines in sorted(ended.items()) if key[:2] == (data, choice)] for choice in SHOWN}
+
+
+def row(data: str, choice: str, seeds: list[list[dict]]) -> str:
+    """A line of what was measured at the end."""
+    ends = [lines[-1] for lines in seeds]
+    test = spread([end["test-score"] for end in ends]).replace("0.", ".")
+    of = f"{len(ends)} seed{'s' if len(ends) > 1 else ''}, {ends[0]['round']} rounds"
+    return f"{data}, {choice}: {test} on test for {statistics.mean(end['mb'] for end in ends):.0f} MB ({of})"
+
+
+def draw(panels: dict[str, Trials], target: Path) -> None:
+    """Means over seeds, and from the lowest to the highest one; linear axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "fedara", "font.size": 11}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False)
+    for axis, (data, choices) in zip(axes[0], panels.items(), strict=True):
+        for choice, seeds in choices.items():
+            name, color = SHOWN[choice]
+            points = list(zip(*seeds, strict=True))
+            mb = [statistics.mean(line["mb"] for line in point) for point in points]
+            scores = [[line["score"] for line in point] for point in points]
+            label = f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            axis.plot(mb, [statistics.mean(values) for values in scores], color=color, marker="o", markersize=4, label=label)
+            axis.fill_between(
+                mb, [min(values) for values in scores], [max(values) for values in scores], color=color, alpha=0.2
+            )
+        axis.set(xlabel="MB sent, both ways, all clients", title=NAMES[data], ylim=(0, 1), xlim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9, loc="lower right")
+    axes[0][0].set_ylabel("validation accuracy")
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Print what was measured; draw where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--sets", default="banking77,sst2")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    panels = {data: trials(args.files, data) for data in args.sets.split(",")}
+    for data, choices in panels.items():
+        for choice, seeds in choices.items():
+            if not seeds:
+                sys.exit(f"{data}: no trial of {choice!r} came to its end")
+            print(row(data, choice, seeds))
+    if args.picture:
+        draw(panels, args.picture)
+
+
+if __name__ == "__main__":
+    main()
