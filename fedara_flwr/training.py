@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fedara_flwr.keys import Group
 
-SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/methods, benchmarks/defaults)
+SOLVED_HEAD, DRAWN_HEAD = 1e-3, 1e-2  # default learning rates of the head (benchmarks/study/before)
 BETAS = (0.9, 0.999)  # AdamW's
 SETTLED = 10_000  # steps after which AdamW's largest one grows no more
 LEAST_SHARE = 0.1  # of a method's own rate, however few of the labels clients have
@@ -51,7 +51,7 @@ class LocalTraining(Group):
     learning_rate: float = Field(
         0.0,
         ge=0,
-        description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/defaults); after a solved "
+        description="AdamW learning rate of the adapters' A and B; 0 = the method's own (benchmarks/study); after a solved "
         "head times the diversity of the clients' labels, the entropy of a client's own over that of all, on average",
     )
     e_lr_factor: float = Field(1.0, gt=0, description="learning rate of E over that of A and B")

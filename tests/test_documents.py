@@ -385,7 +385,7 @@ def test_the_readme_is_read_in_some_minutes():
 
 
 def test_the_readmes_figures_are_those_measured():
-    script = [sys.executable, "benchmarks/methods/result.py", "benchmarks/methods/choices.jsonl"]
+    script = [sys.executable, "benchmarks/study/picture.py"]
     rows = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     found = [re.fullmatch(r"(\w+), .*: (.*) on test for (\d+) MB \((\d) seeds?, 20 rounds\)", row) for row in rows]
     lines = {line.split(" |")[0].lower().replace("-", ""): line for line in read("README.md").split("\n| ") if " MB" in line}

@@ -33,7 +33,7 @@ def split_svd(matrix: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
 def split_product(left: np.ndarray, right: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """`split_svd` of left·right, by QR of the factors while that is cheaper, else of the dense product.
 
-    With MiniLM's shapes QR is faster up to about 0.8 of the smaller side (benchmarks/methods).
+    With MiniLM's shapes QR is faster up to about 0.8 of the smaller side (benchmarks/speed).
     """
     if 4 * left.shape[1] >= 3 * min(left.shape[0], right.shape[1]):
         return split_svd(left @ right, rank, scale)

@@ -69,7 +69,7 @@ class FactorError:
 
     ‖B̄·diag(Ē)·Ā - mean(B·diag(E)·A)‖ / ‖mean(B·diag(E)·A)‖, estimated on up to `PROBED` living modules spread over the
     model, with one Gaussian vector each: ‖M·z‖² has the mean ‖M‖²_F. That costs less than 5% of the merge
-    (benchmarks/methods), where the products themselves would cost many times as much.
+    (benchmarks/speed), where the products themselves would cost many times as much.
     """
 
     PROBED = 2

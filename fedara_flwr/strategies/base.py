@@ -156,7 +156,7 @@ class Method:
     """One line for `fedara methods`."""
     paper: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-2
-    """Of A and B where `train.learning-rate` is 0: measured for fedara, fedara-static and fedlora (benchmarks/defaults)."""
+    """Of A and B where `train.learning-rate` is 0: measured for fedara, fedara-static and fedlora (benchmarks/study/before)."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     trained: ClassVar[frozenset[str]] = SVD
     """Parts that are trained (model/parts.py); a task without a head has none to train."""

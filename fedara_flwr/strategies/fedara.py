@@ -6,7 +6,7 @@ This project's reading, each an option: the slots' score (`importance`), the arb
 cubic budget (`final-rank`, `warmup-rounds`, `final-rounds`) and who sends what (`upload-mask`); besides, the start (E = 0, A
 and B of unit norm), FedAvg of each factor over the alive slots, and that all votes count alike and a quarter of the clients
 settles nothing alone (allocation.py). `threshold` is there for the paper's arbitration by a share of votes, `magnitude` for the
-ablation without gradients (and what is left behind noise): neither differs beyond noise in benchmarks/defaults. The clients'
+ablation without gradients (and what is left behind noise): neither differs beyond noise in benchmarks/study. The clients'
 half is the term `slot-vote` (client/vote.py).
 Ours alone: `depth-slack`, by which whole blocks leave the model early, from the lowest; configs/paper.toml is without it.
 """

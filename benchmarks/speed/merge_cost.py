@@ -1,6 +1,6 @@
 """What merging costs on the server, as ratios measured side by side: the probe of the factors' error, and FlexLoRA's two ways.
 
-    python benchmarks/methods/merge_cost.py
+    python benchmarks/speed/merge_cost.py
 
 MiniLM's 36 modules, five clients of rank 12; medians of interleaved repetitions in one process, one thread.
 """

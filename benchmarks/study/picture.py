@@ -1,6 +1,6 @@
-"""The README's picture: this project's default and its method's rivals, accuracy against megabytes, from lines of choices.py.
+"""The README's picture: this project's default and its method's rivals, accuracy against megabytes, from the study's lines.
 
-python benchmarks/methods/result.py FILE [FILE ...] [--sets banking77,sst2] [--picture docs/images/accuracy-mb.svg]
+python benchmarks/study/picture.py [FILE ...] [--sets banking77,sst2] [--picture docs/images/accuracy-mb.svg]
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from curves import spread  # noqa: E402
-from table import runs  # noqa: E402
+from plan import HERE, read
 
-SHOWN = {  # choices of choices.py: how the picture calls them
-    "fedara": ("FedARA as it comes", "tab:blue"),
-    "fedlora": ("FedLoRA, else the same", "tab:orange"),
-    "fedlora as the field runs it": ("FedLoRA as usual", "tab:gray"),
+GROUP, ALPHA = "pieces", 0.1
+SHOWN = {  # rows of the group: how the picture calls them
+    "FedARA": ("FedARA as it comes", "tab:blue"),
+    "FedLoRA, else the same": ("FedLoRA, else the same", "tab:orange"),
+    "FedLoRA as usual": ("FedLoRA as usual", "tab:gray"),
 }
 NAMES = {"banking77": "Banking77", "sst2": "SST-2", "docstrings": "docstrings", "20news": "20 Newsgroups"}
 
 Trials = dict[str, list[list[dict]]]
-"""Choice → its seeds' evaluations, in the order of rounds."""
+"""Row → its seeds' evaluations, in the order of rounds."""
 
 
 def trials(files: list[Path], data: str) -> Trials:
     """What the picture shows of one data set."""
-    ended = runs(files)
-    return {choice: [lines for key, lines in sorted(ended.items()) if key[:2] == (data, choice)] for choice in SHOWN}
+    found: Trials = {row: [] for row in SHOWN}
+    for (name, alpha, group, row, _, _), curve in sorted(read(files).items(), key=lambda item: str(item[0])):
+        if (name, alpha, group) == (data, ALPHA, GROUP) and row in SHOWN and "test-score" in curve[-1]:
+            found[row].append(curve)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and sample standard deviation where there are several values."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def row(data: str, choice: str, seeds: list[list[dict]]) -> str:
@@ -70,7 +78,7 @@ def draw(panels: dict[str, Trials], target: Path) -> None:
 def main() -> None:
     """Print what was measured; draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--sets", default="banking77,sst2")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Error feedback (`wire.feedback`) with int4 uploads: accuracy, and what rounding takes from the sum of all updates.
 
-    python benchmarks/bytes/feedback.py --out FILE [--clients 20] [--seeds 1,2] [--rounds 6]
+    python benchmarks/study/feedback.py --out FILE [--clients 20] [--seeds 1,2] [--rounds 6]
 
 Five clients a round, on docstrings. Beside every upload the exact differences are summed: `client-sum-error` is
 ‖Σ decoded - Σ exact‖ / ‖Σ exact‖ of each client's own sum over its rounds, over all clients together; `run-sum-error` that of
@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plan import read_plan, row_config
+from trial import Trial
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import trials  # noqa: E402
+from fedara_flwr.model.parts import is_slot_part
+from fedara_flwr.model.ranks import RankMask
+from fedara_flwr.wire import upload
+from fedara_flwr.wire.codec import CODECS, CodingError
 
-from fedara_flwr.model.parts import is_slot_part  # noqa: E402
-from fedara_flwr.model.ranks import RankMask  # noqa: E402
-from fedara_flwr.wire import upload  # noqa: E402
-from fedara_flwr.wire.codec import CODECS, CodingError  # noqa: E402
-
-trials.EVERY = 3
-trials.BASE |= trials.DRAWN
+EVERY = 3
 METHODS = ("ffa-lora", "fedara")
 Sums = dict[tuple[str, str], np.ndarray]
 code_update = upload.code_update
@@ -75,19 +72,20 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
-    trials.DATASETS["docstrings"] = (args.clients, {"data.dirichlet-alpha": 0.5})
+    usual = row_config({"config": "fedlora.toml"})  # a drawn head, plain loss, float32
     for method in args.methods.split(","):
         for seed in args.seeds.split(","):
             for feedback in (False, True):
                 ledger = Ledger()
                 upload.code_update = ledger.code
-                setting = {"wire.up": "int4", "wire.feedback": feedback}
-                stage = f"feedback-{args.clients}"
-                trial = trials.Trial(args.out, stage, "docstrings", method, setting, int(seed), args.rounds, "float32")
-                trial.run(args.rounds)
+                names = {"set": "docstrings", "alpha": 0.5, "group": f"feedback of {args.clients}", "rate": 1.0}
+                names |= {"row": f"{method}, {'with' if feedback else 'without'}", "seed": int(seed)}
+                config = read_plan().base | usual | {"method": method, "seed": int(seed), "num-server-rounds": args.rounds}
+                config |= {"strategy.fraction-train": 5 / args.clients, "wire.up": "int4", "wire.feedback": feedback}
+                Trial(names, config, args.clients, EVERY, args.out, (args.out,)).run(args.rounds)
                 if ledger.times:
                     with args.out.open("a") as file:
-                        file.write(json.dumps({**trial.key, "round": 0, **ledger.errors()}) + "\n")
+                        file.write(json.dumps({**names, "round": -1, **ledger.errors()}) + "\n")
                     print(method, seed, feedback, ledger.errors(), flush=True)
 
 
