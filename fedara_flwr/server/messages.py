@@ -26,12 +26,12 @@ class _Look(threading.Thread):
     def __init__(self, grid: Grid, message_id: str) -> None:
         super().__init__(daemon=True)
         self.grid, self.message_id = grid, message_id
-        self.pulled: list[Message] | Exception = []
+        self.pulled: list[Message] | BaseException = []
 
     def run(self) -> None:
         try:
             self.pulled = list(self.grid.pull_messages([self.message_id]))
-        except Exception as error:  # whatever a reply does to the parser is that node's failure alone
+        except BaseException as error:  # whatever a reply does to the parser is that node's failure alone
             self.pulled = error
 
 
@@ -74,6 +74,8 @@ class Exchange:
         pulled = self._looks.pop(message_id).pulled
         if isinstance(pulled, Exception):
             return self._closed(index, pulled)
+        if isinstance(pulled, BaseException):  # Flower's word that the run has ended is none, and belongs to no node
+            raise pulled
         if not pulled:
             return None
         try:
