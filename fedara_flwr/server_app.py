@@ -11,9 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedara_flwr import log, strategies
 from fedara_flwr.config import Settings
 from fedara_flwr.flower import RunNotRunningException
+from fedara_flwr.keys import ConfigError
 from fedara_flwr.merging.private import accounting
 from fedara_flwr.runs.directory import RunDirectory
-from fedara_flwr.server.stopping import Interrupted, check_stopping, signals_raise
+from fedara_flwr.server.stopping import Interrupted, RunFailed, check_stopping, signals_raise
 from fedara_flwr.tasks import read_settings
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with signals_raise():
             run(grid, read_settings(context.run_config))
+    except (ConfigError, RunFailed) as error:
+        log.ends_by(error)
+        raise
     except (Interrupted, RunNotRunningException):
         signal.raise_signal(signal.SIGINT)  # Flower's own handler tells the SuperLink, and ends this process
 
@@ -37,7 +41,7 @@ def run(grid: Grid, settings: Settings) -> RunDirectory:
     Raises:
         ConfigError: before the first round, for a setting that cannot work.
         RunFailed: too many rounds in a row without enough good replies; all that was reached is saved.
-        TimeoutError: too few nodes came.
+        TooFewNodes: they did not come in time.
         Interrupted, RunNotRunningException: this process is to end; all that was reached is saved.
     """
     log.show()

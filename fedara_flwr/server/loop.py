@@ -260,7 +260,7 @@ class RoundLoop(Strategy):
 
         Raises:
             RunFailed: `max-failed-rounds` rounds in a row had too few good replies; without rounds, the head was not solved.
-            TimeoutError: too few nodes came.
+            TooFewNodes: they did not come in time.
         """
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays

@@ -23,6 +23,7 @@ from fedara_flwr.config import StrategySettings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import POLL, Exchange, replies, simulates
+from fedara_flwr.server.stopping import TooFewNodes
 from fedara_flwr.server.strikes import Strikes
 from fedara_flwr.server.told import last_line, listed, names, shown, text
 from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
@@ -121,7 +122,7 @@ class Roster:
 
         Raises:
             ConfigError: fewer than `min-train-nodes` can take part, as a term or a part of the run is missing on the others.
-            TimeoutError: fewer than `min-train-nodes` came in time.
+            TooFewNodes: fewer than `min-train-nodes` came in time.
         """
         deadline = time.monotonic() + self.settings.node_timeout
         least = self.settings.min_train_nodes
@@ -138,7 +139,7 @@ class Roster:
             why = next(iter(self.turned_away.values()))
             raise ConfigError(f"{len(self.nodes)} nodes can take part, strategy.min-train-nodes = {least} are needed: {why}")
         if len(self.nodes) < least:
-            raise TimeoutError(
+            raise TooFewNodes(
                 f"{len(self.nodes)} nodes after strategy.node-timeout = {self.settings.node_timeout:g} s, "
                 f"strategy.min-train-nodes = {least} are needed"
             )

@@ -42,7 +42,7 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
         A line for each client that told its sums; keys of all that were asked.
 
     Raises:
-        TimeoutError: too few nodes came.
+        TooFewNodes: they did not come in time.
     """
     task, wanted = find(settings.data.task), settings.head.start
     if wanted == "random" or "head" not in state.arrays:

@@ -22,14 +22,17 @@ class RunFailed(RuntimeError):
     """The run cannot go on; one line that says why."""
 
 
+class TooFewNodes(RunFailed, TimeoutError):
+    """Fewer nodes than the run needs came in time."""
+
+
 class Interrupted(BaseException):
     """The process was told to end."""
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises Interrupted, and further ones do nothing; in a thread nothing, as Python cannot.
-    """
+    """Inside, the first SIGINT or SIGTERM raises Interrupted, further ones do nothing; not so in a thread, as Python cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

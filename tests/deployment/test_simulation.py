@@ -17,7 +17,8 @@ import pytest
 from test_flower import FEDARA, clone, overrides
 
 from fedara_flwr.cli import simulation
-from fedara_flwr.cli.launch import _on_stop, _parse_override
+from fedara_flwr.cli.launch import _parse_override
+from fedara_flwr.cli.processes import on_stop
 from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder, without_proxy
 from fedara_flwr.keys import ConfigError
 
@@ -159,7 +160,7 @@ def test_a_launch_in_a_thread():
 
     def run() -> None:
         try:
-            with _on_stop(None):
+            with on_stop(None):
                 pass
         except BaseException as error:
             errors.append(error)
