@@ -326,7 +326,8 @@ class RoundLoop(Strategy):
             return more[1]
 
         work.began = time.monotonic()
-        for index, reply in exchange(grid, work.messages, limit, again, work.enough, self.settings.strategy.straggler_timeout):
+        patience, what = self.settings.strategy.straggler_timeout, f"round {work.number}"
+        for index, reply in exchange(grid, work.messages, limit, again, work.enough, patience, what):
             if isinstance(reply, Exception):
                 work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
             elif reply.metadata.reply_to_message_id != work.messages[index].metadata.message_id:
