@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -147,10 +147,11 @@ def test_a_server_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert):
         above = psutil.Process(process.pid)
         return [above, *above.children(recursive=True)]
 
-    with script(site / "node-a/start.sh"):
+    with ExitStack() as stack:
         with script(site / "server/start.sh") as server:
             wait_for(lambda: check.own_service(site / "server", port).found.endswith("with server.pem"))
             assert call(site / "server/register.sh").returncode == 0
+            stack.enter_context(script(site / "node-a/start.sh"))
             number, folder = running(names[0])
             apps = [process for process in whole(server) if "flwr-serverapp" in _name(process)]
             ended(folder, apps, lambda: call(site / "server/flwr.sh", "stop", number))
