@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,6 +56,12 @@ def ready(message, context):
 def train(message, context):
     raise RuntimeError("it only looks like a node")
 """
+
+
+def children() -> float:
+    """Processor seconds of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager
@@ -105,6 +113,56 @@ def seconds_to_end(processes: list[psutil.Process], send: Callable[[], object], 
 def _name(process: psutil.Process) -> str:
     words = [word for word in process.cmdline() if re.search("flwr-|flower-|gateway|start.sh", word)]
     return f"{process.pid} {Path(words[0]).name if words else process.name()}"
+
+
+# the ServerApp as Flower's own process runs it: on the main thread, under Flower's signal handlers
+SERVER = """
+import json, sys
+from types import SimpleNamespace
+
+from flwr.supercore.exit import register_signal_handlers
+from flwr.supercore.telemetry import EventType
+
+from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.server_app import app
+
+config = json.loads(sys.argv[1])
+gone = [lambda: print("Flower knows", flush=True)]
+register_signal_handlers(EventType.FLWR_SERVERAPP_RUN_LEAVE, "Task stopped by user.", exit_handlers=gone)
+app(InProcessGrid(config, 4), SimpleNamespace(run_config=config))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_process_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert, number):
+    """A second signal, as Flower sends one where the SuperExec is gone, changes nothing; Flower's own handler comes last."""
+    values = SMALL | {"model.name": str(tiny_bert), "num-server-rounds": 2000, "run.name": "run", "run.dir": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, json.dumps(values)],
+        env=environment() | {"FLWR_TELEMETRY_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_round(process, 2)
+    before = sum(psutil.Process(process.pid).cpu_times()[:2]) + children()
+    process.send_signal(number)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("stopped: what is left is of the"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    took = children() - before
+    print(f"{signal.Signals(number).name}: {took:.1f} s of a core")
+    text, facts = "".join(lines), read_facts(tmp_path / "run")
+    assert "Traceback" not in text, text
+    assert facts["outcome"] == "stopped" and facts["reason"] == "stopped by the user" and facts["rounds"] >= 2
+    assert f"stopped: what is left is of the {facts['rounds']} whole rounds\n" in lines
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert text.index("adapter: ") < text.index("Task stopped by user.") < text.index("Flower knows")
+    assert took < END_SECONDS
 
 
 @pytest.mark.slow
