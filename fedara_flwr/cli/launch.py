@@ -57,8 +57,7 @@ class RunError(RuntimeError):
 def launch(
     app: Path, overrides: list[str], federation: Path | None, engine: str, resume: Path | None = None, verbose: bool = False
 ) -> None:
-    """Check the settings, run the app in simulation, show its lines. Ctrl-C leaves what the last checkpoint has, a second one
-    what is there.
+    """Check the settings, run the app in simulation, show its lines. Ctrl-C exports the last checkpoint, a second one does not.
 
     Args:
         app: folder with pyproject.toml.
@@ -78,7 +77,8 @@ def launch(
     simulation = Simulation.read(federation or app / "federation.toml")
     runs = resume or Path(str(config["run.dir"])).expanduser()
     if why := unwritable(runs):
-        raise ConfigError(f"run.dir = {str(runs)!r}: cannot be written ({why}), allowed is an absolute folder that can")
+        key = "run.resume" if resume else "run.dir"
+        raise ConfigError(f"{key} = {str(runs)!r}: cannot be written ({why}), allowed is an absolute folder that can")
     try:
         with on_stop(interrupt):
             if engine == "inprocess":
@@ -244,7 +244,7 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
             details = re.sub(r"^(Simulation|ServerApp) failed with exception: ", "", details)
             told = f"error: {details}\n" in last  # by the run itself, which knows better than what Flower prints
             sys.stdout.writelines([] if told else hidden)
-            details = details if told else cause(last) or details
+            details = cause(last, errors=not told) or details
             raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
 
 
