@@ -219,6 +219,15 @@ class OutputSettings(Group):
         description="the round whose model is left: best = by the task's main metric on the server's validation data, of equal "
         "ones the later; needs checkpoints",
     )
+    early_stopping_patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations in a row without a gain of the task's main metric on the server's validation data after which "
+        "the run ends; schedules and budgets go by num-server-rounds all the same; 0 = off",
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="a gain is more than this over the best evaluation before, in the metric's own units"
+    )
     track: str = Field("", description="where metrics go besides: tensorboard, wandb, mlflow, trackio, comma-separated")
     threads: int = Field(0, ge=0, description="torch threads of the server's evaluation; 0 = one per core")
     device: Literal["cpu", "cuda"] = Field("cpu", description="in-process engine: where clients train; elsewhere nodes say it")
@@ -253,6 +262,8 @@ OTHER_WORDS = {
     "fraction-fit": "strategy.fraction-train",
     "min-available-clients": "strategy.min-available-nodes",
     "min-fit-clients": "strategy.min-train-nodes",
+    "patience": "run.early-stopping-patience",
+    "min-delta": "run.early-stopping-threshold",
 }
 """What others call some of the keys."""
 

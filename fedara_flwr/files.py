@@ -20,6 +20,19 @@ def data_cache() -> Path:
     return flwr_home() / "fedara-cache"
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+def unwritable(path: Path) -> str:
+    """Why no folder can be made or written at `path`, in a few words; '' where it can."""
+    place = existing(path)
+    if not place.is_dir():
+        return f"{place} is no folder"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written"
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, forced to the disk, then renamed.
 

@@ -7,7 +7,7 @@ from flwr.common.serde import context_from_proto, context_to_proto, message_from
 from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.telemetry import TELEMETRY_EVENTS_URL
 from flwr.supercore.utils import get_flwr_home
@@ -21,6 +21,7 @@ __all__ = [
     "ProtoContext",
     "ProtoMessage",
     "Run",
+    "RunNotRunningException",
     "TaskIdentity",
     "context_from_proto",
     "context_to_proto",

@@ -56,3 +56,13 @@ def show() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def ends_by(error: BaseException) -> None:
+    """Say in one line the error that ends this process's run; what Flower says of it, with a traceback, is left out."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[1] is error or record.getMessage().startswith("Exit Code: "))
+
+    logger.error("%s", error)
+    logging.getLogger("flwr").addFilter(other)

@@ -23,7 +23,7 @@ from fedara_flwr.cli import habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import BUILT_IN_DATA, QUANTISED, Settings
-from fedara_flwr.files import data_cache, flwr_home
+from fedara_flwr.files import data_cache, existing, flwr_home, unwritable
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs import trackers as track
 from fedara_flwr.runs.directory import PACKAGES
@@ -196,10 +196,11 @@ def client_gpu(app: Path) -> Finding:
 
 
 def folders(app: Path, settings: Settings) -> Finding:
-    """Whether Flower's home (of plain `flwr run` and of `fedara run`) and the folder of the runs can be written."""
+    """Whether Flower's home (of plain `flwr run`, and unless it is set of `fedara run`) and the runs' folder can be written."""
     home = flwr_home()
-    places = {"FLWR_HOME": home, "the app": app / ".flwr", "run.dir": _runs(settings)}
-    refused = {name: place for name, place in places.items() if not _writable(place)}
+    places = {"FLWR_HOME": home, "run.dir": _runs(settings)}
+    places |= {} if os.environ.get("FLWR_HOME") else {"the app": app / ".flwr"}
+    refused = {name: place for name, place in places.items() if unwritable(place)}
     if not refused:
         caches = [str(place) for place in (data_cache(), app / ".flwr" / data_cache().name) if place.is_dir()]
         copies = f"; copies of data, which may be removed, in {' and '.join(caches)}" if caches else ""
@@ -212,19 +213,9 @@ def _runs(settings: Settings) -> Path:
     return Path(settings.run.dir).expanduser() if settings.run.dir else flwr_home() / "runs"
 
 
-def _writable(path: Path) -> bool:
-    place = _existing(path)
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists."""
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
 def disk(settings: Settings) -> Finding:
     """Whether there is room for runs, stores and checkpoints."""
-    place = min((_existing(path) for path in (flwr_home(), _runs(settings))), key=lambda path: shutil.disk_usage(path).free)
+    place = min((existing(path) for path in (flwr_home(), _runs(settings))), key=lambda path: shutil.disk_usage(path).free)
     free = shutil.disk_usage(place).free
     space = f"{free / 1e9:.1f} GB free in {place}"
     if free < DISK:

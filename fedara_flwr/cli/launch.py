@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -22,14 +21,15 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import psutil
 
 from fedara_flwr.cli import cluster, superlink
+from fedara_flwr.cli.processes import TAG, AtOnce, at_once, end_tagged, interrupt, on_stop
 from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder, without_proxy
 from fedara_flwr.data.partitions import check_partition
+from fedara_flwr.files import flwr_home, unwritable
 from fedara_flwr.flower import flatten_dict, parse_config_args
 from fedara_flwr.keys import ConfigError, Scalar
 from fedara_flwr.log import first_line, show
@@ -38,8 +38,8 @@ from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
 from fedara_flwr.tasks import open_task, read_settings
 
-TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 START_SECONDS = 60
+SILENCE_SECONDS = 60.0  # without a line of the run, after which one says so, and again each time that it has doubled
 HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
 LAST_KEPT = 1000  # lines in which a failure's cause is looked for
 # Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, what is said of every run, and what Python by itself
@@ -57,7 +57,7 @@ class RunError(RuntimeError):
 def launch(
     app: Path, overrides: list[str], federation: Path | None, engine: str, resume: Path | None = None, verbose: bool = False
 ) -> None:
-    """Check the settings, run the app in simulation, show its lines. Ctrl-C leaves what the last checkpoint has.
+    """Check the settings, run the app in simulation, show its lines. Ctrl-C exports the last checkpoint, a second one does not.
 
     Args:
         app: folder with pyproject.toml.
@@ -75,8 +75,12 @@ def launch(
         show()  # what is said of the data is said once in a process, here when they are checked
     config = read_config(app, overrides, resume)
     simulation = Simulation.read(federation or app / "federation.toml")
+    runs = resume or Path(str(config["run.dir"])).expanduser()
+    if why := unwritable(runs):
+        key = "run.resume" if resume else "run.dir"
+        raise ConfigError(f"{key} = {str(runs)!r}: cannot be written ({why}), allowed is an absolute folder that can")
     try:
-        with _on_stop(_interrupt):
+        with on_stop(interrupt):
             if engine == "inprocess":
                 _run_in_process(config, simulation.num_supernodes)
             elif engine == "flower":
@@ -84,8 +88,10 @@ def launch(
                     run_flower(app, config, simulation, neutral, verbose)
             else:
                 raise ConfigError(f"--engine {engine}: allowed are 'flower', 'inprocess'")
+    except AtOnce:
+        raise
     except KeyboardInterrupt:
-        with _on_stop(signal.SIG_IGN):
+        with on_stop(at_once):
             _keep(resume or Path(str(config["run.dir"])) / str(config["run.name"]))
         raise
 
@@ -127,7 +133,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
         config = flatten_dict(table)
     for text in overrides:
         config |= _parse_override(text)
-    config["run.dir"] = config.get("run.dir") or str(app / "runs")
+    config["run.dir"] = config.get("run.dir") or str(_runs(app))
     settings = read_settings(config)
     config["run.name"] = settings.run.name or new_name(settings.method)
     find(settings.method).check(settings)
@@ -146,6 +152,25 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     if os.path.isdir(folder := os.path.expanduser(settings.model.name)):
         config["model.name"] = str(Path(folder).resolve())
     return config
+
+
+def _runs(app: Path) -> Path:
+    """Where runs go by default: into the app's folder, or, where that is read-only, below the user's own FLWR_HOME."""
+    beside = app / "runs"
+    return flwr_home() / "runs" if os.environ.get("FLWR_HOME") and unwritable(beside) else beside
+
+
+def _home(app: Path) -> Path:
+    """Flower's home for a run of the app: the user's own, or in the app's folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    home = flwr_home().absolute() if os.environ.get("FLWR_HOME") else app / ".flwr"
+    if why := unwritable(home):
+        line = f"Flower's folder {home} cannot be written ({why})"
+        raise ConfigError(f"{line}: the environment variable FLWR_HOME names another, which also takes the runs")
+    return home
 
 
 def _parse_override(text: str) -> dict[str, Scalar]:
@@ -186,11 +211,12 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         ConfigError: this machine, or the Ray cluster of RAY_ADDRESS, is not fit for it.
         RunError: the run failed or was stopped.
     """
+    home = _home(app)
     lines = [f"{key} = {_toml(value)}\n" for key, value in config.items()]
     (neutral / "run.toml").write_text("".join(lines), encoding="utf-8")
     (neutral / "federation.toml").write_text(simulation.toml(), encoding="utf-8")
     env = os.environ | {
-        "FLWR_HOME": str(app / ".flwr"),
+        "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -199,7 +225,7 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         TAG: uuid.uuid4().hex,
         **without_proxy(),
-        **cluster.environment(app, app / ".flwr"),
+        **cluster.environment(app, home),
     }
     if env[cluster.ADDRESS] == cluster.LOCAL:
         simulation.check_machine()
@@ -215,8 +241,10 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         hidden, last = _show_log(run_id, env, neutral, verbose)
         status, details = _wait(run_id, env, neutral, process)
         if status != "finished:completed":
-            sys.stdout.writelines(hidden)
-            details = cause(last) or details
+            details = re.sub(r"^(Simulation|ServerApp) failed with exception: ", "", details)
+            told = f"error: {details}\n" in last  # by the run itself, which knows better than what Flower prints
+            sys.stdout.writelines([] if told else hidden)
+            details = cause(last, errors=not told) or details
             raise RunError(f"run {run_id} ended as {status.partition(':')[2]}{': ' if details else ''}{details}")
 
 
@@ -225,15 +253,32 @@ def _show_log(run_id: str, env: dict[str, str], cwd: Path, verbose: bool) -> tup
     hidden: deque[str] = deque(maxlen=HIDDEN_KEPT)
     last: deque[str] = deque(maxlen=LAST_KEPT)
     command = ["flwr", "log", run_id, "--stream"]
+    spoken = threading.Event()
+    threading.Thread(target=_watch, args=(spoken, run_id, env, cwd), daemon=True).start()
     with subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as log:
         for line in log.stdout or ():
             last.append(line)
             if verbose or not NOISE.match(line[:1000]):  # its search takes the square of a line of blanks
+                spoken.set()
                 sys.stdout.write(line)
                 sys.stdout.flush()
             else:
                 hidden.append(line)
+    spoken.set()
     return hidden, last
+
+
+def _watch(spoken: threading.Event, run_id: str, env: dict[str, str], cwd: Path) -> None:
+    """Say after a minute, and again ever less often, that nothing has come of the run, until it has `spoken`."""
+    wait = silence = SILENCE_SECONDS
+    while not spoken.wait(wait):
+        status = "not known"
+        with contextlib.suppress(RunError, LookupError):
+            status = str(_flwr(["list", "--run-id", run_id], env, cwd)["runs"][0]["status"])
+        what = "its server process does not speak" if status == "running" else "its server process has not begun"
+        advice = "are there free cores and memory? -v shows Flower's lines, Ctrl-C ends it"
+        print(f"no line of the run in {silence:g} s: {what} (Flower's status: {status}); {advice}", flush=True)
+        wait, silence = silence, 2 * silence
 
 
 def _toml(value: Scalar) -> str:
@@ -281,8 +326,7 @@ def _superlink(env: dict[str, str], cwd: Path) -> Iterator[tuple[subprocess.Pope
             raise RunError(f"flower-superlink does not start: {_tail(cwd / 'superlink.log')}")
         yield process, port
     finally:
-        with _on_stop(signal.SIG_IGN):
-            _end_processes(env[TAG])
+        end_tagged(env[TAG])
         log.close()
 
 
@@ -312,48 +356,3 @@ def _listens(pid: int, port: int) -> bool:
     """Whether `pid` itself, not a stranger who took the port first, listens on it."""
     connections = psutil.Process(pid).net_connections(kind="tcp")
     return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
-
-
-def _end_processes(tag: str) -> None:
-    """End every process of this launch: asked first, killed after ten seconds."""
-    mine = _tagged(tag)
-    for process in mine:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    psutil.wait_procs(mine, timeout=10)
-    rest = _tagged(tag)
-    for process in rest:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(rest, timeout=10)
-
-
-def _tagged(tag: str) -> list[psutil.Process]:
-    """Processes that carry the launch's tag in their environment, this one left out."""
-    tagged = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(TAG) == tag:
-                tagged.append(process)
-    return tagged
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def _on_stop(handler: Any) -> Iterator[None]:
-    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal; in a thread nothing, as Python cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -130,11 +130,14 @@ def without_proxy() -> dict[str, str]:
     return {name: ",".join(filter(None, [os.environ.get(name), LOCAL_HOSTS])) for name in names}
 
 
-def cause(lines: Iterable[str]) -> str:
-    """What a failed simulation comes from, by the last telling one of the lines that were printed; '' where none tells."""
+def cause(lines: Iterable[str], errors: bool = True) -> str:
+    """What a failed simulation comes from, by the last telling one of the lines that were printed; '' where none tells.
+
+    Without `errors` only known causes tell, not the last line of any traceback.
+    """
     texts = [line[:2000].strip() for line in lines]
     for text in reversed(texts):
         for pattern, meaning in CAUSES:
             if re.search(pattern, text):
                 return f"{meaning} ({text[:200]})"
-    return next((text[:300] for text in reversed(texts) if ERROR.match(text)), "")
+    return next((text[:300] for text in reversed(texts) if errors and ERROR.match(text)), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from pydantic import Field
 
 from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, class_labels, ending, is_table, read_file
-from fedara_flwr.files import data_cache
+from fedara_flwr.files import data_cache, unwritable
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
 
@@ -30,6 +31,7 @@ SPLITS = {
 """What the three splits are called, in files' names and on the Hub."""
 NAMED = re.compile(r"(?P<name>[A-Za-z]+)(?:[-_.].*)?", re.S)
 PIECE = re.compile(r"\w+-\d+-of-\d+\..*")
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 LIBRARY = ("dataset_dict.json", "state.json", "dataset_info.json")  # what `save_to_disk` writes
 
 
@@ -112,6 +114,8 @@ def read_hub(name: str, subset: str, key: str, copies: bool = True) -> dict[str,
     except Exception as error:  # not there, no network, gated, a subset to choose: the library's own errors are many
         known = re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", str(error)[:9999], re.S)
         hint = f"data.subset = {subset!r}: allowed are {known[1]}" if known else f"cannot be loaded ({deepest(error)})"
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and not os.path.exists(error.filename or "."):
+            hint = f"{error.filename} cannot be written ({error.strerror}): the environment variable HF_HOME names another"
         raise ConfigError(f"{key}: {hint}", f"the folder cannot be loaded ({type(error).__name__})") from None
     return {split: Table.of_library(table) for split, table in tables.items()}
 
@@ -137,15 +141,19 @@ def _csv_of(builder: Any, key: str) -> dict[str, Table]:
 def _cache(copies: bool) -> Iterator[str]:
     """A folder for copies that this user alone can enter: the library's own cache is as open as the umask makes it.
 
-    Without `copies` it is gone afterwards; what was opened in it can be read on. A killed process leaves it, in the place that
-    `fedara doctor` names.
+    Without `copies`, or where none may be kept, it is gone afterwards; what was opened in it can be read on. A killed process
+    leaves it, in the place that `fedara doctor` names.
     """
-    place = data_cache()
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if copies:
+    place, kept = data_cache(), True
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = not unwritable(place)
+    except OSError:  # a folder of somebody else, or no folder
+        kept = False
+    if copies and kept:
         yield str(place)
     else:
-        with tempfile.TemporaryDirectory(dir=place) as folder:
+        with tempfile.TemporaryDirectory(dir=place if kept else None) as folder:
             yield folder
 
 

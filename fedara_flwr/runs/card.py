@@ -209,10 +209,9 @@ def _privacy(facts: dict[str, Any]) -> list[str]:
 
 
 def _outcome(facts: dict[str, Any]) -> str:
-    if facts["outcome"] == "completed":
-        return ""
-    reason = f", {_code(facts['reason'])}" if facts.get("reason") else ""
-    return f" of {facts['config']['num-server-rounds']} ({_code(facts['outcome'])}{reason})"
+    words = [facts["outcome"]] if facts["outcome"] != "completed" else []
+    words += [facts["reason"]] if facts.get("reason") else []
+    return f" of {facts['config']['num-server-rounds']} ({', '.join(map(_code, words))})" if words else ""
 
 
 def _megabytes(facts: dict[str, Any], way: str) -> str:

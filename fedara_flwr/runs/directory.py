@@ -93,6 +93,11 @@ class RunDirectory:
         if rounds < done or (rounds == done and directory.facts.get("outcome") == "completed"):
             directory.close()
             raise ConfigError(f"num-server-rounds = {rounds}: {path} has {done} rounds, allowed is a higher number")
+        since, patience = directory.facts.get("stopping", {}).get("evaluations", 0), settings.run.early_stopping_patience
+        if 0 < patience <= since and directory.facts.get("outcome") == "completed":
+            directory.close()
+            why = f"{path} stopped early, after {since} evaluations without a gain"
+            raise ConfigError(f"run.early-stopping-patience = {patience}: {why}; allowed is a higher number, or 0")
         return directory
 
     def go_on(self, settings: Settings) -> None:

@@ -7,14 +7,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any, TypeVar
 
 from fedara_flwr import strategies
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import error_line
 from fedara_flwr.merging.private import in_words, ledger
-from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.report import write_report
 from fedara_flwr.runs.card import write_card
@@ -22,15 +20,17 @@ from fedara_flwr.runs.directory import RunDirectory, machine, read_config, read_
 from fedara_flwr.runs.trackers import Trackers, open_trackers
 from fedara_flwr.server.best import Chosen, choose
 from fedara_flwr.server.checkpoint import Checkpoints
-from fedara_flwr.server.evaluate import ServerModel
-from fedara_flwr.server.loop import Callback, RoundLoop, RunFailed
+from fedara_flwr.server.evaluate import ServerModel, compared
+from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.server.roster import Node
 from fedara_flwr.server.state import ServerState
+from fedara_flwr.server.stopping import RunFailed
 from fedara_flwr.strategies.base import Method
 from fedara_flwr.tasks import read_settings
 from fedara_flwr.tasks.overview import dealt
 
 logger = logging.getLogger(__name__)
+STOPPED = "stopped by the user"
 Kind = TypeVar("Kind")
 
 
@@ -108,12 +108,14 @@ class Keeper(Callback):
         """Write a checkpoint where one is due, the round is the best so far or the run ends, and the facts as they are now."""
         every, state = self.settings.run.checkpoint_every, loop.state
         wanted = (self.settings.num_server_rounds, state.best.get("round"))
-        if every and (state.server_round % every == 0 or state.server_round in wanted or loop.failure):
+        if every and (state.server_round % every == 0 or state.server_round in wanted or loop.failure or loop.stopped):
             self.checkpoints.save(state, self.directory.sync())
         self.directory.update(self._facts())
 
     def conclude(self, outcome: str, reason: str = "") -> None:
         """Export the best round's model or the last, test it once if the run is complete, write page and summary.
+
+        A complete run has a `reason` where it stopped early.
 
         Raises:
             RunFailed: the results could not be made. Everything else is written, and the outcome is "failed".
@@ -132,6 +134,7 @@ class Keeper(Callback):
                 reason = f"all rounds are done and {exported.name}/ is written, but not its results: {error_line(error)}"
         end = {"type": "end", "outcome": outcome, "rounds": self.state.server_round, "seconds": self._seconds()}
         end["exported-round"] = chosen.state.server_round
+        end |= {"stopped-early": reason} if reason and outcome == "completed" else {}
         end |= {f"test-{name}": value for name, value in results["test"].items()}
         self.record(end)
         self._trackers.take(end)
@@ -161,6 +164,19 @@ class Keeper(Callback):
         else:
             self._trackers.close()
             self.directory.discard()
+
+    def stop(self) -> None:
+        """The run was stopped in the midst of something: finish with its last checkpoint; without one nothing is left."""
+        newest = self.checkpoints.newest(self.model.spec)
+        if newest is None:
+            self._trackers.close()
+            _without_checkpoint(self.directory)
+            return
+        self._state, length = newest
+        self.loop = None
+        self.directory.cut(length)
+        logger.info("stopped: what is left is of the %d whole rounds", self.state.server_round)
+        self.conclude("stopped", STOPPED)
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._began
@@ -192,6 +208,7 @@ class Keeper(Callback):
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
             "head": state.solved,
+            "stopping": state.stopping,
             **_slots(state.mask),
             "bytes": state.bytes_total,
             "left-out": dict.fromkeys(left_out, "cannot train") if settings.privacy.on else left_out,
@@ -249,28 +266,6 @@ class Keeper(Callback):
         logger.info("run directory: %s", self.directory.path)
 
 
-def compared(model: ServerModel, weights: Weights) -> dict[str, Any]:
-    """The unadapted model's test beside the result's, and what both say by themselves; {} where the task has a head.
-
-    Returns:
-        `unadapted`: its metrics; where the task has something to say, `samples`, each with its `prompt`, the `expected` answer,
-        what was `said` and what was said `before`, and `samples-scores`: means by name, of the result and before.
-    """
-    if model.spec.head:
-        return {}
-    bare = model.unadapted()
-    found: dict[str, Any] = {"unadapted": model.evaluate(bare, "test")}
-    pairs = list(zip(model.samples(weights), model.samples(bare), strict=True))
-    if not pairs:
-        return found
-    scores = {
-        name: [mean(one.scores[name] for one in side) for side in zip(*pairs, strict=True)] for name in pairs[0][0].scores
-    }
-    scores["stopped"] = [mean(float(one.stopped) for one in side) for side in zip(*pairs, strict=True)]
-    shown = [{"prompt": now.prompt, "expected": now.expected, "said": now.said, "before": before.said} for now, before in pairs]
-    return {**found, "samples": shown, "samples-scores": scores}
-
-
 class Tracking(Callback):
     """Sends every line to the trackers that the run named."""
 
@@ -314,18 +309,24 @@ def conclude_stopped(path: Path) -> None:
     """
     directory = RunDirectory.open(path)
     try:
-        outcome, reason, facts = "stopped", "stopped by the user", directory.facts
         if any((path / "checkpoint").glob("round-*")):
             method, model, _, state, length = _open(path)
             directory.cut(length)
-            Keeper(directory, method, model, state).conclude(outcome, reason)
-        elif facts.get("outcome") == "running" and "exported" in facts:
-            directory.update({"outcome": outcome, "reason": reason})
-            _describe(path / facts["exported"], facts)
+            Keeper(directory, method, model, state).conclude("stopped", STOPPED)
         else:
-            directory.discard()
+            _without_checkpoint(directory)
     finally:
         directory.close()
+
+
+def _without_checkpoint(directory: RunDirectory) -> None:
+    """Finish a stopped run that has no checkpoint: it leaves nothing, unless its model was written already."""
+    facts = directory.facts
+    if facts.get("outcome") == "running" and "exported" in facts:
+        directory.update({"outcome": "stopped", "reason": STOPPED})
+        _describe(directory.path / facts["exported"], facts)
+    else:
+        directory.discard()
 
 
 def _open(path: Path) -> tuple[Method, ServerModel, Checkpoints, ServerState, int]:

@@ -123,6 +123,7 @@ def encode(state: ServerState) -> tuple[Tensors, dict[str, Any]]:
         "secret": state.secret,
         "owners": state.owners,
         "best": state.best,
+        "stopping": state.stopping,
         "solved": state.solved,
     }
     return tensors, facts
@@ -163,5 +164,6 @@ def decode(spec: ModelSpec, tensors: Tensors, facts: Mapping[str, Any]) -> Serve
         secret=facts["secret"],
         owners=facts["owners"],
         best=facts["best"],
+        stopping=facts.get("stopping", {}),  # which earlier versions did not write
         solved=facts["solved"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import numpy as np
@@ -186,6 +187,28 @@ class ServerModel:
     def revision(self) -> str | None:
         """The Hub's commit that the backbone was loaded from; None for a local folder."""
         return revision(self.backbone)
+
+
+def compared(model: ServerModel, weights: Weights) -> dict[str, Any]:
+    """The unadapted model's test beside the result's, and what both say by themselves; {} where the task has a head.
+
+    Returns:
+        `unadapted`: its metrics; where the task has something to say, `samples`, each with its `prompt`, the `expected` answer,
+        what was `said` and what was said `before`, and `samples-scores`: means by name, of the result and before.
+    """
+    if model.spec.head:
+        return {}
+    bare = model.unadapted()
+    found: dict[str, Any] = {"unadapted": model.evaluate(bare, "test")}
+    pairs = list(zip(model.samples(weights), model.samples(bare), strict=True))
+    if not pairs:
+        return found
+    scores = {
+        name: [mean(one.scores[name] for one in side) for side in zip(*pairs, strict=True)] for name in pairs[0][0].scores
+    }
+    scores["stopped"] = [mean(float(one.stopped) for one in side) for side in zip(*pairs, strict=True)]
+    shown = [{"prompt": now.prompt, "expected": now.expected, "said": now.said, "before": before.said} for now, before in pairs]
+    return {**found, "samples": shown, "samples-scores": scores}
 
 
 def _unfit(weights: Weights) -> str:

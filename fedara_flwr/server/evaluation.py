@@ -81,6 +81,7 @@ class Evaluation:
             again,
             lambda: len(self._good) >= strategy.replies_enough(len(messages)),
             strategy.straggler_timeout,
+            "evaluation by clients",
         )
         for index, reply in exchange:
             node = self._asked[index].node

@@ -18,10 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedara_flwr.config import Settings
-from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms
-from fedara_flwr.merging.private import PrivateMean
-from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays
@@ -33,9 +30,10 @@ from fedara_flwr.server.lines import client_means, round_line, start_line, summa
 from fedara_flwr.server.messages import replies as exchange
 from fedara_flwr.server.progress import Progress
 from fedara_flwr.server.roster import Expected, Node, Roster
-from fedara_flwr.server.round import BUSY, Line, Round, weight_cap
+from fedara_flwr.server.round import BUSY, Line, Round, merger_of, weight_cap
 from fedara_flwr.server.state import ServerState
 from fedara_flwr.server.statistics import solve_head
+from fedara_flwr.server.stopping import RunFailed, note_gain, why_stop
 from fedara_flwr.server.strikes import Strikes
 from fedara_flwr.strategies.base import Client, Method, State
 from fedara_flwr.tasks import find as find_task
@@ -45,10 +43,6 @@ from fedara_flwr.wire.plan import TrainPlan
 
 logger = logging.getLogger(__name__)
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; one line that says why."""
 
 
 class Callback:
@@ -69,6 +63,7 @@ class RoundLoop(Strategy):
         planned: how many clients the present round meant to ask.
         work: the present round; None before the first.
         failure: why the run ends after that round; '' where it goes on.
+        stopped: why it ended before its last round without a failure, in one line; '' where it did not.
     """
 
     def __init__(
@@ -99,7 +94,7 @@ class RoundLoop(Strategy):
         self.planned = 0
         self.run_id = run_id or uuid.uuid4().hex
         self.work: Round | None = None
-        self.failure = ""
+        self.failure = self.stopped = ""
         self._head_asked = bool(self.state.solved)
         self._evaluation: Evaluation | None = None
         self._dispatch = self._new_dispatch()
@@ -120,19 +115,6 @@ class RoundLoop(Strategy):
 
     def _ready(self, node: Node, metrics: Mapping[str, float]) -> None:
         self.method.ready(self.state, self.client(node), metrics)
-
-    def _merger(self, plans: Sequence[TrainPlan]) -> Merger:
-        """What merges the round: the method's own, or the run's rule: `strategy.robust`, or PrivateMean with `privacy.clip`."""
-        state, strategy, privacy = self.state, self.settings.strategy, self.settings.privacy
-        own = self.method.merger(state)
-        if (own is not None) != self.method.own_merger:
-            raise TypeError(f"method {self.method.name!r}: own_merger is {self.method.own_merger}, its merger says otherwise")
-        if own is not None:
-            return own
-        if privacy.on:
-            sent = frozenset[str]().union(*(plan.sent for plan in plans))
-            return PrivateMean(self.spec, state.mask, state.arrays, sent, privacy.clip, privacy.noise_multiplier, self.planned)
-        return RULES[strategy.robust](self.spec, state.mask, state.arrays, strategy.attackers)
 
     # -- Flower's Strategy ------------------------------------------------------------------------------------------
     def initial_arrays(self) -> ArrayRecord:
@@ -202,7 +184,7 @@ class RoundLoop(Strategy):
         """Check and merge the replies, then move on to the next state. Too few good ones leave the model as it was."""
         state, work = self.state, self.work
         assert work is not None, "aggregate_train before configure_train"
-        merger = self._merger(work.plans)
+        merger = merger_of(self.method, state, self.settings, work.plans, self.planned)
         work.collect(replies, merger)
         for drop in work.drops:
             if drop.reason.startswith("error-") or drop.reason == BUSY:
@@ -232,7 +214,7 @@ class RoundLoop(Strategy):
         In the rounds before, clients evaluate what they receive for training, without a message more.
         """
         settings, state = self.settings, self.state
-        if not settings.data.client_validation or server_round < settings.num_server_rounds:
+        if not settings.data.client_validation or not (server_round >= settings.num_server_rounds or self.stopped):
             return []
         ready = [node for key, node in self.roster.nodes.items() if key in self.roster.examples]
         ready.sort(key=lambda node: (len(node.key), node.key))
@@ -269,12 +251,16 @@ class RoundLoop(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
+        *,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Result:
         """Run all rounds that are left; Flower's signature. Without `evaluate_fn` the server's validation data is used.
 
+        Between rounds `should_stop` is asked whether to end, as early stopping is.
+
         Raises:
             RunFailed: `max-failed-rounds` rounds in a row had too few good replies; without rounds, the head was not solved.
-            TimeoutError: too few nodes came.
+            TooFewNodes: they did not come in time.
         """
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
@@ -291,7 +277,11 @@ class RoundLoop(Strategy):
                 raise RunFailed("num-server-rounds = 0, and the head could not be solved: nothing was learnt")
             elif not self.spec.head:
                 logger.info("%s", progress.line(record))
+        self.stopped = why_stop(self.settings, self.state, should_stop)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
+            if self.stopped:
+                logger.info("%s", self.stopped)
+                break
             began = time.monotonic()
             self.configure_train(server_round, arrays, train_config or ConfigRecord(), grid)
             merged, metrics = self.aggregate_train(server_round, self._receive(grid, timeout))
@@ -302,6 +292,7 @@ class RoundLoop(Strategy):
             record = self._record(evaluated, trained - began, time.monotonic() - trained)
             assert self.work is not None
             self.failure = self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy)
+            self.stopped = why_stop(self.settings, self.state, should_stop) if server_round < num_rounds else ""
             self._keep(progress.line(record))
             if self.failure:
                 raise RunFailed(self.failure)
@@ -335,7 +326,8 @@ class RoundLoop(Strategy):
             return more[1]
 
         work.began = time.monotonic()
-        for index, reply in exchange(grid, work.messages, limit, again, work.enough, self.settings.strategy.straggler_timeout):
+        patience, what = self.settings.strategy.straggler_timeout, f"round {work.number}"
+        for index, reply in exchange(grid, work.messages, limit, again, work.enough, patience, what):
             if isinstance(reply, Exception):
                 work.refuse(index, "unreadable", f"{type(reply).__name__}: {str(reply)[:200]}")
             elif reply.metadata.reply_to_message_id != work.messages[index].metadata.message_id:
@@ -350,6 +342,7 @@ class RoundLoop(Strategy):
     def _evaluate(self, server_round: int, arrays: ArrayRecord, evaluate: EvaluateFn, result: Result) -> MetricRecord | None:
         if (metrics := evaluate(server_round, arrays)) is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
+        note_gain(self.settings, self.state, metrics)
         note_best(self.method, self.state, metrics)
         return metrics
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedara_flwr.server.waiting import Waiting
+
 POLL = (0.02, 0.25)  # seconds between looks: first, longest
 PULL_PATIENCE = 1.0  # seconds for which a look may keep the others waiting
 Again = Callable[[int, Message], Message | None]
@@ -26,12 +28,12 @@ class _Look(threading.Thread):
     def __init__(self, grid: Grid, message_id: str) -> None:
         super().__init__(daemon=True)
         self.grid, self.message_id = grid, message_id
-        self.pulled: list[Message] | Exception = []
+        self.pulled: list[Message] | BaseException = []
 
     def run(self) -> None:
         try:
             self.pulled = list(self.grid.pull_messages([self.message_id]))
-        except Exception as error:  # whatever a reply does to the parser is that node's failure alone
+        except BaseException as error:  # whatever a reply does to the parser is that node's failure alone
             self.pulled = error
 
 
@@ -74,6 +76,8 @@ class Exchange:
         pulled = self._looks.pop(message_id).pulled
         if isinstance(pulled, Exception):
             return self._closed(index, pulled)
+        if isinstance(pulled, BaseException):  # Flower's word that the run has ended is none, and belongs to no node
+            raise pulled
         if not pulled:
             return None
         try:
@@ -98,15 +102,24 @@ def replies(
     again: Again = lambda index, reply: None,
     enough: Callable[[], bool] = lambda: False,
     patience: float = 0.0,
+    what: str = "",
+    limit: str = "strategy.round-timeout",
 ) -> Iterator[tuple[int, Message | Exception]]:
     """Send `messages` and yield (index, reply) as replies come, until all are there or `timeout` seconds are over.
 
     Where `again` answers a reply with a message, that is sent and its reply waited for instead; once per message, so that no
     node can keep the others waiting. Once there is `enough`, the others have `patience` seconds more; not where a pull runs
-    the client, which nobody waits for. Pulls that still go on at the deadline are left to themselves.
+    the client, which nobody waits for. Pulls that still go on at the deadline are left to themselves. A wait without replies
+    is spoken of, as one for `what` by the key `limit`.
     """
     exchange = Exchange(grid, messages, again)
     deadline, wait, closing = time.monotonic() + timeout, POLL[0], not exchange.beside
+
+    def say(passed: float) -> str:
+        there, left = len(messages) - len(exchange.open), max(0.0, deadline - time.monotonic())
+        return f"{what}: no reply in {passed:.0f} s, {there} of {len(messages)} are there; at most {left:.0f} s more ({limit})"
+
+    waiting = Waiting(say)
     while exchange.open:
         any_came = False
         for index in exchange.open:
@@ -117,6 +130,8 @@ def replies(
             if (reply := exchange.look(index)) is not None:
                 any_came = True
                 yield index, reply
+                waiting.news()
+        waiting.look()
         wait = POLL[0] if any_came else min(wait * 1.5, POLL[1])
         if exchange.open:
             time.sleep(wait)

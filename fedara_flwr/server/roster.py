@@ -23,8 +23,11 @@ from fedara_flwr.config import NumberType, StrategySettings
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.model.deltas import Holding
 from fedara_flwr.server.messages import POLL, Exchange, replies, simulates
+from fedara_flwr.server.nodes import Expected, Node, advice, missing, node_name
+from fedara_flwr.server.stopping import TooFewNodes
 from fedara_flwr.server.strikes import Strikes
 from fedara_flwr.server.told import last_line, listed, names, shown, text
+from fedara_flwr.server.waiting import Waiting
 from fedara_flwr.wire import NUM_TARGETS, PROTOCOL
 from fedara_flwr.wire.arrays import MAX_NAME
 from fedara_flwr.wire.meter import ByteMeter
@@ -34,28 +37,6 @@ logger = logging.getLogger(__name__)
 PAUSE = 5.0  # seconds until nodes that are all busy are asked again
 NEWCOMERS = 3.0  # seconds that a round waits for nodes to say who they are; they may say it later
 TOLD = 100  # nodes whose reasons are kept: any number may come
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What every node must agree on; `data` is compared with nodes that hold a share of the run's own data."""
-
-    fingerprint: str
-    tokenizer: str
-    data: str
-    labels: tuple[str, ...]
-    terms: frozenset[str]
-    parts: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that answered `whoami`; a simulated one, which the server knows, has a profile in place of a clock of its own."""
-
-    key: str
-    node_id: int
-    partitions: int
-    simulated: bool = False
 
 
 @dataclass
@@ -108,6 +89,7 @@ class Roster:
         self._questions: list[_Question] = []
         self._unknown = Strikes(settings.max_client_failures)  # nodes that do not say who they are
         self._mute: set[str] = set()
+        self._fewer = False
 
     def begins(self, server_round: int) -> None:
         """A round begins: who sits out is counted in rounds."""
@@ -123,31 +105,45 @@ class Roster:
 
         Raises:
             ConfigError: fewer than `min-train-nodes` can take part, as a term or a part of the run is missing on the others.
-            TimeoutError: fewer than `min-train-nodes` came in time.
+            TooFewNodes: fewer than `min-train-nodes` came in time.
         """
         deadline = time.monotonic() + self.settings.node_timeout
-        least = self.settings.min_train_nodes
+        least, limit = self.settings.min_train_nodes, f"strategy.node-timeout = {self.settings.node_timeout:g} s"
+        waiting = Waiting(lambda passed: f"waiting for {passed:.0f} s, at most {limit} in all: {self._missing()}")
         while True:
-            self.refresh(grid, deadline)
-            told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0 and self.simulated)
-            wanted = max(least, self.settings.min_available_nodes, *(count for count, _ in told.most_common(1)))
+            self.refresh(grid, deadline, waiting)
+            wanted, _ = self._wanted()
             # no others come where the server's own side runs the nodes
             came = len(self.nodes) + (len(self.turned_away) if self.simulated else 0)
             if came >= wanted or time.monotonic() > deadline:
                 break
+            waiting.look()
             time.sleep(0.2)
         if len(self.nodes) < least and self.turned_away:
             why = next(iter(self.turned_away.values()))
             raise ConfigError(f"{len(self.nodes)} nodes can take part, strategy.min-train-nodes = {least} are needed: {why}")
         if len(self.nodes) < least:
-            raise TimeoutError(
-                f"{len(self.nodes)} nodes after strategy.node-timeout = {self.settings.node_timeout:g} s, "
-                f"strategy.min-train-nodes = {least} are needed"
-            )
+            needed = f"strategy.min-train-nodes = {least} are needed"
+            raise TooFewNodes(f"{len(self.nodes)} nodes after {limit}, {needed}; {advice(self.simulated)}")
         if came < wanted:
+            self._fewer = True
             logger.warning("only %d of %d nodes came in time: going on with them", len(self.nodes), wanted)
 
-    def refresh(self, grid: Grid, until: float | None = None) -> None:
+    def _wanted(self) -> tuple[int, str]:
+        """How many nodes are waited for, and by which key; once the run goes on with fewer, those that it cannot do without."""
+        keys = {"strategy.min-train-nodes": self.settings.min_train_nodes}
+        if not self._fewer:
+            told = Counter(node.partitions for node in self.nodes.values() if node.partitions > 0 and self.simulated)
+            everyone = max(told, key=lambda count: told[count], default=0)
+            keys = {"strategy.min-available-nodes": self.settings.min_available_nodes, "num-supernodes": everyone, **keys}
+        key = max(keys, key=lambda name: keys[name])
+        return keys[key], f"{key} = {keys[key]}"
+
+    def _missing(self) -> str:
+        silent = sum(len(question.exchange.open) for question in self._questions)
+        return missing(len(self.nodes), *self._wanted(), silent, self.simulated)
+
+    def refresh(self, grid: Grid, until: float | None = None, waiting: Waiting | None = None) -> None:
         """Ask nodes that are new who they are; forget those that left.
 
         Answers are waited for until the time `until`, else for a moment; one that comes later is heard next time.
@@ -157,26 +153,26 @@ class Roster:
         present, timeout = set(self._registered), self.settings.node_timeout
         self.nodes = {key: node for key, node in self.nodes.items() if node.node_id in present}
         self._asked &= present  # a node that comes back under its id is asked again
-        waiting = {question.nodes[i] for question in self._questions for i in question.exchange.open}
-        new = [node for node in sorted(present - self._asked - waiting) if not self._unknown.sits_out(_name(node))]
+        open_ones = {question.nodes[i] for question in self._questions for i in question.exchange.open}
+        new = [node for node in sorted(present - self._asked - open_ones) if not self._unknown.sits_out(node_name(node))]
         self._asked |= set(new)
         if new:
             messages = [Message(RecordDict(), node_id, "query.whoami", ttl=timeout) for node_id in new]
             for message in messages:
                 self.meter.count("down", message.content)
             self._questions.append(_Question(Exchange(grid, messages), new, time.monotonic() + timeout))
-        answers = self._hear(time.monotonic() + min(NEWCOMERS, timeout) if until is None else until)
+        answers = self._hear(time.monotonic() + min(NEWCOMERS, timeout) if until is None else until, waiting)
         for node_id in sorted(answers):
             content = answers[node_id]
             if isinstance(content, str):
                 logger.warning("node %d does not say who it is: %s", node_id, content)
                 self._asked.discard(node_id)  # it may only be slow
-                self._unknown.failed(_name(node_id), content)
+                self._unknown.failed(node_name(node_id), content)
             else:
-                self._unknown.settle((), [_name(node_id)])
+                self._unknown.settle((), [node_name(node_id)])
                 self._admit(node_id, content.config_records.get("whoami", ConfigRecord()))
 
-    def _hear(self, until: float) -> dict[int, RecordDict | str]:
+    def _hear(self, until: float, waiting: Waiting | None) -> dict[int, RecordDict | str]:
         """What nodes say they are, or what went wrong, by node; the rest may say it another time."""
         answers: dict[int, RecordDict | str] = {}
         while True:
@@ -191,11 +187,13 @@ class Roster:
                     self._questions.remove(question)
             if not self._questions or time.monotonic() > until:
                 return answers
+            if waiting is not None:
+                waiting.look()
             time.sleep(POLL[0])
 
     def _admit(self, node_id: int, who: ConfigRecord) -> None:
         key = text(who.get("client-key"), MAX_NAME) or f"node-{node_id}"
-        self.turned_away.pop(_name(node_id), None)
+        self.turned_away.pop(node_name(node_id), None)
         if who.get("protocol") != PROTOCOL:
             self._turn_away(node_id, f"protocol version {shown(who.get('protocol'))}, expected {PROTOCOL}")
             return
@@ -236,7 +234,7 @@ class Roster:
     def _turn_away(self, node_id: int, why: str) -> None:
         logger.warning("node %d dropped: %s", node_id, why)
         if len(self.turned_away) < TOLD:
-            self.turned_away[_name(node_id)] = why
+            self.turned_away[node_name(node_id)] = why
 
     # -- who can train ----------------------------------------------------------------------------------------------
     def sample(self, grid: Grid, server_round: int, count: int) -> list[Node]:
@@ -248,13 +246,17 @@ class Roster:
         Where all are busy, they are asked again until one is not, or `node-timeout` is over.
         """
         deadline = time.monotonic() + self.settings.node_timeout
+        waiting: Waiting | None = None
         self._mute.clear()
         while True:
             drawn = self._draw(grid, server_round, count)
             if drawn or not self.busy or time.monotonic() + PAUSE > deadline:
                 return drawn
-            client, why = next(iter(self.busy.items()))
-            logger.info("all nodes are busy, client %s: %s; they are asked again in %g s", client, why, PAUSE)
+            if waiting is None:
+                client, why = next(iter(self.busy.items()))
+                logger.info("all nodes are busy, client %s: %s; they are asked again every %g s", client, why, PAUSE)
+                waiting = Waiting(lambda passed: f"all nodes are busy for {passed:.0f} s, until strategy.node-timeout at most")
+            waiting.look()
             time.sleep(PAUSE)
 
     def _draw(self, grid: Grid, server_round: int, count: int) -> list[Node]:
@@ -332,7 +334,7 @@ class Roster:
             had = (holdings or {}).get(node.key)
             more = {"holds": list(had.digests)} if had is not None and had.digests and node.simulated else {}
             questions[node.node_id] = RecordDict({"ready": ConfigRecord({**asked, **more})})
-        for node_id, content in self._ask(grid, "query.ready", questions):
+        for node_id, content in self._ask(grid, questions):
             key = by_id[node_id]
             if isinstance(content, str):
                 logger.warning("client %s is not ready: %s", key, content)
@@ -374,14 +376,15 @@ class Roster:
         numbers = listed(key, metrics)
         self._ready(self.nodes[key], {name: value for name, value in numbers.items() if abs(value) <= MAX_VALUE})
 
-    def _ask(self, grid: Grid, kind: str, questions: Mapping[int, RecordDict]) -> Iterable[tuple[int, RecordDict | str]]:
+    def _ask(self, grid: Grid, questions: Mapping[int, RecordDict]) -> Iterable[tuple[int, RecordDict | str]]:
         """(node id, answer or what went wrong) for each node, in the order of `questions`."""
         timeout = self.settings.node_timeout
-        messages = [Message(content, node_id, kind, ttl=timeout) for node_id, content in questions.items()]
+        messages = [Message(content, node_id, "query.ready", ttl=timeout) for node_id, content in questions.items()]
         for content in questions.values():
             self.meter.count("down", content)
         answers: dict[int, RecordDict | str] = {}
-        for index, reply in replies(grid, messages, timeout):
+        what, limit = f"{len(messages)} nodes are asked whether they can train", "strategy.node-timeout"
+        for index, reply in replies(grid, messages, timeout, what=what, limit=limit):
             answers[index] = self._read(reply)
         return [(node_id, answers.get(i, f"no answer in {timeout:g} s")) for i, node_id in enumerate(questions)]
 
@@ -396,8 +399,3 @@ class Roster:
         except Exception as error:  # no answer may end a run, whatever it does to the checks themselves
             return f"unreadable answer ({type(error).__name__})"
         return reply.content
-
-
-def _name(node_id: int) -> str:
-    """A name for a node that is no client's key, which has no blanks."""
-    return f"node {node_id}"

@@ -13,16 +13,18 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedara_flwr.config import StrategySettings
+from fedara_flwr.config import Settings, StrategySettings
 from fedara_flwr.merging.merger import Merger
 from fedara_flwr.merging.norms import Norms, Sizes, reach
+from fedara_flwr.merging.private import PrivateMean
+from fedara_flwr.merging.robust import RULES
 from fedara_flwr.model.difference import difference, peaks, root_mean_squares
 from fedara_flwr.model.parts import declared
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import Arrays, ModelSpec
 from fedara_flwr.server.roster import Node, Roster
 from fedara_flwr.server.told import actor_died, last_line, listed, most_held_out
-from fedara_flwr.strategies.base import Client, Reply
+from fedara_flwr.strategies.base import Client, Method, Reply, State
 from fedara_flwr.wire.arrays import Rejected
 from fedara_flwr.wire.figures import EXAMPLES
 from fedara_flwr.wire.meter import ByteMeter
@@ -48,6 +50,23 @@ def weight_cap(cap: float, weights: Sequence[int]) -> float:
     if not cap or not weights:
         return math.inf
     return max(1.0, cap * statistics.median_low(weights))
+
+
+def merger_of(method: Method, state: State, settings: Settings, plans: Sequence[TrainPlan], planned: int) -> Merger:
+    """What merges a round that meant to ask `planned` clients: the method's own, or the run's rule.
+
+    That is `strategy.robust`, or PrivateMean with `privacy.clip`.
+    """
+    strategy, privacy, spec = settings.strategy, settings.privacy, method.spec
+    own = method.merger(state)
+    if (own is not None) != method.own_merger:
+        raise TypeError(f"method {method.name!r}: own_merger is {method.own_merger}, its merger says otherwise")
+    if own is not None:
+        return own
+    if privacy.on:
+        sent = frozenset[str]().union(*(plan.sent for plan in plans))
+        return PrivateMean(spec, state.mask, state.arrays, sent, privacy.clip, privacy.noise_multiplier, planned)
+    return RULES[strategy.robust](spec, state.mask, state.arrays, strategy.attackers)
 
 
 @dataclass

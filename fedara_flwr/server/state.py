@@ -23,6 +23,7 @@ class ServerState(State):
         strikes: failures in a row by client (server/strikes.py).
         secret: what real nodes are drawn by; owners: by client key, as what its node is registered (server/roster.py).
         best: `round` and main metric's `value` of the best round so far (server/best.py); {} before one was measured.
+        stopping: for early stopping (server/stopping.py): `best` value, its `round`, `evaluations` since the last gain.
     """
 
     holdings: dict[str, Holding] = field(default_factory=dict)
@@ -35,3 +36,4 @@ class ServerState(State):
     secret: int = 0
     owners: dict[str, str] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    stopping: dict[str, Any] = field(default_factory=dict)

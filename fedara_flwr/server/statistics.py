@@ -42,7 +42,7 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
         A line for each client that told its sums; keys of all that were asked.
 
     Raises:
-        TimeoutError: too few nodes came.
+        TooFewNodes: they did not come in time.
     """
     task, wanted = find(settings.data.task), settings.head.start
     if wanted == "random" or "head" not in state.arrays:
@@ -99,7 +99,8 @@ class HeadStart:
         cap = weight_cap(settings.strategy.weight_cap, [examples[node.key] for node in nodes])
         silent = {node.key: f"no reply in {timeout:g} s" for node in nodes}
         enough = strategy.replies_enough(len(nodes))
-        exchange = replies(grid, messages, timeout, enough=lambda: len(told) >= enough, patience=strategy.straggler_timeout)
+        patience, what = strategy.straggler_timeout, "sums for the head"
+        exchange = replies(grid, messages, timeout, enough=lambda: len(told) >= enough, patience=patience, what=what)
         for index, reply in exchange:
             key = nodes[index].key
             try:

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pytest
 from data_helper import load, load_own
 
 from fedara_flwr.config import DataSettings
-from fedara_flwr.data.files import read_files
+from fedara_flwr.data.files import read_files, read_hub
 from fedara_flwr.data.tables import Unreadable, read_file
 from fedara_flwr.keys import ConfigError
 
@@ -442,3 +443,26 @@ def test_nothing_is_written_into_a_cache(tmp_path, monkeypatch):
     for path in (saved(tmp_path / "d.csv", lines()), saved(tmp_path / "d.jsonl", '{"text": "a", "label": "b"}\n' * 3)):
         read_files(str(path), "", "", "key")
     assert not (tmp_path / "cache").exists()
+
+
+def hub_copy(folder: Path) -> Path:
+    """A copy of a Hub repository whose README names its files."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "x.jsonl").write_text('{"text": "a", "label": "b"}\n' * 3)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/x.jsonl\n---\n")
+    return folder
+
+
+@pytest.mark.parametrize("home", ["file", "file/home"])
+def test_data_are_read_where_nothing_may_be_kept(tmp_path, monkeypatch, home):
+    """A file stands in the place of the folder for copies, or of one above it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / home))
+    assert len(read_files(str(hub_copy(tmp_path / "copy")), "", "", "data.path")["train"]) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    place = "/home/nobody/.cache/huggingface"
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=PermissionError(13, "Permission denied", place)))
+    with pytest.raises(ConfigError, match=f"{place} cannot be written .*: the environment variable HF_HOME names another"):
+        read_hub("someone/data", "", "data.name = 'someone/data'")

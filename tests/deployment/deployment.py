@@ -28,7 +28,7 @@ import psutil
 from runs_helper import SMALL
 from test_flower import clone
 
-from fedara_flwr.cli.launch import TAG, _tagged
+from fedara_flwr.cli.processes import TAG, tagged
 from fedara_flwr.data import docstrings
 
 SCRIPTS = Path(sys.executable).parent
@@ -446,7 +446,7 @@ class Deployment:
 def kill_tagged(tag: str) -> None:
     """Every process that carries the tag, those that were stopped by a signal, too, and those that start meanwhile."""
     for _ in range(20):
-        mine = _tagged(tag)
+        mine = tagged(tag)
         if not mine:
             return
         for process in mine:

@@ -292,6 +292,9 @@ def test_folders(monkeypatch, app, tmp_path):
     fails(doctor.folders(app, settings()), "(FLWR_HOME)", "(run.dir)")
     monkeypatch.setattr(doctor.os, "access", lambda place, mode: Path(place) != app)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    assert doctor.folders(app, settings()).level == "ok"  # which `fedara run` then uses, too
+    monkeypatch.delenv("FLWR_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
     fails(doctor.folders(app, settings()), f"{app}/.flwr cannot be written (the app)")
 
 

@@ -29,7 +29,8 @@ from runs_helper import config
 from test_flower import FEDARA, clone, leftovers, metrics, overrides
 
 from fedara_flwr.cli import cluster
-from fedara_flwr.cli.launch import NOISE, TAG, _free_port, _tagged
+from fedara_flwr.cli.launch import NOISE, _free_port
+from fedara_flwr.cli.processes import TAG, tagged
 from fedara_flwr.cli.simulation import Simulation
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import read_facts
@@ -80,7 +81,7 @@ class Cluster:
 
     def kill_second(self) -> None:
         """Power off the second node: its raylet, and every worker that the raylet started."""
-        for process in _tagged(self.env[TAG]):
+        for process in tagged(self.env[TAG]):
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
                 if f"--node_ip_address={SECOND}" in words or f"--node-ip-address={SECOND}" in words:

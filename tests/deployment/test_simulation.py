@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import tomllib
 import urllib.request
+import uuid
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
+import psutil
 import pytest
 from test_flower import FEDARA, clone, overrides
 
-from fedara_flwr.cli import simulation
-from fedara_flwr.cli.launch import _on_stop, _parse_override
+from fedara_flwr.cli import launch, simulation
+from fedara_flwr.cli.launch import _parse_override
+from fedara_flwr.cli.processes import TAG, AtOnce, end_tagged, interrupt, on_stop
 from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder, without_proxy
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import ends_by
 
 HEALTH = Path(__file__).parents[2] / "docker" / "health.py"
 
@@ -122,6 +128,7 @@ def test_the_health_check_passes_by_a_proxy(tmp_path):
 def test_what_a_failure_comes_from(lines, expected):
     found = cause(lines)
     assert found.startswith(expected) and bool(found) == bool(expected)
+    assert cause(lines, errors=False) == ("" if expected.startswith("fedara_flwr") else found)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +166,7 @@ def test_a_launch_in_a_thread():
 
     def run() -> None:
         try:
-            with _on_stop(None):
+            with on_stop(None):
                 pass
         except BaseException as error:
             errors.append(error)
@@ -168,6 +175,105 @@ def test_a_launch_in_a_thread():
     thread.start()
     thread.join()
     assert not errors
+
+
+def test_flower_s_home_is_the_user_s_own(tmp_path, monkeypatch):
+    """As where the clone is read-only; a file stands in for a folder that may not be written, which root always may."""
+    app, mine = tmp_path / "app", tmp_path / "mine"
+    app.mkdir()
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    assert launch._home(app) == app / ".flwr" and launch._runs(app) == app / "runs"
+    for name in ("runs", ".flwr"):
+        (app / name).write_text("a file")
+    assert launch._runs(app) == app / "runs"
+    with pytest.raises(ConfigError) as caught:
+        launch._home(app)
+    line = f"Flower's folder {app}/.flwr cannot be written ({app}/.flwr is no folder): the environment variable FLWR_HOME names"
+    assert str(caught.value).startswith(line)
+    monkeypatch.setenv("FLWR_HOME", str(mine))
+    assert launch._home(app) == mine and launch._runs(app) == mine / "runs" and not mine.exists()
+    monkeypatch.setenv("FLWR_HOME", str(app / "runs" / "mine"))
+    with pytest.raises(ConfigError, match=r"runs/mine cannot be written \(.*app/runs is no folder\)"):
+        launch._home(app)
+
+
+@pytest.mark.parametrize("engine", ["flower", "inprocess"])
+def test_runs_that_cannot_be_written(tmp_path, tiny_bert, engine):
+    """Nothing is started, no model is loaded."""
+    app = clone(tmp_path / "app")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.dir = '.*file/runs': cannot be written \(.*file is no folder\), allowed is an"):
+        launch.launch(app, [f"run.dir='{tmp_path}/file/runs'", f"model.name='{tiny_bert}'"], None, engine)
+
+
+def test_a_run_without_a_word_is_spoken_of(tmp_path, monkeypatch, capsys):
+    status, spoken = iter(["pending", "running"]), threading.Event()
+
+    def flwr(*_):
+        try:
+            return {"runs": [{"status": next(status)}]}
+        except StopIteration:
+            spoken.set()
+            raise launch.RunError("gone") from None
+
+    monkeypatch.setattr(launch, "_flwr", flwr)
+    monkeypatch.setattr(launch, "SILENCE_SECONDS", 0.02)
+    launch._watch(spoken, "7", {}, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        "no line of the run in 0.02 s: its server process has not begun (Flower's status: pending)",
+        "no line of the run in 0.04 s: its server process does not speak (Flower's status: running)",
+        "no line of the run in 0.08 s: its server process has not begun (Flower's status: not known)",
+    ]
+    assert all("are there free cores and memory?" in line for line in lines)
+
+
+def test_the_second_ctrl_c_is_another(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with on_stop(interrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGINT)
+        assert not isinstance(caught.value, AtOnce) and "Ctrl-C again ends at once" in capsys.readouterr().err
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(AtOnce):
+                signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_processes_end_at_once_where_one_is_interrupted(monkeypatch):
+    """They do not heed SIGTERM, as a process that is stopped does not."""
+    tag = uuid.uuid4().hex
+    process = subprocess.Popen(["sleep", "60"], env=os.environ | {TAG: tag})
+    process.send_signal(signal.SIGSTOP)
+    wait, calls = psutil.wait_procs, []
+
+    def impatient(found, timeout):
+        calls.append([one.pid for one in found])
+        if len(calls) == 1:
+            raise AtOnce
+        return wait(found, timeout)
+
+    monkeypatch.setattr(psutil, "wait_procs", impatient)
+    with pytest.raises(AtOnce):
+        end_tagged(tag)
+    assert calls == [[process.pid]] * 2 and not psutil.pid_exists(process.pid)
+
+
+def test_an_error_that_ends_a_run_is_the_last_line(caplog, capsys):
+    """Of what Flower says of it nothing is left; what it says of other things is."""
+    error, flower = ConfigError("seed = -1: allowed is 0 or more"), logging.getLogger("flwr")
+    filters = list(flower.filters)
+    try:
+        with caplog.at_level(logging.ERROR):
+            ends_by(error)
+            flower.error("%s raised an exception", "ServerApp", exc_info=error)
+            flower.error("Exit Code: 201\nFor more information")
+            flower.error("Failed to push task output: gone")
+            flower.error("another", exc_info=ValueError("of another kind"))
+    finally:
+        flower.filters[:] = filters
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["seed = -1: allowed is 0 or more", "Failed to push task output: gone", "another"]
 
 
 @pytest.mark.slow
