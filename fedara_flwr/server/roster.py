@@ -81,8 +81,7 @@ class Roster:
         self.dtypes: dict[str, str] = {}
         self.strikes = strikes or Strikes(settings.max_client_failures)
         self.turned_away: dict[str, str] = {}
-        self.simulated = False
-        self.secret = 0
+        self.simulated, self.secret = False, 0
         self.owners: dict[str, str] = {}
         self._registered: dict[int, str] = {}
         self._asked: set[int] = set()
