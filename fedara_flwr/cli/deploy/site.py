@@ -130,9 +130,17 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     return f"{node}: for node {name}"
 
 
+def template(name: str) -> str:
+    """The text of a template of files/, where .sh and .env are fenced in Markdown: Flower's Hub takes neither kind."""
+    folder = files("fedara_flwr.cli.deploy") / "files"
+    if name.endswith((".sh", ".env")):
+        return (folder / f"{name}.md").read_text().partition("\n")[2].removesuffix("```\n")
+    return (folder / name).read_text()
+
+
 def _render(source: str, target: Path, **values: object) -> None:
-    """Write one of the templates in files/; scripts and compose files are copied as they are, their $ is the shell's."""
-    text = (files("fedara_flwr.cli.deploy") / "files" / source).read_text()
+    """Write one of the templates; scripts and compose files are copied as they are, their $ is the shell's."""
+    text = template(source)
     if target.suffix in (".env", ".toml", ".md"):
         owner = {"uid": os.getuid() or 1000, "gid": os.getgid() or 1000}
         text = Template(text).substitute(values | owner | {"restart_seconds": RESTART_SECONDS})
