@@ -131,10 +131,10 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
 
 
 def template(name: str) -> str:
-    """The text of a template of files/, where .sh and .env are fenced in Markdown: Flower's Hub takes neither kind."""
+    """The text of a template of files/. What Flower's Hub would not take, as .sh, lies there as NAME.md, fenced."""
     folder = files("fedara_flwr.cli.deploy") / "files"
-    if name.endswith((".sh", ".env")):
-        return (folder / f"{name}.md").read_text().partition("\n")[2].removesuffix("```\n")
+    if (fenced := folder / f"{name}.md").is_file():
+        return fenced.read_text().partition("\n")[2].removesuffix("```\n")
     return (folder / name).read_text()
 
 
