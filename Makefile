@@ -7,9 +7,13 @@ CONSTRAINTS := constraints.txt
 VENV := .venv
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+FLOWERS := 1.41.0 1.42.0
+VERSION := $(notdir $(PYTHON))-flwr
+# two rounds of four clients
+SHORT := num-server-rounds=2 strategy.fraction-train=0.5 train.steps=2 train.batch-size=4 data.max-length=16 head.rows=16 data.test-rows=50 data.validation-rows=50
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all test-oldest lint format clean distclean
+.PHONY: help install run test test-all test-oldest test-versions lint format clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,11 +40,26 @@ test-all: test test-oldest  ## everything, in an hour or two
 	$(VENV)/bin/python -m pytest -m slow
 
 test-oldest:  ## what touches Flower, on the oldest Flower that is allowed (part of test-all)
-	mkdir -p $(OLDEST)
-	(grep -Ev '^(certifi|uv|flwr)==' constraints.txt; echo flwr==1.41.0) >$(OLDEST)/constraints.txt
-	$(MAKE) install VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
+	$(MAKE) .flower VENV=$(OLDEST) FLWR=1.41.0
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
 		tests/deployment tests/node tests/server tests/test_flower_private.py
+
+test-versions:  ## a check, two short runs and what touches Flower, on each of FLOWERS, with PYTHON (docs/versions.md)
+	set -e; for flwr in $(FLOWERS); do $(MAKE) .version VENV=.venv-$(VERSION)-$$flwr FLWR=$$flwr; done
+
+# an environment with another Flower, and with what that one wants of certifi and uv
+.flower:
+	mkdir -p $(VENV)
+	(grep -Ev '^(certifi|uv|flwr)==' constraints.txt; echo flwr==$(FLWR)) >$(VENV)/constraints.txt
+	$(MAKE) install VENV=$(VENV) CONSTRAINTS=$(VENV)/constraints.txt
+
+.version: .flower
+	printf 'num-supernodes = 4\nclient-resources-num-cpus = 1\n' >$(VENV)/federation.toml
+	$(VENV)/bin/fedara doctor .
+	for engine in inprocess flower; do \
+		$(VENV)/bin/fedara run . --engine $$engine --federation-config $(VENV)/federation.toml -c "$(SHORT)" || exit 1; done
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
+		tests/test_flower_private.py tests/server tests/wire tests/strategies
 
 lint: $(READY)  ## ruff, mypy, bandit, the form of what others read; changes nothing
 	$(VENV)/bin/ruff check .
@@ -61,4 +80,4 @@ clean:  ## remove caches and what was built; environments and runs stay
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove the environments and what Flower keeps here; runs stay
-	rm -rf $(VENV) $(OLDEST) .flwr
+	rm -rf $(VENV) .venv-* .flwr

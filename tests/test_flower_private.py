@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_who_a_task_is(identity):
 def test_a_configuration_string():
     assert flower.parse_config_args(["a.b=1 c='x y' d=true"]) == {"a.b": 1, "c": "x y", "d": True}
     assert flower.flatten_dict({"a": {"b": 1}, "c": "x"}) == {"a.b": 1, "c": "x"}
+
+
+def test_names_and_settings_of_an_app():
+    """`fedara doctor` asks; what is refused comes with a reason."""
+    assert flower.is_valid_name("my-app") == (True, "")
+    assert [flower.is_valid_name(name)[0] for name in ("", "my_app", "1-app", "a" * 33)] == [False] * 4
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        config = tomllib.load(file)
+    assert flower.validate_config(config, check_module=False) == (True, [], [])
+    del config["tool"]["flwr"]["app"]["publisher"]
+    taken, errors, _ = flower.validate_config(config, check_module=False)
+    assert not taken and "publisher" in errors[0]
 
 
 def test_places_and_names(monkeypatch, tmp_path):

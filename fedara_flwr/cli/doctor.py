@@ -6,7 +6,6 @@ Nothing is started or changed. Each check is a function that gives one Finding.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tomllib
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
-from fedara_flwr.cli import habits
+from fedara_flwr.cli import application, habits
 from fedara_flwr.cli.findings import Finding, count, reason, run_checks
 from fedara_flwr.cli.launch import read_config
 from fedara_flwr.config import BUILT_IN_DATA, QUANTISED, Settings
@@ -45,7 +44,7 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
     yield "configuration", finding
     yield from run_checks(
         {
-            "app folder": partial(app_folder, app),
+            "app folder": partial(application.app_folder, app),
             "dependencies": habits.dependency_installation,
             "open ports": habits.open_ports,
             "local SuperLink": habits.local_superlink,
@@ -121,24 +120,6 @@ def configuration(app: Path, overrides: list[str]) -> tuple[Settings | None, Fin
         return None, Finding("problem", reason(error), "correct this first: model, data and folders were not checked")
     rounds = count(settings.num_server_rounds, "round")
     return settings, Finding("ok", f"{settings.method}, {rounds}, {settings.model.name}")
-
-
-def app_folder(app: Path) -> Finding:
-    """Whether Flower accepts the folder's name and leaves its pyproject.toml as it is."""
-    file = app / "pyproject.toml"
-    if file.is_file() and "federations" in tomllib.loads(file.read_text()).get("tool", {}).get("flwr", {}):
-        return Finding(
-            "warning",
-            f"{file} has [tool.flwr.federations]: `flwr run` comments it out and moves it to FLWR_HOME/config.toml",
-            "remove it; federation.toml and --federation-config say what a simulation is like",
-        )
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,31}", app.name):
-        return Finding(
-            "warning",
-            f"`flwr build` refuses the folder's name {app.name!r} (`flwr run` does not)",
-            "to build: rename it, with letters, digits and hyphens, a letter first, 32 characters at most",
-        )
-    return Finding("ok", str(app))
 
 
 def offered_methods() -> Finding:

@@ -50,6 +50,6 @@ class OwnUser(H11Protocol):
 
 def main() -> None:
     """Run `flower-superlink`, with its own options."""
-    (flower,) = entry_points(group="console_scripts", name="flower-superlink")
+    flower, *_ = entry_points(group="console_scripts", name="flower-superlink")  # flwr's, and flwr-nightly's over it
     uvicorn.run = partial(uvicorn.run, http=OwnUser)  # Flower calls it, and has no option for that
     flower.load()()

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections import namedtuple
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +18,20 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from flwr.cli.app import app as flower_cli
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedara_flwr import cli
-from fedara_flwr.cli import doctor, habits
+from fedara_flwr.cli import application, doctor, habits
 from fedara_flwr.cli.findings import Finding, print_findings
 from fedara_flwr.config import Settings
 from fedara_flwr.strategies import Plugin
 from fedara_flwr.tasks import read_settings
 
 ROOT = Path(__file__).parents[2]
+build = import_module("flwr.cli.build")  # Flower's package has a function of the module's name
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -113,12 +117,34 @@ def test_configuration(app, tmp_path):
 
 
 def test_app_folder(app):
-    assert doctor.app_folder(app).level == "ok"
-    warns(doctor.app_folder(app.rename(app.with_name("my_app"))), "'my_app'")
-    with (app.with_name("my_app") / "pyproject.toml").open("a") as file:
-        file.write('\n[tool.flwr.federations]\ndefault = "here"\n')
-    warns(doctor.app_folder(app.with_name("my_app")), "[tool.flwr.federations]")
-    assert doctor.app_folder(app).level == "ok"  # nothing there: not this check's business
+    assert application.app_folder(app).level == "ok"
+    warns(application.app_folder(app.rename(app.with_name("my_app"))), "'my_app'")
+    assert application.app_folder(app).level == "ok"  # nothing there: not this check's business
+    app = app.with_name("my_app")
+    given = (app / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(given + '\n[tool.flwr.federations]\ndefault = "here"\n')
+    warns(application.app_folder(app), "[tool.flwr.federations]")
+    (app / "pyproject.toml").write_text(given.replace('name = "fedara-flwr"', 'name = "fedara_flwr"'))
+    fails(application.app_folder(app), "project.name = 'fedara_flwr'")
+    (app / "pyproject.toml").write_text(given.replace(">=1.41.0,<2.0", "==1.42.0"))
+    fails(application.app_folder(app), "Flower refuses it", "inclusive lower bound")
+
+
+@pytest.mark.parametrize(
+    "name, taken",
+    [("a", True), ("A-1", True), ("a" * 32, True), ("ärger", True)]
+    + [(name, False) for name in ("a" * 33, "1a", "-a", "a_b", "a.b", "a b", "my-app (1)", "fedara-flwr-0.2.0")],
+)
+def test_folder_names_are_those_that_flower_builds_in(monkeypatch, app, name, taken):
+    """Flower's own command says the same of each."""
+    folder = app.rename(app.with_name(name))
+    finding = application.app_folder(folder)
+    assert (finding.level == "ok") == taken and (taken or application.NAMES in finding.advice)
+    monkeypatch.setattr(build, "build_fab_from_disk", lambda app: b"")
+    monkeypatch.setattr(build, "load_and_validate", lambda path: (tomllib.loads(path.read_text()), []))
+    monkeypatch.chdir(folder)
+    built = CliRunner().invoke(flower_cli, ["build"])
+    assert (built.exit_code == 0) == taken, built.output
 
 
 def test_dependency_installation(monkeypatch):

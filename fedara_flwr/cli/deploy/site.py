@@ -130,9 +130,17 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     return f"{node}: for node {name}"
 
 
+def template(name: str) -> str:
+    """The text of a template of files/. What Flower's Hub would not take, as .sh, lies there as NAME.md, fenced."""
+    folder = files("fedara_flwr.cli.deploy") / "files"
+    if (fenced := folder / f"{name}.md").is_file():
+        return fenced.read_text().partition("\n")[2].removesuffix("```\n")
+    return (folder / name).read_text()
+
+
 def _render(source: str, target: Path, **values: object) -> None:
-    """Write one of the templates in files/; scripts and compose files are copied as they are, their $ is the shell's."""
-    text = (files("fedara_flwr.cli.deploy") / "files" / source).read_text()
+    """Write one of the templates; scripts and compose files are copied as they are, their $ is the shell's."""
+    text = template(source)
     if target.suffix in (".env", ".toml", ".md"):
         owner = {"uid": os.getuid() or 1000, "gid": os.getgid() or 1000}
         text = Template(text).substitute(values | owner | {"restart_seconds": RESTART_SECONDS})
