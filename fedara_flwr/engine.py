@@ -189,5 +189,6 @@ def run(run_config: UserConfig, nodes: int) -> RunDirectory:
         ConfigError: as `server_app.run`.
     """
     settings = read_settings(run_config)
-    check_partition(settings.data, open_task(settings.data).grouped)
+    task = open_task(settings.data)
+    check_partition(settings.data, task.grouped, task.group_key)
     return run_server(InProcessGrid(settings.to_flat(), nodes), settings)

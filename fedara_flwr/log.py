@@ -33,6 +33,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def figure(value: float | None) -> str:
+    """A metric in at most seven characters where it is below a million; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}" if abs(value) < 100_000 else f"{value:.3g}"
+
+
 class _StandardOutput(logging.StreamHandler):
     """Writes to what standard output is now, not to what it was when logging began: notebooks and tests replace it."""
 

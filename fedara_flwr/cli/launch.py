@@ -138,7 +138,7 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     config["run.name"] = settings.run.name or new_name(settings.method)
     find(settings.method).check(settings)
     task = open_task(settings.data)
-    check_partition(settings.data, task.grouped)
+    check_partition(settings.data, task.grouped, task.group_key)
     # Flower runs apps from a folder of its own, where a relative path means nothing
     if settings.data.path:
         from fedara_flwr.data.files import places

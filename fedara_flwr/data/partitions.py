@@ -27,11 +27,12 @@ def split(examples: Examples, seed: int, share: float) -> tuple[Index, Index]:
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
-def check_partition(settings: DataSettings, grouped: bool) -> None:
+def check_partition(settings: DataSettings, grouped: bool, key: str = "") -> None:
     """Refuse a `data.partition` that cannot deal out a task's rows.
 
     Args:
         grouped: whether they have something that partitions by label can go by.
+        key: of `data.options`, by which a task gets something of that kind; '' = it has none.
 
     Raises:
         ConfigError: the partition goes by label, and the rows have none.
@@ -39,7 +40,7 @@ def check_partition(settings: DataSettings, grouped: bool) -> None:
     if settings.partition in BY_GROUP and not grouped:
         raise ConfigError(
             f"data.partition = {settings.partition!r}: rows of data.task = {settings.task!r} have no label to go by, allowed "
-            "are 'iid', 'length', and 'natural' with data.id-column"
+            "are 'iid', 'length', and 'natural' with data.id-column" + (f"; or name one by data.options {key}" if key else "")
         )
 
 

@@ -15,6 +15,7 @@ from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.config import DataSettings
 from fedara_flwr.files import write_whole
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import figure
 from fedara_flwr.report import plots, templates
 from fedara_flwr.report.compare import (
     check_target,
@@ -157,7 +158,7 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     figures = []
     for metric in metrics:
         value, test = final(run, metric), number(run.test.get(metric))
-        before = f"from {start:.3f} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
+        before = f"from {figure(start)} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
         if metric == run.metric or not np.isnan(value):
             figures.append((f"{metric}, validation", figure(value), before))
         if metric == run.metric or not np.isnan(test):
@@ -245,7 +246,7 @@ def _scores(run: Run) -> str:
     scores = run.facts.get("samples-scores")
     pairs = [(name, pair) for name, pair in (scores if isinstance(scores, dict) else {}).items() if isinstance(pair, list)]
     said = [(name, *map(number, pair)) for name, pair in pairs if len(pair) == 2]
-    return ", ".join(f"{name} {now:.3f} (before {before:.3f})" for name, now, before in said)
+    return ", ".join(f"{name} {figure(now)} (before {figure(before)})" for name, now, before in said)
 
 
 def _asked(clients: Sequence[Client]) -> str:

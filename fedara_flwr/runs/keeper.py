@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fedara_flwr import strategies
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.log import error_line
+from fedara_flwr.log import error_line, figure
 from fedara_flwr.merging.private import in_words, ledger
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.report import write_report
@@ -241,11 +241,11 @@ class Keeper(Callback):
         )
         facts = self.directory.facts
         if test:
-            logger.info("test: %s", ", ".join(f"{name} {value:.3f}" for name, value in test.items()))
+            logger.info("test: %s", ", ".join(f"{name} {figure(value)}" for name, value in test.items()))
         if before := facts.get("unadapted"):
-            logger.info("before: %s", ", ".join(f"{name} {value:.3f}" for name, value in before.items()))
+            logger.info("before: %s", ", ".join(f"{name} {figure(value)}" for name, value in before.items()))
         if figures := facts.get("samples-scores"):
-            said = ", ".join(f"{name} {one:.3f} (before {two:.3f})" for name, (one, two) in figures.items())
+            said = ", ".join(f"{name} {figure(one)} (before {figure(two)})" for name, (one, two) in figures.items())
             logger.info("answers to %d validation rows: %s", len(facts["samples"]), said)
         allowed = self.settings.wire.budget_mb
         share = f", {(down + up) / allowed:.2%} of wire.budget-mb = {allowed:,g}" if allowed else ""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedara_flwr.log import figure
 from fedara_flwr.tasks import Metric
 
 COLUMNS = (
@@ -66,13 +67,6 @@ class Progress:
 
     def _row(self, cells: Sequence[str]) -> str:
         return "".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))
-
-
-def figure(value: float | None) -> str:
-    """A metric in at most seven characters where it is below a million; "-" for none."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}" if abs(value) < 100_000 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:

@@ -165,6 +165,8 @@ class Task:
     numbers, UNLABELLED where there is nothing to predict."""
     grouped: bool = True
     """Whether `read` gives every row a group or a category, which partitions by label go by."""
+    group_key: ClassVar[str] = ""
+    """Key of `Options` that names a column of these, where `grouped` depends on it."""
     docstrings: ClassVar[str] = "its rows are a text and the name of an area"
     """Why the built-in data set (columns text and label) cannot be learnt from; '' where it can."""
 

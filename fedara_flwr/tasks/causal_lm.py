@@ -73,6 +73,7 @@ class CausalLM(Task):
     peft_task_type = "CAUSAL_LM"
     word_places = True
     labelled = False
+    group_key = "category-column"
     docstrings = "its rows have no answers ('functions' has)"
     metric = Metric("perplexity", higher=False, low=1.0, high=math.inf)
     metrics = ("perplexity", "accuracy", "loss")

@@ -27,6 +27,7 @@ from fedara_flwr.cli.exporting import export
 from fedara_flwr.client import session
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
+from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.report import read_run
 from fedara_flwr.report.page import _figures
@@ -266,6 +267,8 @@ def test_categories(tmp_path):
     assert sum(len({pool.categories[i] for i in part}) for part in dealt) <= 5  # each of two cuts splits one at most
     without = settings_of(path, partition="dirichlet")
     assert "rows of data.task = 'causal-lm' have no label to go by" in problem(lambda: shares(without, 0, 3))
+    told = problem(lambda: check_partition(without, False, open_task(without).group_key))
+    assert told.endswith("; or name one by data.options category-column")
     assert read_settings({"data.task": "causal-lm", "data.path": str(path)}).data.partition == "iid"
     assert (
         read_settings(
