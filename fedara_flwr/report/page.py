@@ -15,7 +15,6 @@ from fedara_flwr.adapters.packaged import NOTES
 from fedara_flwr.config import DataSettings
 from fedara_flwr.files import write_whole
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.log import figure
 from fedara_flwr.report import plots, templates
 from fedara_flwr.report.compare import (
     check_target,
