@@ -17,7 +17,10 @@ shift
 answer=$(flwr run "$app" site --format json "$@" 2>&1) || :
 id=$(echo "$answer" | sed -n 's/.*"run-id": *"\{0,1\}\([0-9]\{1,\}\).*/\1/p')
 if [ -z "$id" ]; then
-    echo "$answer" >&2
+    case $answer in
+        *'SuperLink is unavailable'*) echo 'the SuperLink does not answer: is "sh start.sh" running on this server?' >&2 ;;
+        *) echo "$answer" >&2 ;;
+    esac
     exit 1
 fi
 echo "run $id; its folder comes to $FLWR_HOME/runs"
