@@ -56,6 +56,7 @@ SCRIPTS = sorted([*FILES.glob("*.sh"), *DOCKER.glob("*.sh")])
 COMPOSE = sorted([*FILES.glob("*.yml"), *DOCKER.glob("*.yml")])
 BIN = Path(sys.executable).parent
 HOST = "fed.example"
+needs_ipv6 = pytest.mark.skipif(not network.of_this_machine("::1"), reason="this machine has no IPv6")
 
 
 def fedara(*words: str) -> tuple[int, str]:
@@ -145,6 +146,8 @@ def test_node_keys_are_what_ssh_keygen_makes(made):
     [
         (["--server", "https://fed.example"], "--server"),
         (["--server", "fed.example:8000"], "no port"),
+        (["--server", "::"], "one address"),
+        (["--server", "fe80::1%eth0"], "without a zone"),
         (["--server", "fed.example", "--port", "0"], "1 to 65535"),
         (["--server", "fed.example", "--superlink-port", "8000"], "another one"),
         (["--server", "fed.example", "--days", "0"], "1 to 3650"),
@@ -254,6 +257,52 @@ def test_settings_that_cannot_be(site):
     assert "allowed is HOST:PORT" in levels(site / "node-attic")["settings"].found
     file.write_text("SUPERLINK = fed.example:9000\n")
     assert levels(site / "node-attic")["settings"].level == "problem"
+
+
+def test_values_of_settings_are_what_a_shell_makes_of_them(site):
+    file = site / "server/settings.env"
+    text = file.read_text().replace("VENV=\n", 'VENV="/home/é me/venv"\nexport no_proxy=fed.example\n')
+    file.write_text(text)
+    settings = check.read_settings(site / "server")
+    assert settings["VENV"] == "/home/é me/venv" and settings["no_proxy"] == "fed.example" and settings["LISTEN"] == "::"
+    file.write_text(text.replace("LISTEN=::", "LISTEN=*"))
+    assert "LISTEN=*, allowed is :: (all addresses" in levels(site / "server")["settings"].found
+    file.write_text(text.replace("PORT=9000", "PORT='9000"))
+    assert "is no KEY=VALUE" in levels(site / "server")["settings"].found
+
+
+@pytest.mark.parametrize(
+    "host, listen, level, words",
+    [
+        ("127.0.0.1", "::", "ok", "nodes will use 127.0.0.1:"),
+        ("127.0.0.1", "0.0.0.0", "ok", "nodes will use"),
+        ("::1", "0.0.0.0", "problem", "LISTEN=0.0.0.0 hears IPv4 alone, and ::1 is ::1: IPv6"),
+        ("127.0.0.1", "::1", "problem", "hears IPv6 alone"),
+        ("127.0.0.1", "192.0.2.1", "problem", "LISTEN=192.0.2.1 is no address of this machine"),
+        ("no-such-host.invalid", "::", "warning", "is not known here"),
+    ],
+)
+@needs_ipv6
+def test_whether_nodes_will_reach_the_gateway(tmp_path, host, listen, level, words):
+    server = init(tmp_path / "site", host=host) / "server"
+    finding = network.address(server, free_port(), listen)
+    assert finding.level == level and words in finding.found
+
+
+@needs_ipv6
+def test_whether_nodes_reach_the_gateway(tmp_path):
+    """A gateway that answers on another address than the one that nodes use is no good one."""
+    quiet = [Route("/health", lambda request: Response())]
+    for host, level, words in (
+        ("127.0.0.1", "ok", "which nodes use, answers"),
+        ("::1", "problem", "does not answer"),
+        ("192.0.2.1", "warning", "does not answer"),
+    ):
+        server = init(tmp_path / host / "site", host=host) / "server"
+        with serving(server, quiet) as port:
+            finding = network.address(server, port, "::")
+            assert finding.level == level and words in finding.found, finding
+            assert network.own_service(server, port, "127.0.0.1").level == "ok"
 
 
 def test_another_program_on_a_node_s_port(monkeypatch):
@@ -420,9 +469,6 @@ def test_the_gateway_asks_uvicorn_for_what_it_needs(made, monkeypatch):
 def heard(port: int, address: str) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         return probe.connect_ex((address, port)) == 0
-
-
-needs_ipv6 = pytest.mark.skipif(not network.of_this_machine("::1"), reason="this machine has no IPv6")
 
 
 @needs_ipv6
@@ -774,7 +820,7 @@ def test_a_site_over_ipv6_in_a_folder_with_any_name(tmp_path, tiny_bert):
         stack.enter_context(Started(server / "start.sh"))
         told = call(server / "register.sh")  # which waits
         assert told.returncode == 0 and told.stdout == "a: registered\nb: registered\nc: registered\n"
-        assert "never  -       -" in fedara("nodes", str(server))[1]
+        assert fedara("nodes", str(server))[1].splitlines()[3].split()[2:] == ["registered", "never", "-", "-"]
         for name in ("a", "b"):
             stack.enter_context(Started(site / f"node-{name}/start.sh"))
         wait_for(lambda: fedara("nodes", str(server))[1].count(" online ") == 2)

@@ -1,4 +1,4 @@
-"""docs/deploy-server.md and docs/deploy-device.md followed word for word, from a clone to a finished run; links of all pages."""
+"""The server's page and the device's (docs/) followed word for word, from a clone to a finished run; links of all pages."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def unregister(folder: Path, who: str) -> str:
         ConfigError: as `listed`; there is no such node, or the SuperLink refuses.
     """
     nodes = listed(folder)
-    found = [node for node in nodes if who in (node.name, node.id)]
+    found = [node for node in nodes if who and who in (node.name, node.id)]
     if len(found) != 1:
         names = [node.name for node in nodes if node.name]
         which = "no such node is" if not found else f"{len(found)} nodes are"

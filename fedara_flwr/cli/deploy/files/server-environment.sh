@@ -15,14 +15,15 @@ NO_PROXY=$no_proxy
 export no_proxy NO_PROXY
 if [ "${1:-}" != gateway ]; then # whose container has files to read alone
     mkdir -p "$FLWR_HOME"
-    # for the flwr command; Flower wants an absolute path, so it is written where the folder is
+    # for the flwr command; Flower wants an absolute path, so it is written where the folder is, as a string of TOML
+    folder=$(printf %s "$here" | sed 's/["\\]/\\&/g')
     cat >"$FLWR_HOME/config.toml.$$" <<END
 [superlink]
 default = "site"
 
 [superlink.site]
 address = "$SUPERLINK_HOST:$SUPERLINK_PORT"
-root-certificates = "$here/ca.crt"
+root-certificates = "$folder/ca.crt"
 END
     mv "$FLWR_HOME/config.toml.$$" "$FLWR_HOME/config.toml"
 fi
