@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployment import wait_for
 from hosts import Host, Switch, why_no_hosts
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +185,10 @@ def follow(machine: Machine, commands: list[str]) -> None:
             block = block.replace(placeholder, value)
         if block.endswith("sh start.sh\n"):
             machine.leave_open("sh", "-ec", block)
-        elif "fedara deploy nodes" in block:  # "again until they are online"
-            wait_for(lambda block=block: machine.type(block).stdout.count(" online ") == 2, 600)
+        elif "fedara deploy nodes" in block:  # "again until both are online"
+            end = time.monotonic() + 1800
+            while machine.type(block).stdout.count(" online ") < 2:
+                assert time.monotonic() < end, machine.log.read_text()[-4000:]
+                time.sleep(10)
         else:
             machine.type(block)

@@ -11,13 +11,16 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedara_flwr.keys import ConfigError, nearest
-from fedara_flwr.report.read import Run, clean, read_run
+from fedara_flwr.log import printable
+
+if TYPE_CHECKING:
+    from fedara_flwr.report.read import Run
 
 REGISTERED, BUSY = "registered", "busy"
-SECONDS = 120.0  # for one flwr command
+SECONDS = 300.0  # for one flwr command
 GONE = ("unregistered", "deleted")
 COLUMNS = ("name", "id", "state", "last seen", "rounds", "strikes")
 Json = dict[str, Any]
@@ -68,7 +71,11 @@ def newest_run(folder: Path) -> Run | None:
     """The run of a server's folder that wrote last; None where there is none."""
     files = (folder / "home" / "runs").glob("*/metrics.jsonl")
     newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    return read_run(newest.parent) if newest else None
+    if newest is None:
+        return None
+    from fedara_flwr.report.read import read_run  # which loads what draws pages
+
+    return read_run(newest.parent)
 
 
 def strikes(run: Run, client: str) -> str:
@@ -138,10 +145,14 @@ def unregister(folder: Path, who: str) -> str:
         raise ConfigError(f"{who}: {which} registered, allowed is one of {allowed}{ids}{nearest(who, names)}")
     (node,) = found
     _flwr(folder, "supernode", "unregister", node.id, "site", "--format", "json")
+    said = f"{node.name or node.id}: unregistered ({node.id}); its key is never accepted again"
     key = folder / "nodes" / f"{node.name}.pub"
     if node.name and key.exists():
-        key.rename(key.with_suffix(".unregistered"))  # else register.sh would try it again
-    return f"{node.name or node.id}: unregistered ({node.id}); its key is never accepted again"
+        try:
+            key.rename(key.with_suffix(".unregistered"))  # else register.sh would try it again
+        except OSError as error:
+            said += f"; {key} could not be renamed ({error.strerror}): remove it"
+    return said
 
 
 def _flwr(folder: Path, *words: str) -> Mapping[str, Any]:
@@ -161,7 +172,7 @@ def _flwr(folder: Path, *words: str) -> Mapping[str, Any]:
     if answer.get("success"):
         return answer
     told = str(answer.get("error-message") or done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-    said = " ".join(clean(told).split())
+    said = printable(" ".join(told.split()))
     if "SuperLink is unavailable" in said:
         raise ConfigError("the SuperLink does not answer: is `sh start.sh` running on this server?")
     raise ConfigError(f"flwr {' '.join(words[:2])}: {said}")
