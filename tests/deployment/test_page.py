@@ -175,6 +175,9 @@ def test_the_pages_word_for_word(machines):
         follow(device, [block.replace("node-attic", f"node-{name}") for block in blocks(page)[1:]])
     follow(server, blocks(after))
     print(f"{time.monotonic() - began:.0f} s", *(machine.log.read_text() for machine in machines.values()))
+    (shown,) = (block for block in blocks(SERVER.read_text()) if "fedara deploy nodes" in block)
+    told = server.type(shown).stdout
+    assert told.count(" 3 of 3 ") == 2 and "roof" not in told and told.endswith("run first, completed\n"), told
     facts = json.loads((server.home / "site/server/home/runs/first/federated.json").read_text())
     assert facts["outcome"] == "completed" and facts["rounds"] == 3 and not facts["left-out"], facts
 
