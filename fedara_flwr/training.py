@@ -111,7 +111,7 @@ class TrainSettings(LocalTraining):
     )
     cache_mb: int = Field(256, ge=1, description="megabytes that a process keeps so in memory; least recently used rows go")
     cache_disk_mb: int = Field(
-        0, ge=0, description="from there to a scratch file of at most so many megabytes (docs/deploy.md); 0 = none"
+        0, ge=0, description="from there to a scratch file of at most so many megabytes (docs/deploy-device.md); 0 = none"
     )
     prox_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 times the squared distance from the received values")
     orthogonality: float = Field(0.0, ge=0, description="AdaLoRA's penalty on A·Aᵀ - I and Bᵀ·B - I; 0.1 there")

@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 @app.callback()
 def resident() -> None:
-    """The processes that keep a node's model and data between messages: docs/deploy.md."""
+    """The processes that keep a node's model and data between messages: docs/deploy-device.md."""
 
 
 @app.command("list")

@@ -44,7 +44,7 @@ from typer.testing import CliRunner
 
 from fedara_flwr import cli
 from fedara_flwr.cli import doctor
-from fedara_flwr.cli.deploy import check, gateway, keys
+from fedara_flwr.cli.deploy import check, gateway, keys, network
 from fedara_flwr.cli.deploy.proxy import proxy_to
 from fedara_flwr.cli.deploy.site import SECRETS, template
 from fedara_flwr.config import Settings
@@ -57,6 +57,7 @@ SCRIPTS |= {path.name: path.read_text() for path in sorted(DOCKER.glob("*.sh"))}
 COMPOSE = sorted([*FILES.glob("*.yml"), *DOCKER.glob("*.yml")])
 BIN = Path(sys.executable).parent
 HOST = "fed.example"
+needs_ipv6 = pytest.mark.skipif(not network.of_this_machine("::1"), reason="this machine has no IPv6")
 
 
 def fedara(*words: str) -> tuple[int, str]:
@@ -146,6 +147,8 @@ def test_node_keys_are_what_ssh_keygen_makes(made):
     [
         (["--server", "https://fed.example"], "--server"),
         (["--server", "fed.example:8000"], "no port"),
+        (["--server", "::"], "one address"),
+        (["--server", "fe80::1%eth0"], "without a zone"),
         (["--server", "fed.example", "--port", "0"], "1 to 65535"),
         (["--server", "fed.example", "--superlink-port", "8000"], "another one"),
         (["--server", "fed.example", "--days", "0"], "1 to 3650"),
@@ -257,12 +260,58 @@ def test_settings_that_cannot_be(site):
     assert levels(site / "node-attic")["settings"].level == "problem"
 
 
+def test_values_of_settings_are_what_a_shell_makes_of_them(site):
+    file = site / "server/settings.env"
+    text = file.read_text().replace("VENV=\n", 'VENV="/home/é me/venv"\nexport no_proxy=fed.example\n')
+    file.write_text(text)
+    settings = check.read_settings(site / "server")
+    assert settings["VENV"] == "/home/é me/venv" and settings["no_proxy"] == "fed.example" and settings["LISTEN"] == "::"
+    file.write_text(text.replace("LISTEN=::", "LISTEN=*"))
+    assert "LISTEN=*, allowed is :: (all addresses" in levels(site / "server")["settings"].found
+    file.write_text(text.replace("PORT=9000", "PORT='9000"))
+    assert "is no KEY=VALUE" in levels(site / "server")["settings"].found
+
+
+@pytest.mark.parametrize(
+    "host, listen, level, words",
+    [
+        ("127.0.0.1", "::", "ok", "nodes will use 127.0.0.1:"),
+        ("127.0.0.1", "0.0.0.0", "ok", "nodes will use"),
+        ("::1", "0.0.0.0", "problem", "LISTEN=0.0.0.0 hears IPv4 alone, and ::1 is ::1: IPv6"),
+        ("127.0.0.1", "::1", "problem", "hears IPv6 alone"),
+        ("127.0.0.1", "192.0.2.1", "problem", "LISTEN=192.0.2.1 is no address of this machine"),
+        ("no-such-host.invalid", "::", "warning", "is not known here"),
+    ],
+)
+@needs_ipv6
+def test_whether_nodes_will_reach_the_gateway(tmp_path, host, listen, level, words):
+    server = init(tmp_path / "site", host=host) / "server"
+    finding = network.address(server, free_port(), listen)
+    assert finding.level == level and words in finding.found
+
+
+@needs_ipv6
+def test_whether_nodes_reach_the_gateway(tmp_path):
+    """A gateway that answers on another address than the one that nodes use is no good one."""
+    quiet = [Route("/health", lambda request: Response())]
+    for host, level, words in (
+        ("127.0.0.1", "ok", "which nodes use, answers"),
+        ("::1", "problem", "does not answer"),
+        ("192.0.2.1", "warning", "does not answer"),
+    ):
+        server = init(tmp_path / host / "site", host=host) / "server"
+        with serving(server, quiet) as port:
+            finding = network.address(server, port, "::")
+            assert finding.level == level and words in finding.found, finding
+            assert network.own_service(server, port, "127.0.0.1").level == "ok"
+
+
 def test_another_program_on_a_node_s_port(monkeypatch):
-    monkeypatch.setattr(check, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        finding = check.runtime_port(taken.getsockname()[1])
+        finding = network.runtime_port(taken.getsockname()[1])
     assert finding.level == "problem"
 
 
@@ -399,14 +448,59 @@ def test_strangers_cannot_hold_up_the_gateway(made):
     assert time.monotonic() - began < 30
 
 
+class Unused(uvicorn.Server):
+    """One that is told all and serves nobody."""
+
+    said: uvicorn.Config
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        Unused.said, self.started = self.config, True
+
+
 def test_the_gateway_asks_uvicorn_for_what_it_needs(made, monkeypatch):
-    found: dict = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: found.update(options))
+    monkeypatch.setattr(uvicorn, "Server", Unused)
     monkeypatch.setattr("asyncio.constants.SSL_HANDSHAKE_TIMEOUT", 60.0)
-    words = [str(made / "server"), "--superlink", "127.0.0.1:1", "--head-seconds", "7"]
-    assert CliRunner().invoke(cli.app, ["deploy", "gateway", *words]).exit_code == 0
-    assert found["proxy_headers"] is False and found["h11_max_incomplete_event_size"] == 16384
-    assert found["ssl_certfile"] == str(made / "server" / "server.pem") and constants.SSL_HANDSHAKE_TIMEOUT == 7
+    words = [str(made / "server"), "--superlink", "127.0.0.1:1", "--head-seconds", "7", "--port", str(free_port())]
+    code, text = fedara("gateway", *words)
+    assert code == 0 and "nodes are heard" in text, text
+    assert Unused.said.proxy_headers is False and Unused.said.h11_max_incomplete_event_size == 16384
+    assert Unused.said.ssl_certfile == str(made / "server" / "server.pem") and constants.SSL_HANDSHAKE_TIMEOUT == 7
+
+
+def heard(port: int, address: str) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        return probe.connect_ex((address, port)) == 0
+
+
+@needs_ipv6
+@pytest.mark.parametrize("listen, four, six", [("::", True, True), ("0.0.0.0", True, False), ("::1", False, True)])
+def test_the_gateway_hears_the_addresses_that_it_is_told(listen, four, six):
+    with gateway.listening(listen, free_port()) as taken:
+        port = taken.getsockname()[1]
+        assert (heard(port, "127.0.0.1"), heard(port, "::1")) == (four, six)
+
+
+def test_without_ipv6_the_gateway_hears_ipv4(monkeypatch):
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with gateway.listening("::", free_port()) as taken:
+        assert taken.family == socket.AF_INET and heard(taken.getsockname()[1], "127.0.0.1")
+
+
+def test_a_port_that_is_taken_is_one_line(made):
+    with gateway.listening("127.0.0.1", 0) as taken:
+        words = ["--superlink", "127.0.0.1:1", "--listen", "127.0.0.1", "--port", str(taken.getsockname()[1])]
+        code, text = fedara("gateway", str(made / "server"), *words)
+    assert code == 1 and "error: " in text and "Traceback" not in text
+    code, text = fedara("gateway", str(made / "server"), "--superlink", "127.0.0.1:1", "--listen", "*")
+    assert code == 1 and "allowed is :: " in text
+
+
+@pytest.mark.parametrize(
+    "address, counted",
+    [("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"), ("fd00::1:2", "fd00::/64"), ("fe80::1%eth0", "fe80::/64")],
+)
+def test_whose_connections_are_counted_together(address, counted):
+    assert gateway.place(address) == counted
 
 
 @contextlib.contextmanager
@@ -449,18 +543,18 @@ def test_a_server_is_looked_for_as_the_supernode_reaches_it(made, monkeypatch):
     folder, quiet = made / "server", [Route("/health", lambda request: Response())]
     with serving(folder, quiet) as port, tunnelling(b"me:a b") as proxy:
         monkeypatch.setenv("https_proxy", f"http://me:a%20b@127.0.0.1:{proxy}")
-        finding = check.server_answers(folder, HOST, port)
+        finding = network.server_answers(folder, HOST, port)
         assert (
             finding.level == "ok" and f"{HOST}:{port} by way of the proxy 127.0.0.1:{proxy} answers over TLS" in finding.found
         )
-        assert check.own_service(folder, port).level == "ok"
-    finding = check.server_answers(folder, HOST, port)  # the proxy is gone
+        assert network.own_service(folder, port).level == "ok"
+    finding = network.server_answers(folder, HOST, port)  # the proxy is gone
     assert finding.level == "problem" and f"no_proxy={HOST}" in finding.advice and "a b" not in finding.found
     with tunnelling(b"me:other") as proxy:
         monkeypatch.setenv("https_proxy", f"http://me:wrong@127.0.0.1:{proxy}")
-        assert "407 Proxy Authentication Required" in check.server_answers(folder, HOST, port).found
+        assert "407 Proxy Authentication Required" in network.server_answers(folder, HOST, port).found
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
-    assert "allowed are HTTP proxies" in check.server_answers(folder, HOST, port).found
+    assert "allowed are HTTP proxies" in network.server_answers(folder, HOST, port).found
     monkeypatch.setenv("no_proxy", f"localhost,{HOST}")
     assert proxy_to(HOST) is None
 
@@ -469,22 +563,22 @@ def test_check_notices_what_answers(made, tmp_path):
     folder = made / "server"
     quiet = [Route("/health", lambda request: Response())]
     with serving(folder, quiet) as port:
-        assert "answers over TLS" in check.own_service(folder, port).found
-        assert check.reach(folder, port).level == "ok"
-        assert check.server_answers(folder, "localhost", port).level == "ok"
-        assert check.clock(folder, "localhost", port).level == "ok"
+        assert "answers over TLS" in network.own_service(folder, port).found
+        assert network.reach(folder, port).level == "ok"
+        assert network.server_answers(folder, "localhost", port).level == "ok"
+        assert network.clock(folder, "localhost", port).level == "ok"
         other = init(tmp_path / "other")
-        assert "another server" in check.server_answers(other / "server", "localhost", port).found
-        assert "something else" in check.own_service(other / "server", port).found
+        assert "another server" in network.server_answers(other / "server", "localhost", port).found
+        assert "something else" in network.own_service(other / "server", port).found
     with serving(folder, ANY) as port:
-        assert "run code" in check.reach(folder, port).found
+        assert "run code" in network.reach(folder, port).found
 
 
 @pytest.mark.parametrize("ahead, level", [(0, "ok"), (60, "problem"), (-60, "ok"), (-900, "problem")])
 def test_clocks(made, monkeypatch, ahead, level):
     date = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
-    monkeypatch.setattr(check, "_ask", lambda *words: (200, date, None))
-    assert check.clock(made, HOST, 1).level == level
+    monkeypatch.setattr(network, "ask", lambda *words: (200, date, None))
+    assert network.clock(made, HOST, 1).level == level
 
 
 # scripts and files for containers
@@ -671,7 +765,7 @@ def test_a_site_in_use(tmp_path, tiny_bert):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(Started(site / "server/start.sh"))
-        wait_for(lambda: check.own_service(site / "server", port).found.endswith("with server.pem"))
+        wait_for(lambda: network.own_service(site / "server", port).found.endswith("with server.pem"))
         told = call(site / "server/register.sh")
         assert told.returncode == 0 and told.stdout == "a: registered\nb: registered\n"
         told = call(site / "server/register.sh")
@@ -694,3 +788,71 @@ def test_a_site_in_use(tmp_path, tiny_bert):
         assert done.returncode == 1 and "train.steps" in done.stdout
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if str(site) in " ".join(p.info["cmdline"] or ())]
     assert not left
+
+
+@needs_ipv6
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_site_over_ipv6_in_a_folder_with_any_name(tmp_path, tiny_bert):
+    """Server ::1, a folder with spaces and letters beyond ASCII: a run of two rounds, its going on, and who the nodes are."""
+    port, place = free_port(), tmp_path / "ein öder Ort, 'so'"
+    place.mkdir()
+    words = ("--port", str(port), "--superlink-port", str(free_port()), "--names", "a,b,c")
+    site = init(place / "site", *words, host="::1")
+    server = site / "server"
+    for number, name in enumerate(("a", "b")):
+        write_rows(place / f"{name}.csv", seed=number)
+        node = site / f"node-{name}"
+        text = f'client-key = "{name}"\ndata-path = "{place}/{name}.csv"\nmodels = "{tiny_bert}"\n'
+        (node / "node.toml").write_text(text)
+        (node / "settings.env").write_text(
+            re.sub("RUNTIME_PORT=.*", f"RUNTIME_PORT={free_port()}", (node / "settings.env").read_text())
+        )
+    app = clone(place / "app")
+    values = SMALL | {"model.name": str(tiny_bert), "run.name": "six", "num-server-rounds": 2, "strategy.fraction-train": 1.0}
+    (place / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    values |= {"run.resume": "six", "num-server-rounds": 3}
+    (place / "more.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+
+    code, text = fedara("nodes", str(server))
+    assert code == 1 and text == "error: the SuperLink does not answer: is `sh start.sh` running on this server?\n"
+    (site / "node-a/settings.env").write_text(
+        (site / "node-a/settings.env").read_text().replace(f"[::1]:{port}", f"localhost:{port}")
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Started(server / "start.sh"))
+        told = call(server / "register.sh")  # which waits
+        assert told.returncode == 0 and told.stdout == "a: registered\nb: registered\nc: registered\n"
+        assert fedara("nodes", str(server))[1].splitlines()[3].split()[2:] == ["registered", "never", "-", "-"]
+        for name in ("a", "b"):
+            stack.enter_context(Started(site / f"node-{name}/start.sh"))
+        wait_for(lambda: fedara("nodes", str(server))[1].count(" online ") == 2)
+        for folder in (server, site / "node-a", site / "node-b"):
+            found = levels(folder)
+            assert "problem" not in [finding.level for finding in found.values()], found
+        assert levels(server)["address"].found == f"[::1]:{port}, which nodes use, answers"
+        assert f"[::1]:{port} answers over TLS" in levels(site / "node-b")["server"].found
+
+        assert call(server / "run.sh", str(app), "--run-config", str(place / "run.toml")).returncode == 0
+        _, text = fedara("nodes", str(server))
+        rows = {line.split()[0]: line.split() for line in text.splitlines()}
+        for name in ("a", "b"):
+            assert rows[name][2:] == ["online", "now", "2", "of", "2", "0"], text
+        assert rows["c"][2:] == ["registered", "never", "0", "of", "2", "0"] and text.endswith("run six, completed\n")
+        assert call(server / "run.sh", str(app), "--run-config", str(place / "more.toml")).returncode == 0
+        assert json.loads((server / "home/runs/six/federated.json").read_text())["rounds"] == 3
+
+        code, text = fedara("unregister", "d", str(server))
+        assert code == 1 and "no such node is registered, allowed is one of a, b, c" in text
+        code, text = fedara("unregister", "c", str(server))
+        assert code == 0 and text.startswith("c: unregistered (")
+        code, text = fedara("unregister", rows["b"][1], str(server))
+        assert code == 0 and text.startswith("b: unregistered (")
+        assert [line.split()[0] for line in fedara("nodes", str(server))[1].splitlines()][:2] == ["name", "a"]
+        told = call(server / "register.sh")
+        assert told.returncode == 0 and told.stdout == "a: registered before\n"
+        shutil.copy(server / "nodes/b.unregistered", server / "nodes/b.pub")
+        told = call(server / "register.sh")
+        print(told.stdout, told.stderr, fedara("nodes", str(server))[1])
+    done = call(server / "run.sh", str(app))
+    assert done.returncode == 1 and done.stderr.startswith("the SuperLink does not answer")

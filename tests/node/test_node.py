@@ -30,7 +30,7 @@ from fedara_flwr.server.loop import RunFailed
 from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.records import says_busy
 
-DOCS = Path(__file__).parents[2] / "docs" / "deploy.md"
+DOCS = Path(__file__).parents[2] / "docs" / "deploy-device.md"
 ALL = {"num_server_rounds": 3, "method": "fedara-static", "strategy__fraction_train": 1.0}
 
 

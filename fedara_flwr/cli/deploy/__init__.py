@@ -74,11 +74,38 @@ def check_up(
     raise typer.Exit(int(problems > 0))
 
 
+@app.command("nodes")  # as above
+def list_nodes(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder")] = Path("."),
+) -> None:
+    """Which nodes are registered and online, and what became of them in the newest run. Run it on the server."""
+    from fedara_flwr.cli.deploy.nodes import show
+
+    try:
+        typer.echo("\n".join(show(folder.resolve())))
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def unregister(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="its name or id, as `fedara deploy nodes` shows it")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder")] = Path("."),
+) -> None:
+    """Take a node's registration back, for good: a device that is lost. Its key is never accepted again."""
+    from fedara_flwr.cli.deploy.nodes import unregister
+
+    try:
+        typer.echo(unregister(folder.resolve(), node))
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
 @app.command("gateway")  # as above
 def start_gateway(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the server's folder: certificate and key")],
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the SuperLink listens")],
-    listen: Annotated[str, typer.Option(metavar="ADDRESS")] = "0.0.0.0",  # nosec B104 # nodes come from outside
+    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="::, all of this machine, IPv6 and IPv4; or one")] = "::",
     port: Annotated[int, typer.Option()] = 8000,
     max_request_mb: Annotated[float, typer.Option(min=0, help="a larger request is refused")] = 64,
     max_connections: Annotated[int, typer.Option(min=1, help="at once")] = 1024,
@@ -88,9 +115,14 @@ def start_gateway(
 ) -> None:
     """Pass on what nodes need of a SuperLink, and nothing else. The server's start.sh starts it."""
     from fedara_flwr.cli.deploy.gateway import Limits, serve
+    from fedara_flwr.cli.deploy.settings import check_listen
 
     limits = Limits(max_request_mb, max_connections, max_per_address, head_seconds, body_seconds)
-    serve(superlink, folder / "ca.crt", folder / "server.pem", folder / "server.key", listen, port, limits)
+    try:
+        check_listen(listen, "LISTEN=")
+        serve(superlink, folder / "ca.crt", folder / "server.pem", folder / "server.key", listen, port, limits)
+    except (ConfigError, OSError) as error:
+        _fail(error)
 
 
 def _fail(error: Exception) -> NoReturn:

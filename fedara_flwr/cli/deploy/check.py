@@ -5,43 +5,30 @@ Nothing is started or changed. Each check is a function that gives one Finding.
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import ssl
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import partial
-from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 from packaging.requirements import Requirement
 
-from fedara_flwr.cli.deploy.keys import CURVE
-from fedara_flwr.cli.deploy.proxy import connection as connection_to
-from fedara_flwr.cli.deploy.proxy import proxy_to, shown
+from fedara_flwr.cli.deploy import network
+from fedara_flwr.cli.deploy.keys import CURVE, names_of, read_certificate
+from fedara_flwr.cli.deploy.settings import read_settings
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
 from fedara_flwr.config import Settings
 from fedara_flwr.keys import ConfigError
-from fedara_flwr.log import first_line
 from fedara_flwr.node.settings import NodeSettings
 from fedara_flwr.tasks import tasks
 
 NOT_ON_DEVICES = {"matplotlib", "jinja2"}  # pages of runs; and of flwr[simulation] the extra, which is Ray
-EXPIRES_SOON = timedelta(days=30)
-# what Flower's node authentication allows: a node's clock may be behind the server's, hardly ahead of it
-BEHIND_SECONDS, AHEAD_SECONDS = 300, 5
-ANSWER_SECONDS = 5.0  # to wait for one answer
 LABELS = 20  # that a line names
-CONTROL = "/v1/control/list-nodes"  # of the SuperLink: for users, none of nodes' business
 
 
 def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
@@ -69,16 +56,17 @@ def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
 
 def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[], Finding]]:
     """The checks of a server's folder."""
-    superlink, gateway = int(settings["SUPERLINK_PORT"]), int(settings["PORT"])
+    superlink, gateway, listen = int(settings["SUPERLINK_PORT"]), int(settings["PORT"]), settings["LISTEN"]
     return {
         "certificate": partial(server_certificate, folder),
         "key": partial(server_key, folder),
         "nodes": partial(node_keys, folder),
         "python": python,
         "packages": partial(packages, device=False),
-        "SuperLink": partial(own_service, folder, superlink),
-        "gateway": partial(own_service, folder, gateway),
-        "reach of nodes": partial(reach, folder, gateway),
+        "SuperLink": partial(network.own_service, folder, superlink),
+        "gateway": partial(network.own_service, folder, gateway, listen),
+        "address": partial(network.address, folder, gateway, listen),
+        "reach of nodes": partial(network.reach, folder, gateway, listen),
     }
 
 
@@ -91,9 +79,9 @@ def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> d
         "key": partial(node_key, folder),
         "python": python,
         "packages": partial(packages, device=True),
-        "port": partial(runtime_port, int(settings["RUNTIME_PORT"])),
-        "server": partial(server_answers, folder, host, int(port)),
-        "clock": partial(clock, folder, host, int(port)),
+        "port": partial(network.runtime_port, int(settings["RUNTIME_PORT"])),
+        "server": partial(network.server_answers, folder, host, int(port)),
+        "clock": partial(network.clock, folder, host, int(port)),
         "device": partial(device, node),
         "model": partial(model, node),
         "data": partial(data, node),
@@ -118,70 +106,30 @@ def permissions(folder: Path) -> Finding:
     return Finding("problem", f"others may enter or read {names}", f"chmod go= {names}")
 
 
-def read_settings(folder: Path) -> dict[str, str]:
-    """Keys and values of a machine's settings.env, its ports checked.
-
-    Raises:
-        ConfigError: a line is no KEY=VALUE, or a key is missing or no port where one is meant.
-    """
-    file, settings = folder / "settings.env", {}
-    for line in file.read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            key, equals, value = line.partition("=")
-            if not equals or not key.isidentifier() or " " in value:
-                raise ConfigError(f"{file}: {line!r} is no KEY=VALUE without spaces")
-            settings[key] = value
-    ports = ("PORT", "SUPERLINK_PORT") if (folder / "server.pem").exists() else ("SUPERLINK", "RUNTIME_PORT")
-    for key in ports:
-        number = settings.get(key, "").rpartition(":")[2]
-        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
-            wanted = "HOST:PORT" if key == "SUPERLINK" else "a port, 1 to 65535"
-            raise ConfigError(f"{file}: {key}={settings.get(key, '')}, allowed is {wanted}")
-    return settings
-
-
-def _certificate(path: Path) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(path.read_bytes())
-
-
-def _dates(certificate: x509.Certificate, what: str) -> Finding:
-    now, start, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now < start:
-        return Finding(
-            "problem", f"{what} is valid from {start:%F %H:%M} UTC, here it is {now:%F %H:%M}", "set this machine's clock"
-        )
-    if now > end:
-        return Finding("problem", f"{what} ended on {end:%F}", "make a new site, or sign a new certificate (docs/deploy.md)")
-    if now > end - EXPIRES_SOON:
-        return Finding("warning", f"{what} ends on {end:%F}", "make a new one in time (docs/deploy.md)")
-    return Finding("ok", f"{what} is valid until {end:%F}")
-
-
 def authority(folder: Path) -> Finding:
     """Whether the authority's certificate can be read and is not about to expire."""
-    return _dates(_certificate(folder / "ca.crt"), "the authority's certificate")
+    return network.dates(read_certificate(folder / "ca.crt"), "the authority's certificate")
 
 
 def server_certificate(folder: Path) -> Finding:
     """The server's certificate: signed by our authority, for which names, until when."""
-    certificate, ca = _certificate(folder / "server.pem"), _certificate(folder / "ca.crt")
+    certificate, ca = read_certificate(folder / "server.pem"), read_certificate(folder / "ca.crt")
     try:
         certificate.verify_directly_issued_by(ca)
     except Exception:  # of several kinds: another name, another key, another algorithm
         return Finding("problem", "server.pem was not signed by ca.crt's authority", "copy both from the same site")
     for one, what in ((ca, "the authority's certificate"), (certificate, "the server's certificate")):
-        finding = _dates(one, what)
+        finding = network.dates(one, what)
         if finding.level != "ok":
             return finding
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    host = str(next(iter(names)).value)
-    return Finding("ok", f"{finding.found}, for {', '.join(str(name.value) for name in names)}; nodes use {host}")
+    names = names_of(certificate)
+    return Finding("ok", f"{finding.found}, for {', '.join(names)}; nodes use {names[0]}")
 
 
 def server_key(folder: Path) -> Finding:
     """Whether the server's key is the certificate's."""
     key = load_pem_private_key((folder / "server.key").read_bytes(), None)
-    if key.public_key() != _certificate(folder / "server.pem").public_key():
+    if key.public_key() != read_certificate(folder / "server.pem").public_key():
         return Finding("problem", "server.key is not the key of server.pem", "copy both from the same site")
     return Finding("ok", "server.key is the certificate's")
 
@@ -220,105 +168,6 @@ def packages(device: bool) -> Finding:
         needed = " ".join(f"'{requirement}'" for requirement, _ in lacking)
         return Finding("problem", "; ".join(reason for _, reason in lacking), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in (PACKAGE, "flwr", "torch", "transformers", "peft")))
-
-
-def _ask(folder: Path, host: str, port: int, path: str = "/health", method: str = "GET") -> tuple[int, str, x509.Certificate]:
-    """(status, Date header, certificate) of what answers there, which must be certified by our authority.
-
-    Raises:
-        OSError, HTTPException: nothing answers, or not as it should.
-    """
-    with contextlib.closing(connection_to(host, port, ANSWER_SECONDS, str(folder / "ca.crt"))) as connection:
-        connection.connect()
-        shown = connection.sock.getpeercert(binary_form=True)
-        connection.request(method, path)
-        answer = connection.getresponse()
-        answer.read(1000)
-        return answer.status, answer.headers.get("Date", ""), x509.load_der_x509_certificate(shown or b"")
-
-
-def own_service(folder: Path, port: int) -> Finding:
-    """Whether the port is free, or this site's own server answers on it."""
-    if not _listening(port):
-        return Finding("ok", f"port {port} is free; `sh start.sh` starts it")
-    try:
-        status, _, certificate = _ask(folder, "127.0.0.1", port)
-    except (OSError, HTTPException) as error:
-        return Finding(
-            "problem", f"something else listens on port {port} ({first_line(error)})", "end it, or change settings.env"
-        )
-    if certificate != _certificate(folder / "server.pem"):
-        return Finding("warning", f"port {port} shows another certificate than server.pem", "start the server again")
-    if status != 200:
-        return Finding("problem", f"port {port} answers with {status}", "see what start.sh says; is the SuperLink up?")
-    return Finding("ok", f"port {port} answers over TLS, with server.pem")
-
-
-def reach(folder: Path, port: int) -> Finding:
-    """Whether nodes can reach more than they should."""
-    if not _listening(port):
-        return Finding("ok", "nothing listens for nodes yet")
-    status, _, _ = _ask(folder, "127.0.0.1", port, CONTROL, "POST")
-    if status != 404:
-        return Finding(
-            "problem",
-            f"port {port} answers users, too ({status}): whoever reaches it can run code on the server and every node",
-            "let nodes reach the gateway alone, never the SuperLink",
-        )
-    return Finding("ok", "nodes reach the Fleet API, nothing else")
-
-
-def runtime_port(port: int) -> Finding:
-    """Whether the SuperNode's own port is free."""
-    if _listening(port):
-        connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
-        with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return Finding("ok", f"a SuperNode answers on port {port}")
-        return Finding(
-            "problem", f"something that is no SuperNode listens on port {port}", "another RUNTIME_PORT in settings.env"
-        )
-    return Finding("ok", f"port {port} is free; `sh start.sh` starts the SuperNode")
-
-
-def server_answers(folder: Path, host: str, port: int) -> Finding:
-    """Whether the server can be reached, and is the one that our authority certified."""
-    place = f"{host}:{port}"
-    try:
-        proxy = proxy_to(host)
-        place += f" by way of the proxy {shown(proxy)}" if proxy else ""
-        status, _, certificate = _ask(folder, host, port)
-    except ssl.SSLCertVerificationError as error:
-        names = f"for another server, or for another name than {host}"
-        return Finding("problem", f"{place} shows a certificate {names} ({error.verify_message})", "see SUPERLINK, and ca.crt")
-    except (OSError, HTTPException, ValueError) as error:
-        advice = "is the server started, the port open in its firewall, the name known here?"
-        if "proxy" in f"{place} {error}":
-            advice = f"a server that needs no proxy: export no_proxy={host} in settings.env"
-        return Finding("problem", f"{place} does not answer ({first_line(error)})", advice)
-    if status != 200:
-        return Finding("problem", f"{place} answers with {status}: the gateway is up, the SuperLink is not", "see the server")
-    return _dates(certificate, f"{place} answers over TLS; its certificate")
-
-
-def clock(folder: Path, host: str, port: int) -> Finding:
-    """The machine's clock against the server's, as Flower's node authentication will see it."""
-    try:
-        date = parsedate_to_datetime(_ask(folder, host, port)[1])
-    except (OSError, HTTPException, ValueError) as error:
-        return Finding("warning", f"not compared, the server does not answer ({first_line(error)})")
-    ahead = (datetime.now(UTC) - date).total_seconds()
-    offset = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
-    if ahead > AHEAD_SECONDS or ahead < -BEHIND_SECONDS:
-        return Finding("problem", offset, f"set it: allowed are {AHEAD_SECONDS} s ahead, {BEHIND_SECONDS} s behind")
-    return Finding("ok", offset)
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def own_settings(folder: Path) -> NodeSettings:

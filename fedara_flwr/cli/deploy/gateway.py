@@ -10,7 +10,10 @@ signature no body is read. Whether the signature is good the SuperLink says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import re
+import socket
 import ssl
 from asyncio import constants
 from collections import Counter
@@ -51,7 +54,7 @@ class Limits:
     Attributes:
         megabytes: that one request may carry; a larger one is answered with 413. Flower cuts arrays into objects of 5 MiB.
         connections: at once.
-        per_address: of these, from one address: a household's nodes share theirs.
+        per_address: of these, from one address, with IPv6 from one /64: a household's nodes share theirs.
         head_seconds: for the TLS handshake, and from the first byte of a request to the end of its headers.
         body_seconds: for one request's body; a slower one is answered with 408.
     """
@@ -138,7 +141,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.address = (transport.get_extra_info("peername") or ("",))[0]
+            self.address = place((transport.get_extra_info("peername") or ("",))[0])
             if there.total() >= limits.connections or there[self.address] >= limits.per_address:
                 transport.abort()
                 return
@@ -173,6 +176,28 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     return Limited
 
 
+def place(address: str) -> str:
+    """Of an IPv6 address its network of 64 bits, in which one machine may have any number; IPv4 as it is."""
+    try:
+        found = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; on "::" for IPv4, too, and where the system has no IPv6 for IPv4 alone.
+
+    Raises:
+        OSError: the port is taken, or the address is none of this machine.
+    """
+    both = host == "::" and socket.has_dualstack_ipv6()
+    if host == "::" and not both:
+        host = "0.0.0.0"  # nosec B104 # nodes come from outside
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+
+
 def serve(superlink: str, ca: Path, certificate: Path, key: Path, host: str, port: int, limits: Limits) -> None:
     """Run the gateway until the process is stopped.
 
@@ -180,12 +205,13 @@ def serve(superlink: str, ca: Path, certificate: Path, key: Path, host: str, por
         superlink, ca: as `application`.
         certificate, key: the server's own, PEM.
         host, port: to listen on.
+
+    Raises:
+        OSError: it cannot listen there.
     """
     constants.SSL_HANDSHAKE_TIMEOUT = limits.head_seconds  # type: ignore[misc] # uvicorn has no option for it
-    uvicorn.run(
+    config = uvicorn.Config(
         application(superlink, ca, limits),
-        host=host,
-        port=port,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
         log_level="warning",
@@ -195,3 +221,9 @@ def serve(superlink: str, ca: Path, certificate: Path, key: Path, host: str, por
         loop="asyncio",
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
+    with listening(host, port) as taken, contextlib.suppress(KeyboardInterrupt):
+        print(f"gateway: nodes are heard on port {port}", flush=True)
+        server = uvicorn.Server(config)
+        server.run(sockets=[taken])
+        if not server.started:
+            raise OSError("the gateway did not start")

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CURVE = ec.SECP384R1  # what Flower's node authentication takes
-LOCAL_NAMES = ("localhost", "127.0.0.1", "superlink")  # this machine, and the service in compose.yml
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "superlink")  # this machine, and the service in compose.yml
 CLOCK_ALLOWANCE = timedelta(hours=1)  # a device whose clock is a little behind must not see a certificate of the future
 
 
@@ -97,6 +97,17 @@ def _usage(digital_signature: bool = False, key_cert_sign: bool = False, crl_sig
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """A certificate's file."""
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """Names and addresses that a server's certificate is for; the first is what nodes use."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:

@@ -32,17 +32,19 @@ def shown(proxy: SplitResult) -> str:
     return f"{proxy.hostname}:{proxy.port or (443 if proxy.scheme == 'https' else 80)}"
 
 
-def connection(host: str, port: int, timeout: float, authority: str) -> HTTPSConnection:
+def connection(host: str, port: int, timeout: float, authority: str, own: bool = False) -> HTTPSConnection:
     """A connection to a server that `authority` certified, by the proxy that the environment names, if any.
 
     Args:
         authority: file of its certificate.
+        own: of this machine: without a proxy, and whatever name the certificate is for.
 
     Raises:
         ValueError: as `proxy_to`.
     """
     context = ssl.create_default_context(cafile=authority)
-    if (proxy := proxy_to(host)) is None:
+    context.check_hostname = not own
+    if own or (proxy := proxy_to(host)) is None:
         return HTTPSConnection(host, port, timeout=timeout, context=context)
     tunnel = HTTPSConnection(str(proxy.hostname), proxy.port or 80, timeout=timeout, context=context)
     login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}" if proxy.username else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 
 from fedara_flwr.cli.deploy import keys
+from fedara_flwr.cli.deploy.network import join
 from fedara_flwr.keys import ConfigError
 
 NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
@@ -115,9 +116,8 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     _write(node / "ca.crt", (site / "ca" / "ca.crt").read_bytes())
     _write(node / "node.key", private)
     _write(site / "server" / "nodes" / f"{name}.pub", public)
-    address = f"[{host}]" if ":" in host else host
     runtime_port = NODE_PORT + len(list((site / "server" / "nodes").iterdir())) - 1  # so that all can be on one machine
-    values = {"name": name, "address": f"{address}:{port}", "share": share, "runtime_port": runtime_port}
+    values = {"name": name, "address": join(host, port), "share": share, "runtime_port": runtime_port}
     for source, target in (
         ("node-settings.env", "settings.env"),
         ("node.toml", "node.toml"),
@@ -162,10 +162,13 @@ def _write(path: Path, content: bytes) -> None:
 
 def _check(host: str, port: int, names: tuple[str, ...], days: int, superlink_port: int) -> None:
     try:
-        ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         if not re.fullmatch(HOST, host):
             raise ConfigError(f"--server {host!r}: allowed is a host name or an IP address, no port, no scheme") from None
+    else:
+        if address.is_unspecified or address.is_multicast or "%" in host:
+            raise ConfigError(f"--server {host}: allowed is one address that nodes can reach, without a zone")
     for option, value in (("--port", port), ("--superlink-port", superlink_port)):
         if not 1 <= value <= 65535:
             raise ConfigError(f"{option} {value}: allowed is 1 to 65535")
