@@ -23,10 +23,11 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))
+TESTS = HERE.parent.parent / "tests"
+sys.path += [str(HERE), str(TESTS), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 
-from deployment import Deployment, Node, write_rows  # noqa: E402, I001
-from overhead import MODEL, cpu  # noqa: E402 # and the folders of tests come into the path
+from deployment import Deployment, Node, write_rows  # noqa: E402
+from overhead import MODEL, cpu  # noqa: E402
 
 V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 TOP = Path("/sys/fs/cgroup" if V2 else "/sys/fs/cgroup/memory")

@@ -42,6 +42,8 @@ class NodeSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
     max_threads: int = Field(64, ge=1, description="most that a run may ask for, where threads is 0")
+    cache_mb: int | None = Field(None, ge=1, description="memory for frozen blocks' outputs; unset = the run's train.cache-mb")
+    cache_disk_mb: int | None = Field(None, ge=0, description="and disk, 0 = none; unset = the run's train.cache-disk-mb")
     max_steps: int = Field(10_000, ge=1, description="most optimiser steps of one round, counted by epochs too")
     max_epochs: int = Field(100, ge=1, description="most passes over its examples in one round")
     max_batch: int = Field(1024, ge=1, description="most examples of one step")

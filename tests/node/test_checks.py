@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedara_flwr.cli.deploy import own
 from fedara_flwr.node import busy
 from fedara_flwr.node.settings import NodeSettings
 
@@ -410,3 +411,18 @@ def test_as_a_node_runs_it(machine, tmp_path):
     code = "import sys, fedara_flwr.node.busy; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'flwr', 'pydantic')))"
     env = os.environ | {"PYTHONPATH": str(package)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "level", "found"),
+    [
+        ("", "ok", "none: the node trains whenever it is asked"),
+        ("sh -c 'exit 1'", "ok", "free, by sh -c 'exit 1'"),
+        ("sh -c 'echo hot'", "warning", "busy: hot"),
+        ("sh -c 'exit 3'", "problem", "busy-when failed with exit code 3: "),
+        ("sh -c 'echo --metered cannot be checked: no'", "problem", "--metered cannot be checked: no"),
+    ],
+)
+def test_what_deploy_check_says_of_it(command, level, found):
+    finding = own.busy_when(NodeSettings.read({"busy-when": command}))
+    assert (finding.level, finding.found, bool(finding.advice)) == (level, found, level != "ok")
