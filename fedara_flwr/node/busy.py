@@ -68,7 +68,8 @@ def _number(text: str) -> int | None:
 
 
 def _celsius(value: float) -> float | None:
-    return value if COLDEST <= value <= WARMEST else None
+    """A temperature; an exact 0, and what no device has (-274), come from sensors that are off."""
+    return value if value and COLDEST <= value <= WARMEST else None
 
 
 def _percent(value: Any) -> float | None:
@@ -168,7 +169,6 @@ def sensors() -> Iterator[tuple[str, float]]:
     """Name and °C of each sensor that shows a temperature.
 
     The kernel's unit is a thousandth of a degree; some vendors' zones have whole degrees or tenths, which the size tells.
-    An exact 0 and what no device has (-274) come from sensors that are off.
     """
     files = [(_text(zone / "type") or zone.name, zone / "temp") for zone in _entries(THERMAL, "thermal_zone*")]
     for file in _entries(HWMON, "hwmon*/temp*_input"):
@@ -176,7 +176,7 @@ def sensors() -> Iterator[tuple[str, float]]:
         files.append((f"{_text(file.with_name('name')) or file.parent.name} {label}".strip(), file))
     for name, file in files:
         value = _number(_text(file))
-        if value:
+        if value is not None:
             unit = 1 if abs(value) <= WARMEST else 10 if abs(value) < 1000 else 1000
             if (celsius := _celsius(value / unit)) is not None:
                 yield name, celsius

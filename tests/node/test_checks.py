@@ -171,6 +171,7 @@ def test_one_of_several_supplies_is_enough(machine, check):
         ("400", 1, "free: battery at 40.0 °C"),
         ("-50", 1, "free: battery at -5.0 °C"),
         ("-2740", 0, "the battery does not tell its temperature"),
+        ("0", 0, "the battery does not tell its temperature"),
         ("", 0, "the battery does not tell its temperature"),
     ],
 )
