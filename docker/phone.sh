@@ -38,11 +38,15 @@ case ${1:-} in
         install_inside
         exit
         ;;
-    --inside-check) exec "$venv/bin/fedara" deploy check /node ;;
+    --inside-check)
+        export PATH="$venv/bin:$PATH" # busy-when may name a command of the package
+        exec fedara deploy check /node
+        ;;
     --inside-start)
+        export PATH="$venv/bin:$PATH"
         mkdir -p /node/home
         echo $$ >/node/home/phone.pid
-        PATH=$venv/bin:$PATH exec sh /node/start.sh
+        exec sh /node/start.sh
         ;;
 esac
 

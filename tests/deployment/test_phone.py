@@ -54,7 +54,7 @@ chmod +x "$1/bin/pip"
 touch "$1/lib/python3.13/site-packages/torch.dist-info/INSTALLER"
 mkdir -p "$1/lib/python3.13/site-packages/flwr.dist-info"
 touch "$1/lib/python3.13/site-packages/flwr.dist-info/INSTALLER"
-printf '#!/bin/sh\\necho "fedara $*" >>{root}/calls\\n' >"$1/bin/fedara"
+printf '#!/bin/sh\\necho "$(command -v fedara) $*" >>{root}/calls\\n' >"$1/bin/fedara"
 chmod +x "$1/bin/fedara"
 """
 START = """#!/bin/sh
@@ -170,7 +170,8 @@ def test_install_alone_and_check(phone):
     good(phone.run())
     assert phone.calls()[-1] == "install-device |"
     good(phone.run(phone.node, "check"))
-    assert phone.calls()[-2:] == [f"{NODE} -- sh /fedara/docker/phone.sh --inside-check", f"fedara deploy check {phone.node}"]
+    asked = f"{NODE} -- sh /fedara/docker/phone.sh --inside-check"
+    assert phone.calls()[-2:] == [asked, f"{phone.root}/venv/bin/fedara deploy check {phone.node}"]
 
 
 @pytest.mark.parametrize("when", ["early", "late"])
