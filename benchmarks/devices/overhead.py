@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent.parent / "tests"))
+TESTS = HERE.parent.parent / "tests"
+sys.path += [str(TESTS), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 
 from deployment import Deployment, Node  # noqa: E402
 

@@ -49,4 +49,4 @@ def serve(
     from fedara_flwr.node import worker
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    worker.serve(HANDLERS, socket.socket(fileno=listener), os.pidfd_open(launcher))
+    worker.serve(HANDLERS, socket.socket(fileno=listener), launcher)

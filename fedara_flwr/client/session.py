@@ -131,7 +131,9 @@ def own_settings(settings: Settings, node: NodeSettings, trusted: bool) -> tuple
         data |= {"train_split": "", "validation_split": "", "test_split": "", "id_column": ""}
         data |= {"format": node.data_format, "subset": node.data_subset}
         data["options"] = _own_options(settings.data.options, node.data_options)
-    groups = {"model": model, "data": data, "train": {"threads": node.threads or settings.train.threads}}
+    train: dict[str, Any] = {"threads": node.threads or settings.train.threads}
+    train |= {name: value for name in ("cache_mb", "cache_disk_mb") if (value := getattr(node, name)) is not None}
+    groups = {"model": model, "data": data, "train": train}
     changed = {name: getattr(settings, name).model_copy(update=values) for name, values in groups.items()}
     return settings.model_copy(update=changed), node.data_path
 

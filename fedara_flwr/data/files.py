@@ -12,17 +12,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.packaged_modules.csv.csv import Csv
 from pydantic import Field
 
-from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, class_labels, ending, is_table, read_file
+from fedara_flwr.data.tables import ENDINGS, PACKED, Table, Unreadable, class_labels, ending, is_table, library, read_file
 from fedara_flwr.files import data_cache, unwritable
 from fedara_flwr.keys import ConfigError, Group, check_options, read_options
 from fedara_flwr.log import first_line
 
 logger = logging.getLogger(__name__)
-datasets.disable_progress_bars()
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -101,6 +98,9 @@ def read_hub(name: str, subset: str, key: str, copies: bool = True) -> dict[str,
     Raises:
         ConfigError: it cannot be loaded, or needs a subset.
     """
+    datasets = library()
+    from datasets.packaged_modules.csv.csv import Csv
+
     try:
         with _cache(copies) if Path(name).is_dir() else nullcontext() as cache:
             if Path(name).is_dir():
@@ -229,7 +229,7 @@ def _joined(tables: Sequence[Table], files: Sequence[Path], key: str) -> Table:
 
 def _saved(place: Path, key: str) -> dict[str, Table]:
     try:
-        found = datasets.load_from_disk(str(place))
+        found = library().load_from_disk(str(place))
     except Exception as error:  # a folder that was cut off or copied in part
         raise ConfigError(f"{key}: cannot be read ({deepest(error)})", "the folder cannot be read") from None
     found = found.with_format(None)  # as torch's tensors, a label would be 'tensor(1)'

@@ -16,7 +16,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +33,14 @@ KINDS = {  # what a file begins with that is no text, and no table that its endi
 SINGLE = {"float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16}
 NO_JSON = (ValueError, RecursionError)
 ROWS = ("data", "rows", "examples", "instances", "records", "items")  # under which a JSON object may have its rows
+
+
+def library() -> Any:
+    """The library `datasets`. With pandas it takes 50 MB and seconds of a small device, and most files need neither."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
 
 
 class Unreadable(Exception):
@@ -137,7 +144,7 @@ def read_file(path: Path, delimiter: str = "", encoding: str = "", columns: Sequ
         if kind == ".parquet":
             return _parquet(path)
         if kind == ".arrow":
-            return Table.of_library(datasets.Dataset.from_file(str(path)))
+            return Table.of_library(library().Dataset.from_file(str(path)))
         with PACKED[packed](path, "rb") as file:
             content = file.read()
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, ValueError) as error:
@@ -181,7 +188,7 @@ def decoded(content: bytes, encoding: str) -> str:
 def _parquet(path: Path) -> Table:
     file = pq.ParquetFile(path)
     schema = file.schema_arrow
-    features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+    features = library().Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
 
     def column(name: str) -> list[Any]:
         with pq.ParquetFile(path) as again:
@@ -215,7 +222,7 @@ def class_labels(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
     found = {}
     for name, feature in features.items():
         inner = getattr(feature, "feature", feature)
-        if isinstance(inner, datasets.ClassLabel) and inner.names:
+        if isinstance(inner, library().ClassLabel) and inner.names:
             found[name] = dict(enumerate(inner.names))
     return found
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from fedara_flwr.node.busy import COLDEST, WARMEST
+
 logger = logging.getLogger(__name__)
 ENERGY_WINDOW = "training"
 
@@ -62,7 +64,8 @@ class PowerMeter:
             except Exception as error:
                 _warn(error)
         sensors: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()  # Linux and FreeBSD have it
-        if warm := [sensor.current for group in sensors.values() for sensor in group]:
+        readings = (sensor.current for group in sensors.values() for sensor in group)
+        if warm := [reading for reading in readings if reading and COLDEST <= reading <= WARMEST]:  # 0, -274: switched off
             metrics["temperature"] = float(max(warm))
         return metrics
 

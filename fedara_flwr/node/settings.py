@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import signal
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +15,7 @@ from fedara_flwr.config import QUANTISED, NumberType
 from fedara_flwr.files import flwr_home
 from fedara_flwr.keys import ConfigError, Group, nearest, one_line
 from fedara_flwr.log import printable
+from fedara_flwr.node.command import ask
 from fedara_flwr.node.guard import Guard
 from fedara_flwr.tasks.base import USUAL
 from fedara_flwr.training import LocalTraining
@@ -25,6 +23,7 @@ from fedara_flwr.wire.figures import known_metrics
 
 BUSY_SECONDS = 10.0  # for busy-when to answer
 BUSY_CHARACTERS = 200  # of what it says
+TRACEBACK = "Traceback (most recent call last)"  # of a Python program that fails: its exit code is 1, too
 
 
 class NodeSettings(Group):
@@ -43,6 +42,8 @@ class NodeSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto = cuda where torch sees it")
     threads: int = Field(0, ge=0, description="torch threads; results depend on them in the last bits; 0 = the run's")
     max_threads: int = Field(64, ge=1, description="most that a run may ask for, where threads is 0")
+    cache_mb: int | None = Field(None, ge=1, description="memory for frozen blocks' outputs; unset = the run's train.cache-mb")
+    cache_disk_mb: int | None = Field(None, ge=0, description="and disk, 0 = none; unset = the run's train.cache-disk-mb")
     max_steps: int = Field(10_000, ge=1, description="most optimiser steps of one round, counted by epochs too")
     max_epochs: int = Field(100, ge=1, description="most passes over its examples in one round")
     max_batch: int = Field(1024, ge=1, description="most examples of one step")
@@ -199,22 +200,13 @@ class NodeSettings(Group):
         """
         if not self.busy_when:
             return ""
-        with tempfile.TemporaryFile() as output:  # not a pipe: what the command leaves behind could hold it open
-            words = shlex.split(self.busy_when)
-            try:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
-                code = process.wait(BUSY_SECONDS)
-            except OSError as error:
-                return f"busy-when cannot be run ({error.strerror})"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"busy-when did not answer in {BUSY_SECONDS:g} s"
-            output.seek(0)
-            lines = output.read(4 * BUSY_CHARACTERS).decode(errors="replace").splitlines()
-        if code == 1:
+        try:
+            code, text = ask(shlex.split(self.busy_when), BUSY_SECONDS, 4 * BUSY_CHARACTERS)
+        except OSError as error:
+            return f"busy-when cannot be run ({error.strerror})"
+        except subprocess.TimeoutExpired:
+            return f"busy-when did not answer in {BUSY_SECONDS:g} s"
+        said = printable(text.splitlines()[0].strip() if text.strip() else "")[:BUSY_CHARACTERS]
+        if code == 1 and not said.startswith(TRACEBACK):
             return ""
-        said = printable(lines[0].strip() if lines else "")[:BUSY_CHARACTERS]
         return (said or "busy-when says so") if code == 0 else f"busy-when failed with exit code {code}: {said}"

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from flwr.app import Context, Message
 
 from fedara_flwr.flower import (
@@ -126,18 +127,19 @@ def serve(handlers: Mapping[str, Handler], listener: socket.socket, launcher: in
     Args:
         handlers: by name.
         listener: a listening socket.
-        launcher: a pidfd of the process that starts the node's ClientApps.
+        launcher: the process that starts the node's ClientApps.
     """
     path = Path(listener.getsockname())
+    ends = _end_of(launcher)
     idle, since = NodeSettings().worker_idle, time.monotonic()
     files: Any = None
     try:
-        while APP.exists() and (left := since + idle - time.monotonic()) > 0:
-            ready, _, _ = select.select([listener.fileno(), launcher], [], [], min(left, LOOK))
-            if launcher in ready:
-                return
+        while APP.exists() and psutil.pid_exists(launcher) and (left := since + idle - time.monotonic()) > 0:
+            ready, _, _ = select.select([listener.fileno(), *ends], [], [], min(left, LOOK))
             if not ready:
                 continue
+            if ready != [listener.fileno()]:
+                return
             connection, _ = listener.accept()
             with connection:
                 try:
@@ -161,6 +163,14 @@ def serve(handlers: Mapping[str, Handler], listener: socket.socket, launcher: in
     finally:
         for file in (path, path.with_suffix(".lock")):
             file.unlink(missing_ok=True)
+
+
+def _end_of(process: int) -> list[int]:
+    """What can be read once the process has ended: its pidfd. Nothing on kernels before 5.3, and where Android refuses."""
+    try:
+        return [os.pidfd_open(process)]
+    except OSError:
+        return []
 
 
 def running() -> dict[int, Path]:
@@ -258,10 +268,17 @@ def _files(node: NodeSettings) -> list[tuple[str, int, int, int]]:
 
 
 def _check_peer(connection: socket.socket) -> None:
+    own, other = socket.socketpair()
+    with own, other:
+        here, there = _user(own), _user(connection)
+    if here != there:
+        raise PermissionError(f"the other end is user {there}")
+
+
+def _user(connection: socket.socket) -> int:
+    """The user at the other end, by the kernel's own count: proot's fake root is user 0 to itself alone."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    if uid != os.getuid():
-        raise PermissionError(f"the other end is user {uid}")
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _send(connection: socket.socket, parts: list[bytes]) -> None:

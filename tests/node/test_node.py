@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,8 @@ def test_the_node_decides_what_it_names():
     assert (settings.data.text_column, settings.data.pair_column, settings.data.label_column) == ("body", "re", "team")
     assert (settings.model.dtype, settings.train.threads) == ("bfloat16", 3)
     assert own(data_path="/data/mine.csv", validation=0.5).data.client_validation == 0.5
+    small = own(data_path="/data/mine.csv", cache_mb=16, cache_disk_mb=0).train
+    assert (small.cache_mb, small.cache_disk_mb, small.threads) == (16, 0, 2)
     assert own(data_path="/data/mine.csv", validation=0.0).data.client_validation == 0.0
 
 
@@ -158,6 +161,10 @@ def test_a_model_s_number_type_is_its_node_s_own(tiny_bert):
         ("sh -c 'echo hot >&2'", "hot"),
         ("sh -c 'exit 2'", "busy-when failed with exit code 2: "),
         ("sh -c 'kill -9 $$'", "busy-when failed with exit code -9: "),
+        (
+            f"{sys.executable} -c 'import no_such_module'",
+            "busy-when failed with exit code 1: Traceback (most recent call last):",
+        ),
         (r"printf '\033[31mred\377'", "?[31mred\N{REPLACEMENT CHARACTER}"),
     ],
 )

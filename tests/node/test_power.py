@@ -81,5 +81,6 @@ def test_the_warmest_sensor(monkeypatch):
     sensors = {"cpu": [SimpleNamespace(current=51.0), SimpleNamespace(current=48.5)], "gpu": [SimpleNamespace(current=62.5)]}
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: sensors, raising=False)
     assert power.PowerMeter().read()["temperature"] == 62.5
-    monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
-    assert "temperature" not in power.PowerMeter().read()
+    for nothing in ({}, {"off": [SimpleNamespace(current=reading) for reading in (0.0, -274.0, None)]}):
+        monkeypatch.setattr(psutil, "sensors_temperatures", lambda told=nothing: told, raising=False)
+        assert "temperature" not in power.PowerMeter().read()

@@ -108,7 +108,7 @@ class Thread(threading.Thread):
         self.path = worker.address(NODE)
         self.listener.bind(str(self.path))
         self.listener.listen()
-        self.launcher = os.pidfd_open(launcher or os.getpid())
+        self.launcher = launcher or os.getpid()
         self.at_once = self.most = 0
         self.start()
 
@@ -446,6 +446,27 @@ def test_it_ends_with_the_launcher(place):
     launcher.kill()
     launcher.wait()
     assert thread.ended()
+
+
+def test_on_a_kernel_that_gives_no_pidfd(place, log, monkeypatch):
+    """Before 5.3, and where Android's filter refuses the call: it looks now and then."""
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(worker.os, "pidfd_open", lambda pid: os.stat("/no/such/call"))
+    monkeypatch.setattr(worker, "LOOK", 0.01)
+    thread = Thread(launcher.pid)
+    assert who(worker.ask(train, message(log), context())) == "thread"
+    launcher.kill()
+    launcher.wait()
+    assert thread.ended()
+
+
+def test_a_user_who_is_another_to_itself(place, log, monkeypatch):
+    """As proot's fake root is: files and getuid() say 0, the kernel's sockets the user that it really is."""
+    monkeypatch.setattr(worker, "folder", lambda: place)
+    thread = Thread()
+    monkeypatch.setattr(worker.os, "getuid", lambda: 4321)
+    assert who(worker.ask(train, message(log), context())) == "thread"
+    thread.stop()
 
 
 def test_it_ends_with_the_apps_folder(place, tmp_path, monkeypatch):

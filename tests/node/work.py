@@ -34,4 +34,4 @@ def train(message: Message, context: Context) -> Message:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    worker.serve({"train": train}, socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2])))
+    worker.serve({"train": train}, socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

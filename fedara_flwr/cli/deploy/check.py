@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from fedara_flwr.cli.deploy import network
 from fedara_flwr.cli.deploy.keys import CURVE, names_of, read_certificate
+from fedara_flwr.cli.deploy.own import busy_when, device
 from fedara_flwr.cli.deploy.settings import read_settings
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
@@ -83,6 +84,7 @@ def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> d
         "server": partial(network.server_answers, folder, host, int(port)),
         "clock": partial(network.clock, folder, host, int(port)),
         "device": partial(device, node),
+        "busy-when": partial(busy_when, node),
         "model": partial(model, node),
         "data": partial(data, node),
     }
@@ -180,16 +182,6 @@ def own_settings(folder: Path) -> NodeSettings:
         return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text()))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"node.toml cannot be read ({error})") from None
-
-
-def device(node: NodeSettings) -> Finding:
-    """On which device the node computes, and whether it is there."""
-    from fedara_flwr.client.session import pick_device
-
-    try:
-        return Finding("ok", pick_device(node))
-    except ConfigError as error:
-        return Finding("problem", str(error), "see node.toml, and whether torch was installed for this GPU")
 
 
 def model(node: NodeSettings) -> Finding:
