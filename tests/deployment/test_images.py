@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 import tomllib
 from collections.abc import Iterator
@@ -96,6 +97,18 @@ def test_quadlets_are_handed_over_with_their_folder(tmp_path):
     }
     assert f"Volume={site}/node-attic/home:/site/home\n" in (units / "fedara-node-attic.container").read_text()
     assert not [path for path in units.iterdir() if "@FOLDER@" in path.read_text()]
+    generator = shutil.which("quadlet", path=f"/usr/libexec/podman:/usr/lib/podman:{os.environ['PATH']}")
+    if not generator:
+        pytest.skip("no quadlet: podman 4.4 or newer has it")
+    told = call(generator, "-user", "-dryrun", env={"QUADLET_UNIT_DIRS": str(units)})
+    assert re.findall(r"^---(.*)---$", told, re.M) == [
+        *("fedara-inside-network.service", "fedara-outside-network.service"),
+        *(f"{name}.service" for name in sorted(names)),
+    ]
+    started = re.findall(r"^ExecStart=.* run .*$", told, re.M)
+    assert len(started) == 4 and all(
+        "--cap-drop all --read-only" in line and " ${IMAGE} sh /site/start.sh" in line for line in started
+    )
 
 
 @pytest.fixture(scope="module")
