@@ -159,7 +159,7 @@ class Engine:
             "settings.env",
             *words,
         ]
-        return subprocess.run(command, env=self.env, cwd=folder, capture_output=True, text=True, timeout=900)
+        return subprocess.run(command, env=self.env, cwd=folder, capture_output=True, text=True, timeout=1800)
 
     def close(self) -> None:
         self.code("rm", "--all", "--force", "--time", "30")

@@ -22,6 +22,18 @@ from test_flower import clone
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 BASE = "python:3.11.14-slim-bookworm"
 DEVICES = {"attic": 1000, "barn": 1234}  # who owns the folder; the second is nobody whom the image knows
+RUN = {
+    "run.name": "two",
+    "num-server-rounds": 2,
+    "strategy.fraction-train": 1.0,
+    "strategy.node-timeout": 900.0,
+    "strategy.round-timeout": 900.0,
+    "train.steps": 4,
+    "data.max-length": 32,
+    "data.test": 0.05,
+    "data.validation": 0.05,
+}
+STARTS = 900  # seconds that a part may take until it answers
 LABELS = {"title", "description", "source", "licenses", "version", "revision"}
 RIGHTS = "cat /proc/1/status; touch /opt/x /site/x 2>&1; touch /site/home/x /tmp/x && echo written"
 
@@ -213,14 +225,14 @@ def machines(images, tmp_path_factory) -> Iterator[Machines]:
 def test_a_run_between_containers(machines):
     """What docs/containers.md says to type, two rounds over TLS; each container has the rights that compose.yml gives it."""
     machines.compose("server", "up", "--detach")
-    wait_for(lambda: machines.healthy("server", "gateway"), what=machines.logs)
+    wait_for(lambda: machines.healthy("server", "gateway"), STARTS, what=machines.logs)
     assert machines.healthy("server", "superlink")
     flwr = ("run", "--rm", "flwr", "sh")
     assert machines.compose("server", *flwr, "/site/register.sh").count(": registered\n") == len(DEVICES)
     for name in DEVICES:
         machines.compose(name, "up", "--detach")
     for name in DEVICES:
-        wait_for(lambda name=name: machines.healthy(name, "node"), what=machines.logs)
+        wait_for(lambda name=name: machines.healthy(name, "node"), STARTS, what=machines.logs)
         engine, container = machines.engines[name], machines.containers(name)["node"]
         told = engine.podman("exec", container, "sh", "-c", RIGHTS)
         status = dict(re.findall(r"^(\w+):\t(\S+)", told, re.M))
@@ -231,7 +243,7 @@ def test_a_run_between_containers(machines):
         assert held["ReadonlyRootfs"] and held["PidsLimit"] == 1024 and held["Memory"] == 8 << 30
         assert engine.podman("exec", container, "fedara", "deploy", "check", "/site").endswith("ready\n")
 
-    config = "num-server-rounds=2 run.name='two' strategy.fraction-train=1.0 train.steps=4 data.max-length=32"
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in RUN.items())
     print(machines.compose("server", *flwr, "/site/run.sh", "/opt/fedara", "--run-config", config))
     run = machines.folders["server"] / "home/runs/two"
     assert json.loads((run / "federated.json").read_text())["outcome"] == "completed"
