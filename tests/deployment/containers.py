@@ -10,7 +10,6 @@ import ast
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from hosts import Host, why_no_hosts
 
 ROOT = Path(__file__).parents[2]
 RELEASE, PACKAGES = "bookworm", "python3,python3-pip,python3-venv,ca-certificates"
-TOOLS = ("buildah", "podman", "debootstrap", "conmon", "nsenter")
+TOOLS = ("buildah", "podman", "debootstrap", "conmon", "nsenter", "unshare")
 STORE = "FEDARA_IMAGE_STORE"  # a folder that outlives the tests, so that the next ones build only what has changed
 
 
@@ -137,7 +136,14 @@ class Engine:
         self.root = Path(tempfile.mkdtemp(prefix=f"{host.name}-", dir="/tmp"))  # podman wants a short path
         self.env = _environment(self.root, self.root / "store", [images.store]) | {"PYTHONPATH": str(compose)}
         self.path = self.root / "podman"
-        self.path.write_text(f'#!/bin/sh\nexec nsenter --net=/run/netns/{host.name} podman "$@"\n')
+        # the name server of podman's networks has one place on a machine: each host here sees its own there
+        (self.root / "run").mkdir()
+        own = f"mkdir -p /run/containers; mount --bind {self.root}/run /run/containers; echo; exec sleep infinity"
+        words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", own]
+        self.space = subprocess.Popen(words, stdout=subprocess.PIPE)
+        assert self.space.stdout is not None and self.space.stdout.readline()
+        enter = f"nsenter --target {self.space.pid} --mount --net=/run/netns/{host.name}"
+        self.path.write_text(f'#!/bin/sh\nexec {enter} podman "$@"\n')
         self.path.chmod(0o755)
 
     def podman(self, *words: object) -> str:
@@ -149,23 +155,16 @@ class Engine:
 
     def compose(self, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         """`docker compose --env-file settings.env …` in a machine's folder."""
-        command = [
-            sys.executable,
-            "-m",
-            "podman_compose",
-            "--podman-path",
-            str(self.path),
-            "--env-file",
-            "settings.env",
-            *words,
-        ]
+        command = [sys.executable, "-m", "podman_compose", "--podman-path", str(self.path), "--env-file", "settings.env"]
+        # Docker's own takes the profile of the service that `run` names
+        command += [*(["--profile", "command"] if words[0] == "run" else []), *words]
         return subprocess.run(command, env=self.env, cwd=folder, capture_output=True, text=True, timeout=1800)
 
     def close(self) -> None:
         self.code("rm", "--all", "--force", "--time", "30")
         self.code("network", "prune", "--force")
-        for mounted in re.findall(rf"^\S+ ({self.root}\S*)", Path("/proc/self/mounts").read_text(), re.M)[::-1]:
-            subprocess.run(["umount", "--lazy", mounted], capture_output=True)
+        self.space.kill()
+        self.space.wait()
         shutil.rmtree(self.root, ignore_errors=True)
 
 
