@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from fedara_flwr import __version__
 from fedara_flwr.cli.deploy import keys
 from fedara_flwr.cli.deploy.network import join
 from fedara_flwr.keys import ConfigError
@@ -74,6 +75,9 @@ def create(
             ("run.sh", "run.sh"),
             ("flwr.sh", "flwr.sh"),
             ("server-compose.yml", "compose.yml"),
+            *((f"{part}.container", f"fedara-{part}.container") for part in ("superlink", "superexec", "gateway")),
+            *((f"{network}.network", f"fedara-{network}.network") for network in ("inside", "outside")),
+            ("quadlet.sh", "quadlet.sh"),
             ("server-readme.md", "README.md"),
         ):
             _render(source, server / target, host=host, port=port, superlink_port=superlink_port)
@@ -110,8 +114,13 @@ def add_node(site: Path, name: str, say: Callable[[str], None]) -> None:
 
 def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     node = site / f"node-{name}"
-    _folder(node)
-    _folder(node / "home")
+    for folder in (
+        node,
+        node / "home",
+        node / "data",
+        node / "models",
+    ):  # a container engine may want what it mounts to be there
+        _folder(folder)
     private, public = keys.new_node_key(name)
     _write(node / "ca.crt", (site / "ca" / "ca.crt").read_bytes())
     _write(node / "node.key", private)
@@ -124,6 +133,8 @@ def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
         ("node-start.sh", "start.sh"),
         ("node-compose.yml", "compose.yml"),
         ("node-jetson.yml", "jetson.yml"),
+        ("node.container", f"fedara-node-{name}.container"),
+        ("quadlet.sh", "quadlet.sh"),
         ("node-readme.md", "README.md"),
     ):
         _render(source, node / target, **values)
@@ -139,11 +150,12 @@ def template(name: str) -> str:
 
 
 def _render(source: str, target: Path, **values: object) -> None:
-    """Write one of the templates; scripts and compose files are copied as they are, their $ is the shell's."""
+    """Write one of the templates; scripts and files for containers are copied as they are, their $ is another's."""
     text = template(source)
     if target.suffix in (".env", ".toml", ".md"):
         owner = {"uid": os.getuid() or 1000, "gid": os.getgid() or 1000}
-        text = Template(text).substitute(values | owner | {"restart_seconds": RESTART_SECONDS})
+        always = {"restart_seconds": RESTART_SECONDS, "version": __version__}
+        text = Template(text).substitute(values | owner | always)
     _write(target, text.encode())
 
 
