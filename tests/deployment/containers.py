@@ -161,7 +161,7 @@ class Engine:
         return subprocess.run(command, env=self.env, cwd=folder, capture_output=True, text=True, timeout=1800)
 
     def close(self) -> None:
-        self.code("rm", "--all", "--force", "--time", "30")
+        self.code("rm", "--all", "--force", "--depend", "--time", "30")  # the server's parts depend on the SuperLink
         self.code("network", "prune", "--force")
         self.space.kill()
         self.space.wait()
