@@ -445,6 +445,7 @@ RUN = (
 # what is not run here, and why; regular expressions of the whole command
 NOT_RUN = {
     r"make (install|format|lint|test|test-all)": "they are how this test came to run",
+    r"make test-versions .*": "gigabytes of environments; docs/versions.md",
     r"(cd|export|umask|mkdir|head|od|tr|\.) .*": "the shell's",
     r"make run CONFIG=.*(data\.path|data\.name)=.*": "the reader's data, or the Hub's; tests/data, tests/tasks",
     r"make run CONFIG=\"?data\.task='causal-lm'\"?": "ten minutes; tests/tasks/test_causal_lm.py with fewer rounds",

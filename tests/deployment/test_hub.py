@@ -19,7 +19,16 @@ from flwr.cli.utils import filter_paths_for_publish
 from runs_helper import SMALL
 
 ROOT = Path(__file__).parents[2]
-NOT_TAKEN = {".ci", "Makefile", "constraints.txt", "docker", "benchmarks", "docs/images", "fedara_flwr/py.typed"}
+NOT_TAKEN = {
+    ".ci",
+    "Makefile",
+    "constraints.txt",
+    "docker",
+    "benchmarks",
+    "docs/images",
+    "fedara_flwr/py.typed",
+    "CITATION.cff",
+}
 
 
 def checkout() -> dict[str, Path]:
@@ -90,7 +99,7 @@ def test_a_copy_writes_a_site(copy, tmp_path):
     start = (tmp_path / "site" / "server" / "start.sh").read_text()
     assert start.startswith("#!/bin/sh\n") and start.endswith("\n") and "```" not in start
     assert "PORT=8000\n" in (tmp_path / "site" / "server" / "settings.env").read_text()
-    for folder, count in (("server", 12), ("node-1", 8)):
+    for folder, count in (("server", 18), ("node-1", 10)):
         assert sum(path.is_file() for path in (tmp_path / "site" / folder).iterdir()) == count
 
 

@@ -102,7 +102,9 @@ def seconds_to_end(processes: list[psutil.Process], send: Callable[[], object], 
     names, took, began = {process: _name(process) for process in processes}, {}, time.monotonic()
     send()
     while time.monotonic() < began + PATIENCE and (processes or "adapter" not in took):
-        gone, processes = psutil.wait_procs(processes, timeout=0.1)
+        time.sleep(0.1)
+        gone = [process for process in processes if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE]
+        processes = [process for process in processes if process not in gone]  # of an orphan init may take its time to know
         now = time.monotonic() - began
         took |= {names[process]: now for process in gone} | ({"adapter": now} if adapter.exists() else {}) | took
     print(took)
