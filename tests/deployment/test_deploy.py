@@ -793,8 +793,9 @@ def test_a_site_in_use(tmp_path, tiny_bert):
 @needs_ipv6
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_site_over_ipv6_in_a_folder_with_any_name(tmp_path, tiny_bert):
+def test_a_site_over_ipv6_in_a_folder_with_any_name(tmp_path, tiny_bert, monkeypatch):
     """Server ::1, a folder with spaces and letters beyond ASCII: a run of two rounds, its going on, and who the nodes are."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     port, place = free_port(), tmp_path / "ein öder Ort, 'so'"
     place.mkdir()
     words = ("--port", str(port), "--superlink-port", str(free_port()), "--names", "a,b,c")

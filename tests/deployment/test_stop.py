@@ -21,7 +21,7 @@ from runs_helper import SMALL
 from test_deploy import call, environment, init
 from test_flower import begin, clone, leftovers, overrides, wait_for_round
 
-from fedara_flwr.cli.deploy import check
+from fedara_flwr.cli.deploy import network
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.tasks import read_settings
@@ -209,7 +209,7 @@ def test_a_server_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert):
 
     with ExitStack() as stack:
         with script(site / "server/start.sh") as server:
-            wait_for(lambda: check.own_service(site / "server", port).found.endswith("with server.pem"))
+            wait_for(lambda: network.own_service(site / "server", port).found.endswith("with server.pem"))
             assert call(site / "server/register.sh").returncode == 0
             stack.enter_context(script(site / "node-a/start.sh"))
             number, folder = running(names[0])
