@@ -245,6 +245,8 @@ def _opened(settings: Settings, found: str, folder: Path) -> Finding:
         if size > OPENED:
             look(settings, names)
             return Finding("ok", f"{found}: tokenizer and architecture; {size / 1e9:.1f} GB of weights were not opened")
+        if settings.model.dtype == "auto":  # a product would be timed, and its outcome written
+            settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": "float32"})})
         opened = ServerModel(settings, names)
     except ConfigError as error:
         return Finding("problem", reason(error), "correct the folder, or name another model")

@@ -317,7 +317,7 @@ def test_folders(monkeypatch, app, tmp_path):
     (tmp_path / "home").write_text("a file")
     fails(doctor.folders(app, settings()), "(FLWR_HOME)", "(run.dir)")
     monkeypatch.setattr(doctor.os, "access", lambda place, mode: Path(place) != app)
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "another"))
     assert doctor.folders(app, settings()).level == "ok"  # which `fedara run` then uses, too
     monkeypatch.delenv("FLWR_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

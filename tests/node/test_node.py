@@ -108,7 +108,7 @@ def own(**node_config) -> Settings:
 def test_the_run_decides_what_the_node_leaves_open_but_columns():
     settings = own(data_path="/data/mine.csv")
     assert (settings.data.text_column, settings.data.label_column, settings.data.pair_column) == ("text", "label", "")
-    assert (settings.model.dtype, settings.train.threads, settings.data.client_validation) == ("float32", 2, 0.25)
+    assert (settings.model.dtype, settings.train.threads, settings.data.client_validation) == ("auto", 2, 0.25)
     assert settings.data.id_column == ""  # all rows are this node's, whoever owned them
 
 
