@@ -25,6 +25,7 @@ from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.model.spec import ModelSpec, ModuleSpec, ParameterSpec
 from fedara_flwr.node.settings import NodeSettings
+from fedara_flwr.server import loop as loops
 from fedara_flwr.server.checkpoint import decode, encode
 from fedara_flwr.server.roster import Expected, Roster
 from fedara_flwr.server.told import last_line
@@ -578,18 +579,18 @@ class Boasting(InProcessGrid):
 
 
 @pytest.mark.parametrize(("cap", "weighting"), [(2.5, "examples"), (0.0, "examples"), (10.0, "uniform")])
-def test_who_declares_much_weighs_a_multiple_of_the_median(tiny_bert, cap, weighting):
+def test_who_declares_much_weighs_a_multiple_of_the_median(tiny_bert, cap, weighting, monkeypatch):
     flat = config(tiny_bert, **TWO, strategy__weight_cap=cap, strategy__weighting=weighting)
     loop, grid = prepare(flat, Boasting)
-    seen, make = {}, loop._merger
+    seen, make = {}, loops.merger_of
 
-    def spied(plans):
-        merger = make(plans)
+    def spied(*given):
+        merger = make(*given)
         add = merger.add
         merger.add = lambda key, update, weight: (seen.setdefault(key, weight), add(key, update, weight))[1]
         return merger
 
-    loop._merger = spied
+    monkeypatch.setattr(loops, "merger_of", spied)
     loop.start(grid, loop.initial_arrays(), 1)
     declared = loop.roster.examples
     median = sorted(declared.values())[2]  # the lower one of six

@@ -18,7 +18,7 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.model.deltas import Weights
 from fedara_flwr.model.parts import SLOT_PARTS
 from fedara_flwr.model.ranks import RankMask
-from fedara_flwr.server.loop import RoundLoop
+from fedara_flwr.server import loop as rounds
 from fedara_flwr.wire.plan import Update
 
 METHODS = sorted(strategies.built_in())
@@ -75,10 +75,10 @@ class Spied:
         self.own = dict(vars(loop.method))
         self.own_copied = {name: deepcopy(value) for name, value in self.own.items() if name != "model"}
         self.start = loop.method.weights(loop.state)
-        make = loop._merger
+        make = rounds.merger_of
 
-        def spied_merger(plans):
-            merger, work = make(plans), loop.work
+        def spied_merger(method, state, settings, plans, planned):
+            merger, work = make(method, state, settings, plans, planned), loop.work
             add = merger.add
             for node, plan, message in zip(work.asked, plans, work.messages, strict=True):
                 key = work.number, node.key
@@ -91,8 +91,9 @@ class Spied:
             merger.add = spied_add
             return merger
 
-        loop._merger = spied_merger
-        loop.start(grid, loop.initial_arrays(), 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "merger_of", spied_merger)
+            loop.start(grid, loop.initial_arrays(), 2)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,7 @@ def test_a_client_without_a_layer_does_not_change_it(runs, method):
     third = replace(second, arrays={p: -v if p != "head" else v for p, v in second.arrays.items()})  # the same norm
     results = []
     for other in (second, third):
-        merger = RoundLoop._merger(loop, [])
+        merger = rounds.merger_of(loop.method, loop.state, loop.settings, [], 0)
         merger.add("a", first, 5)
         merger.add("b", other, 5)
         merged = merger.result()
