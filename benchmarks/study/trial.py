@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,13 +20,13 @@ from plan import PAIRED, read
 from fedara_flwr import strategies
 from fedara_flwr.config import DataSettings, ModelSettings, Settings
 from fedara_flwr.engine import InProcessGrid
+from fedara_flwr.files import processor
 from fedara_flwr.server import loop
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.tasks import read_settings
 
 KEPT = ("accuracy", "macro-f1", "token-accuracy", "loss", "alive", "dead-modules", "factor-error")
-CPU = Path("/proc/cpuinfo")
 
 
 class TimeUp(Exception):
@@ -41,8 +42,7 @@ def server_model(model: ModelSettings, data: DataSettings, seed: int) -> ServerM
 @lru_cache(maxsize=1)
 def hardware() -> str:
     """What computes, and with which libraries."""
-    names = [line.partition(":")[2].strip() for line in CPU.read_text().splitlines() if line.startswith("model name")]
-    what = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(names)} x {names[0] if names else '?'}"
+    what = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {processor() or '?'}"
     return f"{what}; torch {torch.__version__}, transformers {transformers.__version__}, flwr {flwr.__version__}"
 
 

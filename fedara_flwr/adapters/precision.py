@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch.nn.functional import linear
 
-from fedara_flwr.files import flwr_home, write_whole
+from fedara_flwr.files import flwr_home, processor, write_whole
 
 logger = logging.getLogger(__name__)
 KEPT = "number-types.json"
@@ -20,7 +20,6 @@ TOKENS, NARROW, WIDE = 512, 384, 1536  # a batch through a small encoder's feed-
 REPEATS = 7
 GAIN = 1.2  # times as fast that bfloat16 must be: its digits are fewer
 ROOM = 0.25  # share of the memory that a float32 copy of a checkpoint in 16 bits may take
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def number_type(device: str, parameters: int, stored: torch.dtype) -> str:
@@ -99,9 +98,4 @@ def _processor(device: str) -> str:
     """A name that another kind of processor does not have."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        models = [line.partition(":")[2].strip() for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
-    except OSError:
-        models = []
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{(models or [platform.processor() or platform.machine()])[0]}, {capability}"
+    return f"{processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

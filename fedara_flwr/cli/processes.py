@@ -6,11 +6,11 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
+
+from fedara_flwr.server.stopping import on_signals
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,18 +47,9 @@ def tagged(tag: str) -> list[psutil.Process]:
     return tagged
 
 
-@contextlib.contextmanager
-def on_stop(handler: Any) -> Iterator[None]:
-    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal; in a thread nothing, as Python cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def on_stop(handler: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, `handler` is called for Ctrl-C, `kill` and a closed terminal; in a thread nothing."""
+    return on_signals(STOPS, handler)
 
 
 def interrupt(number: int, frame: object) -> None:

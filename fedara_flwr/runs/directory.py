@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from fedara_flwr.config import Settings
-from fedara_flwr.files import flwr_home, write_whole
+from fedara_flwr.files import flwr_home, processor, write_whole
 from fedara_flwr.keys import ConfigError, nearest
 
 PACKAGES = ("fedara-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
@@ -232,16 +232,8 @@ def machine() -> dict[str, Any]:
     """The server's system, processor, cores, memory and Python, for federated.json."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory-gb": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,22 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises Interrupted, further ones do nothing; not so in a thread, as Python cannot."""
+def on_signals(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Inside, `handler` is called for these signals; in a thread nothing, as Python cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM raises Interrupted, further ones do nothing; not so in a thread."""
 
     def interrupt(number: int, frame: object) -> None:
         # Flower sends one of its own when the process that started this one is gone
@@ -43,12 +54,8 @@ def signals_raise() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         raise Interrupted
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
+    with on_signals(SIGNALS, interrupt):
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def check_stopping(settings: Settings, method: Method) -> None:

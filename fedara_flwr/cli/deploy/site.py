@@ -114,13 +114,9 @@ def add_node(site: Path, name: str, say: Callable[[str], None]) -> None:
 
 def _add(site: Path, name: str, host: str, port: int, share: str) -> str:
     node = site / f"node-{name}"
-    for folder in (
-        node,
-        node / "home",
-        node / "data",
-        node / "models",
-    ):  # a container engine may want what it mounts to be there
-        _folder(folder)
+    _folder(node)
+    for mounted in ("home", "data", "models"):  # a container engine may want what it mounts to be there
+        _folder(node / mounted)
     private, public = keys.new_node_key(name)
     _write(node / "ca.crt", (site / "ca" / "ca.crt").read_bytes())
     _write(node / "node.key", private)
