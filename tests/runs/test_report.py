@@ -389,6 +389,14 @@ def test_entities_have_their_own_metric(tmp_path):
     assert "entity-f1, test" in page and "AutoModelForTokenClassification" in page
 
 
+def test_figures_say_their_round_where_the_model_is_of_an_earlier_one(tmp_path):
+    said = ["accuracy, validation", "accuracy, test", "alive slots"]
+    for kept, names in ((4, said), (2, [f"{said[0]}, round 4", f"{said[1]}, round 2", f"{said[2]}, round 4"])):
+        run = make(tmp_path / str(kept), facts(export={"round": kept, "said": "the best"}, test={"accuracy": 0.6}))
+        page = write_report(run).read_text()
+        assert all(f"<dt>{name}</dt>" in page for name in names), names
+
+
 # -- the page -----------------------------------------------------------------------------------------------------------
 def check_page(path: Path, pictures: int) -> Page:
     """Whole, on its own, and safe to put on a server."""
