@@ -236,6 +236,42 @@ def test_a_template_that_refuses_a_conversation():
     assert answers(tokenizer(strict), GREETING)[1] == ["hello world<|end|>"]
 
 
+NO_SYSTEM = CHAT.replace("{{ '<|turn|>'", "{% if m['role'] != 'system' %}{{ '<|turn|>'", 1).replace(
+    "{% endfor %}", "{% endif %}{% endfor %}", 1
+)
+NO_THOUGHTS = CHAT.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "changed"),
+    [
+        (NO_SYSTEM, [("system", "Be brief."), *GREETING], 1),
+        (NO_SYSTEM, GREETING, 0),
+        (NO_THOUGHTS, [("user", "hello"), ("assistant", "<think>one</think>two")], 1),
+        (NO_THOUGHTS, [("user", "hello"), ("assistant", "<think>one</think>two"), ("user", "b"), ("assistant", "c")], 1),
+        (CHAT.replace("m['content']", "m['content'] | trim"), [("user", " hello\n"), ("assistant", "  hello  world ")], 0),
+    ],
+    ids=["system", "no-system", "thought", "earlier-thought", "trimmed"],
+)
+def test_a_text_that_the_template_leaves_out_is_counted(template, turns, changed):
+    """Such as DeepSeek R1's thoughts, of which nothing would be learnt without a word."""
+    messages = [list(turn) for turn in turns]
+    notes = TASK.encode(tokenizer(template), Examples((turns[-1][1],), targets=(messages,)), 200).notes
+    assert (
+        notes
+        == ("of 1 rows 1 of which the template leaves out or changes a text, such as a system text or a thought") * changed
+    )
+
+
+def test_a_template_that_writes_the_date():
+    """Llama 3.2's: the same run tomorrow has other rows."""
+    dated = "{{ '<|turn|>system\nToday Date: ' + strftime_now('%d %b %Y') + '<|end|>\n' }}" + CHAT
+    examples = Examples(("hello world",), targets=([list(turn) for turn in GREETING],))
+    line = "of 1 rows 1 in a template that may write the day's date (strftime_now): on another day they are others"
+    assert TASK.encode(tokenizer(dated), examples, 200).notes == line
+    assert TASK.encode(tokenizer(dated), Examples(("a text",)), 200).notes == ""
+
+
 def test_a_template_that_drops_what_is_said():
     """Nothing but roles would be learnt."""
     line = problem(lambda: answers(tokenizer("{% for m in messages %}<|turn|>{{ m['role'] }}<|end|>{% endfor %}"), GREETING))
@@ -462,6 +498,13 @@ def test_modelfile_of_a_template_without_a_place_for_a_system_text():
 def test_marks_of_gos_in_a_template():
     odd = CHAT.replace("{% for", "{{ '{{ x }} ' + '\"' * 3 }}{% for", 1)
     assert '{{ "{{" }} x }} {{ "\\"\\"\\"" }}' in modelfile(tokenizer(odd), "")
+
+
+def test_no_modelfile_without_the_system_text():
+    """A quotation mark at its end is none of the three that end it."""
+    assert '\nSYSTEM """Say "no"."""\n' in modelfile(tokenizer(), "", 'Say "no".')
+    with pytest.raises(Refused, match="the system text has three quotation marks"):
+        modelfile(tokenizer(), "", 'Say """no""".')
 
 
 def test_no_modelfile_of_turns_that_are_written_in_two_ways():
