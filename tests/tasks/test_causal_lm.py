@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TASKS
+from conftest import TASKS, enlarge
 from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in_round, written
 from test_output import fill, open_adapted, save_model
 from test_templates import CHAT, END, learnt, problem, tokenizer
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, RwkvConfig
 
 from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner
@@ -467,6 +467,21 @@ def test_each_prompt_gets_the_answer_that_it_gets_alone(learner):
         stopped = tokens[-1] in ends(learner.tokenizer)
         text = learner.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip()
         assert said == (text, stopped)
+
+
+def test_a_model_that_reads_the_padding_answers_each_prompt_by_itself(tmp_path):
+    """RWKV has no mask."""
+    words = tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    config = RwkvConfig(vocab_size=len(words), eos_token_id=3, pad_token_id=3, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    enlarge(model, 4)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    found = Learner(open_adapted(tmp_path), TASK, words)
+    rows = [list(range(7, 7 + count)) for count in (3, 11, 6)]
+    assert say(found, rows, 8) == [say(found, [row], 8)[0] for row in rows]
 
 
 @pytest.mark.parametrize("later", [False, True])
