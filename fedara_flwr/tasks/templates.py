@@ -144,7 +144,8 @@ class Template:
         ids, labels = self._tokens(whole, spans)
         last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
         ids, labels = ids[: last + 1], labels[: last + 1]  # nothing is learnt from what follows the last answer
-        if labels and str(self.tokenizer.convert_ids_to_tokens(ids[-1])) not in self._controls:
+        ended = str(self.tokenizer.convert_ids_to_tokens(ids[-1])) in self._controls and ids[-1] != self.tokenizer.unk_token_id
+        if labels and not ended:
             ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
         return ids, labels
 
@@ -169,7 +170,7 @@ class Template:
         ids = [token for token, _, _ in encoded]
         labels = [UNLABELLED] * len(ids)
         for begin, end in spans:
-            # from the first token that has a letter of the answer to the last: some have spaces alone, and no width
+            # from the first token that has a letter of the answer to the last: some have no width
             inside = [i for i, (_, first, last) in enumerate(encoded) if last > begin and first < end and last > first]
             if inside:
                 labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
@@ -179,9 +180,14 @@ class Template:
         """(id, first, behind the last character) of the tokens of a stretch that begins `at` so many characters."""
         mark = str(self.tokenizer.eos_token) if at else ""  # some tokenizers put a space before a text, but not behind a token
         found = self.tokenizer(mark + text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        shift = at - len(mark)
-        return [(token, first + shift, last + shift) for token, (first, last) in tokens if last > len(mark) or not mark]
+        tokens, behind, shift = list[tuple[int, int, int]](), 0, at - len(mark)
+        for token, (first, last) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            if (mark + text)[behind:first].isspace():  # GPT-NeoX's leaves a token's spaces out of its place
+                first = behind
+            behind = max(behind, last)
+            if last > len(mark) or not mark:
+                tokens.append((token, first + shift, last + shift))
+        return tokens
 
     def _spans(self, messages: Sequence[Message], whole: str) -> list[tuple[int, int]]:
         """Where the answers that can be learnt stand in `whole`, each with the token that ends it."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from words_helper import word_pieces
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
@@ -153,19 +154,36 @@ def test_a_template_that_ends_no_turn_gets_the_end_of_text():
     assert found == ["hello world", "two</s>"]
 
 
-@pytest.mark.parametrize("answer", ["hello world", " two", "    return x", "\n\none", "hello\n\n"])
+def test_an_answer_that_ends_with_an_unknown_letter_gets_its_end_too():
+    """Such a token is named as the control tokens are, but ends nothing."""
+    bare = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] }}{% endfor %}"
+    words = word_pieces()
+    words.eos_token, words.chat_template = "[SEP]", bare
+    ids, labels = Template(words).answers(conversation([("user", "the round"), ("assistant", "the 漢")]))
+    assert words.convert_ids_to_tokens(ids[-2:]) == ["[UNK]", "[SEP]"] and labels[-2:] == ids[-2:]
+
+
+@pytest.mark.parametrize("trim", [False, True], ids=["whole-offsets", "trimmed-offsets"])
+@pytest.mark.parametrize("answer", ["hello world", " two", "    return x", "\n\none", "hello\n\n", "漢", "  漢"])
 @pytest.mark.parametrize("prompt", ["assistant: ", "assistant:\n", "assistant:\n\n", "assistant:"])
-def test_a_prompt_has_the_tokens_that_it_has_alone(prompt, answer):
+def test_a_prompt_has_the_tokens_that_it_has_alone(prompt, answer, trim):
     """Where one token would hold the prompt's end and the answer's beginning: nobody generates from half of it."""
     spaced = "{% for m in messages %}{{ m['role'] + PROMPT + m['content'] + '<|end|>\n' }}{% endfor %}"
     spaced += "{% if add_generation_prompt %}{{ 'assistant' + PROMPT }}{% endif %}"
-    found = tokenizer(spaced.replace("PROMPT", repr(prompt.removeprefix("assistant"))))
+    found = tokenizer(spaced.replace("PROMPT", repr(prompt.removeprefix("assistant"))), trim=trim)
     _, said = answers(found, [*GREETING, ("user", "one"), ("assistant", answer)])
     assert said == ["hello world<|end|>", answer + END]
     template = Template(found)
     alone = found(template.render(conversation([("user", "one")]), answering=True), add_special_tokens=False)["input_ids"]
-    ids, _ = template.answers(conversation([("user", "one"), ("assistant", answer)]))
-    assert ids[: len(alone)] == alone
+    ids, labels = template.answers(conversation([("user", "one"), ("assistant", answer)]))
+    assert ids[: len(alone)] == alone and labels == [*[UNLABELLED] * len(alone), *ids[len(alone) :]]
+
+
+def test_a_space_before_an_answer_is_learnt_where_it_is_a_token_of_its_own():
+    """Of GPT-NeoX's kind it has no width: whoever generates has the prompt without it."""
+    for trim in (False, True):
+        text, found = answers(tokenizer(PLAIN, eos="</s>", trim=trim), [("user", "one"), ("assistant", "漢字")])
+        assert text == "one\n 漢字</s>" and found == [" 漢字</s>"]
 
 
 def test_a_token_that_swallows_spaces_is_not_learnt():
