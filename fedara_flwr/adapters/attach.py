@@ -59,11 +59,7 @@ class AdaptedModel:
     def __init__(
         self, backbone: Backbone, cache: str = "off", cache_mb: int = 0, cache_disk_mb: int = 0, checkpointing: bool = False
     ) -> None:
-        """`cache`, `cache_mb`, `cache_disk_mb` and `checkpointing` are the keys of `train`.
-
-        Raises:
-            ConfigError: PEFT lays no adapters on such a model.
-        """
+        """The last four are keys of `train`. ConfigError where PEFT lays no adapters on such a model."""
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
         self.device = next(self.model.parameters()).device
         self._prefix: Prefix | None = None
