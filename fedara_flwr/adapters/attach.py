@@ -27,6 +27,7 @@ from fedara_flwr.adapters.output import OutputLayer, checkpointed
 from fedara_flwr.adapters.prefix import Prefix
 from fedara_flwr.adapters.quantise import dequantised
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.log import first_line
 from fedara_flwr.model.deltas import Piece, factors
 from fedara_flwr.model.parts import in_order, is_slot_part, of_backbone
 from fedara_flwr.model.ranks import Ints, RankMask
@@ -58,7 +59,7 @@ class AdaptedModel:
     def __init__(
         self, backbone: Backbone, cache: str = "off", cache_mb: int = 0, cache_disk_mb: int = 0, checkpointing: bool = False
     ) -> None:
-        """`cache`, `cache_mb`, `cache_disk_mb` and `checkpointing` are the keys of `train`."""
+        """The last four are keys of `train`. ConfigError where PEFT lays no adapters on such a model."""
         self.backbone, self.spec, self.model = backbone, backbone.spec, backbone.model
         self.device = next(self.model.parameters()).device
         self._prefix: Prefix | None = None
@@ -76,7 +77,10 @@ class AdaptedModel:
         self._positions: Ints | None = None
         self._changes: dict[str, list[nn.Parameter]] = {}
         self._delta: Piece | None = None
-        inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
+        try:
+            inject_adapter_in_model(peft_config([m.name for m in self.spec.modules], 1, 1.0), self.model, ADAPTER)
+        except ValueError as error:  # of some layers of Mamba's, whose weights are used past the layer itself
+            raise ConfigError(f"model.name = {backbone.name!r}: PEFT lays no adapters on it ({first_line(error)})") from None
         self.layers: list[LowRankLinear] = []
         self._places: list[tuple[nn.Module, str]] = []
         for module in self.spec.modules:

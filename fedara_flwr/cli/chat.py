@@ -29,6 +29,7 @@ class Chat:
         turns: what was asked and answered.
         left_out: how many of the oldest turns did not fit into the last prompt.
         told: whether the user knows that turns are left out.
+        cut: what is to be said of the last answer, which had no end; '' where it had one.
     """
 
     def __init__(self, run: Path, most: int = MOST_TOKENS, system: str = "") -> None:
@@ -59,7 +60,7 @@ class Chat:
         self._first = [{"role": "system", "content": text}] if text else []
         self.voices: tuple[Voice, ...] = ("tuned",)
         self.turns: list[dict[str, str]] = []
-        self.left_out, self.told = 0, False
+        self.left_out, self.told, self.cut = 0, False, ""
 
     def ask(self, prompt: list[int], voice: Voice, write: Callable[[str], None]) -> str:
         """One answer to what `prompt` made; `write` gets its pieces as they come."""
@@ -70,7 +71,10 @@ class Chat:
             self.model.load(self._weights[voice])
             self._loaded = voice
         streamer = _streamer(self.model.learner.tokenizer, write)
-        return say(self.model.learner, [prompt], self._most, streamer)[0].text
+        self.cut = ""
+        said = say(self.model.learner, [prompt], self._most, streamer)[0]
+        self.cut = "" if said.stopped else f"the answer is cut after {self._most} tokens (--max-tokens)"
+        return said.text
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of the conversation and the question `text`, up to where the answer begins.
@@ -152,6 +156,8 @@ def chat(run: Path, prompt: str | None, most: int, system: str, base: bool, cons
         try:
             talk.ask(talk.prompt(question), talk.voices[0], _write)
             _write("\n")
+            if talk.cut:
+                typer.echo(talk.cut, err=True)
         except KeyboardInterrupt:
             _write("\n")
             raise typer.Exit(130) from None
@@ -264,6 +270,8 @@ def _turn(talk: Chat, text: str, console: Any) -> None:
             _show_error(error, console)
             answer = ""
         _write("\n")
+        if answer and talk.cut:
+            console.print(talk.cut, style="dim", highlight=False)
     if answer:
         talk.keep(text, answer)
 

@@ -90,7 +90,8 @@ def load(settings: DataSettings, seed: int, reader: Reader) -> Dataset:
         if not len(parts[part]):
             if part == "train" or left.reasons.keys() - {WITHOUT_LABEL}:
                 needed = " and ".join(column.role for column in columns if column.role != "pair")
-                raise ConfigError(f"{key}: there are no {'' if part == 'train' else part + ' '}rows with {needed}")
+                why = f" ({left})" if str(left) else ""
+                raise ConfigError(f"{key}: there are no {'' if part == 'train' else part + ' '}rows with {needed}{why}")
             notes.append(f"{key}: no row of the {part} split has a label: it is not used")
             del parts[part]
         elif str(left):

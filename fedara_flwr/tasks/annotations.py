@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ def is_mark(char: str) -> bool:
 def answers_of(value: Any) -> list[tuple[str, Any]]:
     """Answers with where they begin, None where the data does not say; none of an annotator who gave no text."""
     if isinstance(value, Mapping):
+        if value and "text" not in value:
+            raise LeftOut("with answers that are no text")
         texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
         if not texts and not isinstance(value.get("answer_start"), list | tuple):
             return []  # one annotator's, who gave a place alone
@@ -46,10 +49,19 @@ def _listed(value: Any) -> list[Any]:
     return [] if absent(value) else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def beside(answers: Any, starts: Any) -> Any:
+    """Answers with their places of a column of its own, where they have none themselves."""
+    texts = _listed(answers)
+    return answers if any(isinstance(each, Mapping) for each in texts) else {"text": texts, "answer_start": starts}
+
+
 def placed(answer: str, start: Any, context: str) -> list[Any]:
-    """The answer, marks on its last letter included, and where it begins; its first occurrence where the data does not say."""
+    """The answer, marks on its last letter included, and where it begins.
+
+    Where the data does not say: its first occurrence that is no part of a word, else the first.
+    """
     try:
-        begin = context.find(answer) if absent(start) else int(start)
+        begin = _found(answer, context) if absent(start) else int(start)
         whole = absent(start) or begin == float(start)
     except (TypeError, ValueError, OverflowError):
         whole = False
@@ -61,6 +73,18 @@ def placed(answer: str, start: Any, context: str) -> list[Any]:
     while end < len(context) and is_mark(context[end]):
         end += 1
     return [context[begin:end], begin]
+
+
+def _found(answer: str, context: str) -> int:
+    """Where it stands: "he" is in "The", too, but the answer it is not."""
+    begins = [found.start() for found in re.finditer(f"(?={re.escape(answer)})", context)]
+    whole = (begin for begin in begins if not _joined(context, begin) and not _joined(context, begin + len(answer)))
+    return next(whole, begins[0] if begins else -1)
+
+
+def _joined(context: str, place: int) -> bool:
+    """Whether the characters before and at a place are of one word."""
+    return 0 < place < len(context) and context[place - 1].isalnum() and context[place].isalnum()
 
 
 def unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -96,6 +96,26 @@ class CausalLM(Task):
         """Whether a category is known before there is a table."""
         return bool(self.options.category_column) or (not self.settings.path and self.settings.name in ("", "functions"))
 
+    def table(self, table: Any) -> Any:
+        """The table as it is.
+
+        Raises:
+            ConfigError: a key names a column of which nothing would be read, or one that is another of the prompt and answer.
+        """
+        roles = self._roles(tuple(table.column_names))
+        alone = "conversations" if "messages" in roles else "texts to be learnt whole"
+        named, used = {"answer": self.options.answer_column, "context": self.options.context_column}, dict[str, str]()
+        for role in ("text", "answer", "context"):
+            key, name = f"{role}-column", roles.get(role) or named.get(role, "")
+            if name in ("", NO_COLUMN):
+                continue
+            line = f"allowed is '' where rows are {alone}" if role in named and "answer" not in roles else ""
+            line = line or (f"it is the {used[name]} too, allowed is another column" if name in used else "")
+            if line:
+                raise ConfigError(f"data.options {key} = {name!r}: {line}", f"options {key}: {line}")
+            used[name] = key
+        return table
+
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
         """Prompt and answer, a conversation, or a text: as the keys say, else as the columns' names tell."""
         roles = self._roles(tuple(there))
@@ -110,22 +130,21 @@ class CausalLM(Task):
         category = options.category_column or ("area" if self.grouped else "")
         if options.messages_column:
             roles = {"messages": options.messages_column}
+        elif options.answer_column == NO_COLUMN:
+            roles = {"text": text_column}
         else:
-            # the prompt's column as the key names it, else by the names that published sets have
-            roles = dict(preset(there, "" if text_column == "text" else text_column))
-            if "messages" in roles and (options.answer_column or text_column != "text"):
-                roles = {}
-            roles |= {"answer": options.answer_column} if options.answer_column else {}
-            if roles.get("answer") == NO_COLUMN:
-                roles = {}
-            roles |= {"context": options.context_column} if options.context_column else {}
+            # the columns that the keys name, else by the names that published sets have
+            prompt = "" if text_column == "text" else text_column
+            roles = dict(preset(there, prompt, options.answer_column, options.context_column))
             if "messages" not in roles:
                 roles = {"text": text_column, **roles}
+            roles |= {"answer": options.answer_column} if options.answer_column else {}
+        roles |= {"context": options.context_column} if options.context_column else {}
         return {role: name for role, name in {**roles, "category": category}.items() if name}
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
         """A conversation that ends with an answer, or a text."""
-        category = None if "category" not in row else "" if absent(row["category"]) else str(row["category"])
+        category = None if "category" not in row else "" if absent(row["category"]) else spelled(row["category"])
         if "messages" in row:
             messages = messages_of(row["messages"])
         elif "answer" in row:
@@ -187,7 +206,8 @@ class CausalLM(Task):
             kept.append(number)
         if why is not None and cut.refused == len(examples):
             raise why
-        cut.passed_over = template.passed_over
+        cut.passed_over, cut.changed = template.passed_over, template.changed
+        cut.dated = len(rows) if examples.targets is not None and template.dated else 0
         ids_of, labels_of = ([row[i] for row in rows] for i in (0, 1))
         return Encoded(ids_of, labels_of, examples.take(kept), cut.words(max_length))
 

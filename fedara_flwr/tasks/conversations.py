@@ -14,33 +14,44 @@ from fedara_flwr.tasks.templates import ASSISTANT, ROLES, SYSTEM, USER
 logger = logging.getLogger(__name__)
 NAMES = {"human": USER, "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "prompter": USER}
 KEYS = (("role", "from"), ("content", "value"))  # of a message, in both usual ways to write one
+BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what a message may say beside its text
+CONTEXTS = ("input", "context")
 PRESETS: tuple[dict[str, tuple[str, ...]], ...] = (
-    {"text": ("instruction",), "answer": ("output", "response"), "context": ("input", "context")},
-    {"text": ("prompt",), "answer": ("completion", "response", "answer")},
-    {"text": ("question",), "answer": ("answer", "response")},
+    {"text": ("instruction",), "answer": ("output", "response"), "context": CONTEXTS},
+    {"text": ("prompt",), "answer": ("completion", "response", "answer"), "context": CONTEXTS},
+    {"text": ("question",), "answer": ("answer", "response"), "context": CONTEXTS},
     {"messages": ("messages", "conversations")},
 )
 """Columns as published sets have them, in any case; the context may be missing."""
 ANSWERS = ("output", "response", "completion", "answer")
 NO_COLUMN = "-"  # no column, whatever there is
+SHOWN = 8  # columns of no use that a line names
 
 
 @cache
-def preset(there: tuple[str, ...], prompt: str) -> dict[str, str]:
+def preset(there: tuple[str, ...], prompt: str = "", answer: str = "", context: str = "") -> dict[str, str]:
     """Roles of columns that are called as published sets call them; {} where none fit. Said once for a table.
 
     Args:
-        prompt: the prompt's column, where a key names it: then its answer is looked for; '' = both are.
+        prompt: the prompt's column, where a key names it: then the others are looked for; '' = all are.
+        answer: the answer's column likewise.
+        context: that of what the prompt refers to, likewise.
     """
     lower = {name.lower(): name for name in reversed(there)}
+    keys = {"text": prompt, "answer": answer, "context": context}
+    named = {role: (name.lower(),) for role, name in keys.items() if name}
     for columns in (*PRESETS, {"text": ("text",), "answer": ANSWERS}):
-        names = {**columns, "text": (prompt.lower(),)} if prompt and "text" in columns else columns
-        found = {role: next((lower[name] for name in of if name in lower), "") for role, of in names.items()}
-        if (prompt and "text" not in columns) or found.get("answer", "") == found.get("text"):
+        if (prompt or answer) and "text" not in columns:
             continue
+        found: dict[str, str] = {}
+        for role, names in (columns | named if "text" in columns else columns).items():
+            found[role] = next((lower[name] for name in names if name in lower and lower[name] not in found.values()), "")
         if all(name for role, name in found.items() if role != "context"):
             said = ", ".join(f"{role} from {name!r}" for role, name in found.items() if name)
-            logger.info("columns by their names: %s (data.options says otherwise)", said)
+            rest = [name for name in there if name not in found.values()]
+            more = f" and {len(rest) - SHOWN} more" if len(rest) > SHOWN else ""
+            unread = f"; no part of a conversation: {', '.join(map(repr, rest[:SHOWN]))}{more}" if rest else ""
+            logger.info("columns by their names: %s%s (data.options says otherwise)", said, unread)
             return found
     return {}
 
@@ -86,6 +97,11 @@ def _message(value: Any) -> tuple[str, str]:
         content = "\n".join(part["text"] for part in content)
     if role not in ROLES:
         raise LeftOut("with messages of others than system, user and assistant")
+    for name in BESIDE:
+        if value.get(name):
+            raise LeftOut(f"with messages that have {name}")
+    if role == ASSISTANT and value.get("weight") == 0:
+        raise LeftOut("with answers of weight 0")
     if not isinstance(content, str) or not content.strip():
         raise LeftOut("with messages that are empty")
     return role, spelled(content)

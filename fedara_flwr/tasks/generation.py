@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from fedara_flwr.tasks.base import LearnerPort
 from fedara_flwr.tasks.templates import ASSISTANT, USER, Template
 
+PADDED = 0.05  # of the largest logit: more than roundings in bfloat16
+
 
 class Said(NamedTuple):
     """What a model said, and whether it stopped by itself."""
@@ -41,31 +43,48 @@ def say(learner: LearnerPort, prompts: Sequence[list[int]], most: int, streamer:
         most: tokens of an answer.
         streamer: of transformers; gets the tokens of a single prompt as they come.
     """
-    import torch
-    from transformers import GenerationConfig
-
-    adapted, tokenizer = learner.adapted, learner.tokenizer
+    tokenizer = learner.tokenizer
     stops, longest = all_ends(learner), max(len(prompt) for prompt in prompts)
     places = learner.adapted.positions  # of a model with learned ones
     most = most if places is None else min(most, places - longest)
     if most < 1:
         return [Said("", False) for _ in prompts]
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts], device=adapted.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=adapted.device)
-    config = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True)
-    adapted.model.eval()
-    own, adapted.model.generation_config = adapted.model.generation_config, GenerationConfig()  # penalties, fewest tokens, …
-    try:
-        with torch.no_grad(), adapted.autocast():
-            out = adapted.model.generate(tokens, attention_mask=mask, generation_config=config, streamer=streamer)
-    finally:
-        adapted.model.generation_config = own
+    learner.adapted.model.eval()
+    parts = [[prompt] for prompt in prompts] if _reads_padding(learner, prompts, stops) else [prompts]
     said, opens = [], opening(tokenizer)
-    for row in out[:, longest:].tolist():
+    for row in [row for part in parts for row in _generated(learner, part, most, stops, streamer=streamer).sequences]:
         end = next((place for place, token in enumerate(row) if token in stops), len(row))
         said.append(Said(_words(tokenizer, row[:end]).removeprefix(opens).strip(), end < len(row)))
     return said
+
+
+def _generated(learner: LearnerPort, prompts: Sequence[list[int]], most: int, stops: list[int], **options: Any) -> Any:
+    """What transformers generates: `sequences` are lists of each prompt's new tokens; `options` are those of its `generate`."""
+    import torch
+    from transformers import GenerationConfig
+
+    adapted, pad, longest = learner.adapted, learner.tokenizer.pad_token_id, max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts], device=adapted.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=adapted.device)
+    config = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True)
+    own, adapted.model.generation_config = adapted.model.generation_config, GenerationConfig()  # penalties, fewest tokens, …
+    options = {"attention_mask": mask, "generation_config": config, "return_dict_in_generate": True, **options}
+    try:
+        with torch.no_grad(), adapted.autocast():
+            out = adapted.model.generate(tokens, **options)
+    finally:
+        adapted.model.generation_config = own
+    out.sequences = out.sequences[:, longest:].tolist()
+    return out
+
+
+def _reads_padding(learner: LearnerPort, prompts: Sequence[list[int]], stops: list[int]) -> bool:
+    """Whether a prompt's next token depends on the padding before it, as RWKV's does, and that of BlenderBot's decoder."""
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    if len(short) == len(long):
+        return False
+    alone, beside = (_generated(learner, part, 1, stops, output_logits=True).logits[0][0] for part in ([short], [short, long]))
+    return bool((alone - beside).abs().max() > PADDED * alone.abs().max())
 
 
 def _words(tokenizer: Any, ids: Sequence[int]) -> str:

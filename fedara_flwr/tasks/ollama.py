@@ -32,8 +32,10 @@ def modelfile(tokenizer: Any, base: str, system: str = "") -> str:
         system: the system text that the model was taught with; '' = none.
 
     Raises:
-        Refused: the template writes later turns otherwise than first ones.
+        Refused: the template writes later turns otherwise than first ones; or the system text cannot be written down.
     """
+    if '"""' in system:
+        raise Refused("the system text has three quotation marks, which end one there")
     template = Template(tokenizer)
     bare = _pieces(template)
     try:
@@ -50,7 +52,7 @@ def modelfile(tokenizer: Any, base: str, system: str = "") -> str:
     ids, _ = template.answers([{"role": USER, "content": TEXTS[0]}, {"role": ASSISTANT, "content": TEXTS[1]}])
     end = tokenizer.convert_ids_to_tokens(ids[-1])
     source = [f"FROM {base}", "ADAPTER ."] if base else ["FROM ."]
-    source += [f'SYSTEM """{system}"""'] if system and '"""' not in system else []
+    source += [f'SYSTEM """{system}"""'] if system else []
     return "\n".join([*source, f'TEMPLATE """{body}"""', f'PARAMETER stop "{end}"', "PARAMETER temperature 0", ""])
 
 

@@ -55,6 +55,7 @@ def overview(
     if counts["train"]:
         lines.append(_labels(task, counts["train"]))
         warnings += _gaps(task, counts)
+    warnings += _shared(parts)
     texts, share = _texts(task, tokenizer, parts, max_length)
     lines.append(texts)
     if share > STRANGE:
@@ -118,6 +119,17 @@ def _gaps(task: Task, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
         elif held and (lacking := [name for name, count in train.items() if count and not held.get(name)]):
             found.append(f"no row {PARTS[part]} has {_list(lacking)}")
     return found
+
+
+def _shared(parts: Mapping[str, Examples]) -> list[str]:
+    """What is seen in training is no test: rows that are the same in all that the task reads of them, labels apart."""
+    known = set(parts["train"].keys(0))
+    counts = {part: sum(key in known for key in parts[part].keys(0)) for part in parts if part != "train"}
+    return [
+        f"{count:,} of {len(parts[part]):,} rows {PARTS[part]} are among those to train on, too"
+        for part, count in counts.items()
+        if count
+    ]
 
 
 def _look(name: str) -> object:

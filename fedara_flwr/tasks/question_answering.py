@@ -22,7 +22,7 @@ from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, text
 from fedara_flwr.keys import ConfigError, Group
-from fedara_flwr.tasks.annotations import answers_of, is_mark, placed, unfolded
+from fedara_flwr.tasks.annotations import answers_of, beside, is_mark, placed, unfolded
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
 from fedara_flwr.tasks.overlap import squad_exact, word_f1
 from fedara_flwr.tasks.spelled import read
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 BEST = 20  # starts and ends of a window from which spans are made
+STARTS = "answer_start"  # SQuAD's name of where an answer begins, as a column of its own, too
 NONE = 0  # the token at which "no answer" stands: the first
 
 
@@ -82,27 +83,42 @@ class QuestionAnswering(Task):
 
     # -- reading rows
     def table(self, table: Any) -> Any:
-        """SQuAD's own nested JSON as one row a question; other tables as they are."""
+        """SQuAD's own nested JSON as one row a question; other tables as they are.
+
+        Raises:
+            ConfigError: one column is named for two uses.
+        """
         nested = next((name for name in ("data", "paragraphs") if name in table.column_names), "")
         if not nested or self.options.context_column in table.column_names:
+            used: dict[str, str] = {}
+            for column in self.columns(table.column_names):
+                if column.name in used:
+                    line = f"it is the {used[column.name]} too, allowed is another column"
+                    raise ConfigError(f"data.{column.key} = {column.name!r}: {line}", f"{column.key}: {line}")
+                used[column.name] = column.key
             return table
         articles = [row for rows in table["data"] for row in rows] if nested == "data" else list(table)
         return type(table).from_list(list(unfolded(articles)))
 
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
-        """Question, context and answers."""
+        """Question, context and answers, and where these begin if that is a column of its own."""
         settings, options = self.settings, self.options
-        question = "question" if settings.text_column == "text" and "text" not in there else settings.text_column
+        # a flat copy of SQuAD has the question under its name, and the answer under 'text'
+        usual = settings.text_column == "text" and ("question" in there or "text" not in there)
+        question = "question" if usual else settings.text_column
+        starts = [Column("starts", "options answers-column", STARTS, nested=True)] if STARTS in there else []
         return [
             Column("text", "text-column", question),
             Column("context", "options context-column", options.context_column),
             Column("answers", "options answers-column", options.answers_column, nested=True),
+            *starts,
         ]
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
         """A question, its context, and where in it the answers stand."""
         question, context = text(row["text"], "question"), text(row["context"], "context")
-        answers = [placed(answer, start, context) for answer, start in answers_of(row["answers"])]
+        given = beside(row["answers"], row["starts"]) if "starts" in row else row["answers"]
+        answers = [placed(answer, start, context) for answer, start in answers_of(given)]
         return Example(question, pair=context, target=answers, identity=json.dumps([question, context, answers]))
 
     # -- the model

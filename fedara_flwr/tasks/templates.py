@@ -51,6 +51,8 @@ class Cut:
         refused: rows that the template does not take.
         neutralised: rows in which somebody had written a control token.
         passed_over: rows of which earlier answers are not learnt.
+        changed: rows of which a text is not in what the template makes of them, as it was written.
+        dated: rows that have the day's date in them.
     """
 
     rows: int = 0
@@ -59,6 +61,8 @@ class Cut:
     refused: int = 0
     neutralised: int = 0
     passed_over: int = 0
+    changed: int = 0
+    dated: int = 0
 
     def words(self, most: int) -> str:
         """In words; '' where nothing was done."""
@@ -72,7 +76,9 @@ class Cut:
                     self.passed_over,
                     "learnt without their earlier answers, which the template changes when more follows",
                 ),
+                (self.changed, "of which the template leaves out or changes a text, such as a system text or a thought"),
                 (self.neutralised, "hold control tokens, taken as text"),
+                (self.dated, "in a template that may write the day's date (strftime_now): on another day they are others"),
             )
             if count
         ]
@@ -84,11 +90,14 @@ class Template:
 
     Attributes:
         passed_over: conversations so far of which earlier answers are not learnt.
+        changed: conversations so far of which a text is not in what the template makes of them.
+        dated: whether it may write the day's date.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a fast one, with a chat template."""
-        self.tokenizer, self.passed_over = tokenizer, 0
+        self.tokenizer, self.passed_over, self.changed = tokenizer, 0, 0
+        self.dated = "strftime_now" in str(tokenizer.chat_template)
         self._controls = sorted(control_tokens(tokenizer), key=len, reverse=True)
 
     def render(self, messages: Sequence[Message], answering: bool = False) -> str:
@@ -127,11 +136,16 @@ class Template:
         """
         whole = self.render(messages)
         spans = self._spans(messages, whole)
-        self.passed_over += len(spans) < sum(message["role"] == ASSISTANT for message in messages)
+        passed_over = len(spans) < sum(message["role"] == ASSISTANT for message in messages)
+        self.passed_over += passed_over
+        last = len(messages) - 1
+        kept = [each["content"] for i, each in enumerate(messages) if i == last or not passed_over or each["role"] != ASSISTANT]
+        self.changed += not _holds(whole, kept)
         ids, labels = self._tokens(whole, spans)
         last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
         ids, labels = ids[: last + 1], labels[: last + 1]  # nothing is learnt from what follows the last answer
-        if labels and str(self.tokenizer.convert_ids_to_tokens(ids[-1])) not in self._controls:
+        ended = str(self.tokenizer.convert_ids_to_tokens(ids[-1])) in self._controls and ids[-1] != self.tokenizer.unk_token_id
+        if labels and not ended:
             ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
         return ids, labels
 
@@ -156,7 +170,7 @@ class Template:
         ids = [token for token, _, _ in encoded]
         labels = [UNLABELLED] * len(ids)
         for begin, end in spans:
-            # from the first token that has a letter of the answer to the last: some have spaces alone, and no width
+            # from the first token that has a letter of the answer to the last: some have no width
             inside = [i for i, (_, first, last) in enumerate(encoded) if last > begin and first < end and last > first]
             if inside:
                 labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
@@ -166,9 +180,14 @@ class Template:
         """(id, first, behind the last character) of the tokens of a stretch that begins `at` so many characters."""
         mark = str(self.tokenizer.eos_token) if at else ""  # some tokenizers put a space before a text, but not behind a token
         found = self.tokenizer(mark + text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        shift = at - len(mark)
-        return [(token, first + shift, last + shift) for token, (first, last) in tokens if last > len(mark) or not mark]
+        tokens, behind, shift = list[tuple[int, int, int]](), 0, at - len(mark)
+        for token, (first, last) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            if (mark + text)[behind:first].isspace():  # GPT-NeoX's leaves a token's spaces out of its place
+                first = behind
+            behind = max(behind, last)
+            if last > len(mark) or not mark:
+                tokens.append((token, first + shift, last + shift))
+        return tokens
 
     def _spans(self, messages: Sequence[Message], whole: str) -> list[tuple[int, int]]:
         """Where the answers that can be learnt stand in `whole`, each with the token that ends it."""
@@ -204,6 +223,12 @@ class Template:
             return len(said.rstrip())
         place, length = min(places)
         return len(said) - len(rest) + place - length
+
+
+def _holds(whole: str, texts: Sequence[str]) -> bool:
+    """Whether all of the texts are in `whole`, whatever the spaces in them: many templates take these off the ends."""
+    squeezed = "".join(whole.split())
+    return all("".join(text.split()) in squeezed for text in texts)
 
 
 def shorten(ids: list[int], labels: list[int], most: int) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from runs_helper import config, prepare
 from test_session import plan
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CanineConfig,
     ConvBertConfig,
@@ -25,9 +26,11 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     LukeConfig,
+    MambaConfig,
     XLMConfig,
     XLNetConfig,
 )
+from words_helper import byte_pairs
 
 from fedara_flwr import strategies
 from fedara_flwr.adapters.backbone import Backbone, load_tokenizer
@@ -234,6 +237,18 @@ def test_what_cannot_serve_is_one_line(tmp_path, config, line):
     config.pad_token_id = 0
     with pytest.raises(ConfigError, match=rf"^model.name = \S+: .*{line}") as caught:
         backbone_of(config, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_peft_refuses_is_one_line(tmp_path):
+    """Mamba's layers; which of them is said, so that `adapter.target-modules` can leave it out."""
+    words = byte_pairs()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    config = MambaConfig(vocab_size=len(words), eos_token_id=2, pad_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model.name = \S+: PEFT lays no adapters on it \(.*out_proj") as caught:
+        opened(tmp_path, "causal-lm", ())
     assert "\n" not in str(caught.value)
 
 

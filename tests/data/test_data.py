@@ -424,7 +424,10 @@ def test_file_without_rows(tmp_path, ending):
 
 def test_only_blank_rows(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": " ", "label": "a"}, {"text": "", "label": "b"}])
-    assert problem(path) == f"data.path = {str(path)!r}: there are no rows with text and label"
+    assert (
+        problem(path)
+        == f"data.path = {str(path)!r}: there are no rows with text and label (2 of 2 rows skipped: 2 without text)"
+    )
 
 
 def test_only_blank_test_rows(tmp_path):

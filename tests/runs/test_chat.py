@@ -280,6 +280,21 @@ def test_one_prompt_prints_the_answer_alone(run):
     assert done.stdout.strip() == answer_of(run, True, 2)
 
 
+def test_an_answer_that_is_cut_is_said(run, console, monkeypatch):
+    """Of one prompt apart from the answer; an answer that ends by itself is no cut one."""
+    line = "the answer is cut after {} tokens (--max-tokens)"
+    done = command(run, "--prompt", "what is number 3?", "--max-tokens", 2)
+    assert done.stderr == line.format(2) + "\n" and "cut" not in done.stdout
+    talk = Chat(run, 16)
+    assert talk.ask(talk.prompt("what is number 3?"), "base", str) and talk.cut == line.format(16)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedara_flwr.tasks.generation.ends", lambda _: list(range(len(talk.model.learner.tokenizer))))
+        talk.ask(talk.prompt("what is number 3?"), "base", str)
+    assert talk.cut == ""
+    shown, _ = converse(run, console, monkeypatch, ["/base", "what is number 3?"])
+    assert line.format(16) in shown
+
+
 def test_a_run_is_found_by_its_name(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     (run.parent / "runs").mkdir(exist_ok=True)

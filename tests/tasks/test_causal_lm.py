@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TASKS
+from conftest import TASKS, enlarge
 from data_helper import federation, load, load_own, shares, write
 from export_helper import stock_run
 from runs_helper import WALL_CLOCK, config, exported, prepare, start, stopped_in_round, written
 from test_output import fill, open_adapted, save_model
 from test_templates import CHAT, END, learnt, problem, tokenizer
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, RwkvConfig
 
 from fedara_flwr import engine, strategies
 from fedara_flwr.adapters.learner import Learner
@@ -64,6 +64,8 @@ def read(path: Path, rows: list[dict], options: str = "", **more: object):
         ({"prompt": "Which colour?", "completion": "blue"}, "Which colour?"),
         ({"prompt": "Which colour?", "answer": "blue", "text": "of other things"}, "Which colour?"),
         ({"question": "Which colour?", "answer": "blue"}, "Which colour?"),
+        ({"question": "Which colour?", "context": "the sky", "answer": "blue"}, "Which colour?\n\nthe sky"),
+        ({"prompt": "Which colour?", "context": "the sky", "completion": "blue"}, "Which colour?\n\nthe sky"),
         (
             {"messages": [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "blue"}]},
             "Which colour?",
@@ -83,10 +85,13 @@ def test_columns_by_the_names_that_published_sets_have(tmp_path, row, prompt):
 def test_columns_that_were_taken_by_their_names_are_said(tmp_path, caplog):
     conversations.preset.cache_clear()
     with caplog.at_level("INFO"):
-        read(tmp_path, [{"instruction": "a", "response": "b", "other": 1}])
-    assert (
-        "columns by their names: text from 'instruction', answer from 'response' (data.options says otherwise)" in caplog.text
-    )
+        read(tmp_path, [{"instruction": "a", "response": "b", "other": 1, **{f"c{i}": 1 for i in range(9)}}])
+        read(tmp_path, [{"question": "a", "answer": "b"}], "answer-column = '-'", text_column="question")
+    taken = "columns by their names: text from 'instruction', answer from 'response'"
+    rest = "'other', 'c0', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6' and 2 more"
+    assert [record.message for record in caplog.records] == [
+        f"{taken}; no part of a conversation: {rest} (data.options says otherwise)"
+    ]
 
 
 def test_fedara_run_in_one_process_says_the_columns_too(tmp_path, monkeypatch, capsys):
@@ -112,6 +117,41 @@ def test_columns_by_the_keys(tmp_path):
     assert read(tmp_path, [passage], "context-column = 'passage'")[0] == found
     for names in (("text", "answer"), ("Prompt", "Completion"), ("INSTRUCTION", "Output")):
         assert read(tmp_path, [dict(zip(names, ("Which colour?", "blue"), strict=True))])[0] == [BLUE]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("context-column = 'c'", "context-column = 'c': allowed is '' where rows are conversations"),
+        (
+            "messages-column = 'messages'\nanswer-column = 'c'",
+            "answer-column = 'c': allowed is '' where rows are conversations",
+        ),
+        (
+            "answer-column = '-'\ncontext-column = 'c'",
+            "context-column = 'c': allowed is '' where rows are texts to be learnt whole",
+        ),
+        ("answer-column = 'text'", "answer-column = 'text': it is the text-column too, allowed is another column"),
+        (
+            "answer-column = 'c'\ncontext-column = 'c'",
+            "context-column = 'c': it is the answer-column too, allowed is another column",
+        ),
+    ],
+)
+def test_columns_that_would_not_be_read_or_twice(tmp_path, options, line):
+    """A context that is the answer would give it away; one beside conversations or whole texts would be dropped."""
+    said = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "blue"}]
+    path = write(tmp_path / "d.jsonl", [{"messages": said, "text": "Which colour?", "c": "blue"}])
+    assert problem(lambda: load(settings_of(path, options), 0)) == f"data.options {line}"
+
+
+def test_an_answer_that_is_published_as_the_input(tmp_path, caplog):
+    """It is then no context of its own prompt; the line says what is read."""
+    conversations.preset.cache_clear()
+    row = {"instruction": "Which colour?", "input": "blue", "output": "no"}
+    with caplog.at_level("INFO"):
+        assert read(tmp_path, [row], "answer-column = 'input'", text_column="instruction")[0] == [BLUE]
+    assert "text from 'instruction', answer from 'input'; no part of a conversation: 'output'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -190,6 +230,26 @@ def test_messages_as_other_tools_write_them(tmp_path):
     assert line == "2 of 5 rows skipped: 1 with messages that are no JSON, 1 with messages that are not text alone"
 
 
+def test_what_a_message_says_beside_its_text(tmp_path):
+    """Nothing of it would be learnt; an answer of weight 0 is one that must not be."""
+    call = [{"function": {"name": "f", "arguments": "{}"}}]
+    beside = [{"tool_calls": call}, {"function_call": "f"}, {"reasoning_content": "hm"}, {"weight": 0}]
+    nothing = [{"tool_calls": []}, {"reasoning_content": None}, {"weight": 1}, {"name": "Bob"}]
+    rows = [
+        {
+            "messages": json.dumps(
+                [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "blue", **more}]
+            )
+        }
+        for more in (*beside, *nothing)
+    ]
+    found, line = read(tmp_path, rows)
+    assert found == [BLUE] * 4
+    assert line == "4 of 8 rows skipped: 1 with answers of weight 0, " + ", ".join(
+        f"1 with messages that have {name}" for name in ("function_call", "reasoning_content", "tool_calls")
+    )
+
+
 def test_prompts_and_answers_that_are_missing(tmp_path):
     rows = [("a", "b"), ("", "b"), ("a", "  "), (None, "b"), ("a", None)]
     found, line = read(tmp_path, [{"prompt": prompt, "completion": answer} for prompt, answer in rows])
@@ -261,6 +321,9 @@ def test_categories(tmp_path):
     path = write(tmp_path / "d.jsonl", rows)
     settings = settings_of(path, "category-column = 'kind'", partition="pathological", labels_per_client=1)
     pool = federation(settings, 0).pool
+    numbers = [{"prompt": "p", "completion": "a", "kind": kind} for kind in (1, 1.0, "1")]
+    beside = settings_of(write(tmp_path / "e.jsonl", numbers), "category-column = 'kind'")
+    assert load_own(beside, ()).train.categories == ("1", "1", "1")
     assert set(pool.categories) == {"x", "y", ""} and pool.groups is None
     dealt = shares(settings, 0, 3)
     assert sum(map(len, dealt)) == len(pool)
@@ -294,7 +357,9 @@ def test_data_without_answers_is_refused(tmp_path):
     line = problem(lambda: load(DataSettings(task="causal-lm", name="docstrings", partition="iid"), 0))
     assert line.startswith("data.name = 'docstrings': its rows have no answers ('functions' has)")
     path = write(tmp_path / "d.jsonl", [{"prompt": "", "completion": ""}])
-    assert problem(lambda: load(settings_of(path), 0)).endswith("there are no rows with text and answer")
+    assert problem(lambda: load(settings_of(path), 0)).endswith(
+        "there are no rows with text and answer (1 of 1 rows skipped: 1 without prompt)"
+    )
 
 
 def test_a_device_without_rows_of_its_own_has_the_runs_built_in_ones():
@@ -402,6 +467,21 @@ def test_each_prompt_gets_the_answer_that_it_gets_alone(learner):
         stopped = tokens[-1] in ends(learner.tokenizer)
         text = learner.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip()
         assert said == (text, stopped)
+
+
+def test_a_model_that_reads_the_padding_answers_each_prompt_by_itself(tmp_path):
+    """RWKV has no mask."""
+    words = tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    config = RwkvConfig(vocab_size=len(words), eos_token_id=3, pad_token_id=3, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    enlarge(model, 4)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    found = Learner(open_adapted(tmp_path), TASK, words)
+    rows = [list(range(7, 7 + count)) for count in (3, 11, 6)]
+    assert say(found, rows, 8) == [say(found, [row], 8)[0] for row in rows]
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -35,7 +35,7 @@ def look(tokenizer, train: Examples, names=NAMES, most: int = 64, **parts: Examp
 def test_by_hand(tokenizer):
     """Texts of 6 tokens with the two marks around them, one of 8."""
     train = Examples((*rows(0, 0, 1).texts, "one two three four five six"), np.array([0, 0, 1, 2]))
-    found = look(tokenizer, train, most=7, validation=rows(0, 1, 2), test=rows(0, 1))
+    found = look(tokenizer, train, most=7, validation=rows(0, 1, 2, text="two two two"), test=rows(0, 1, text="one one one"))
     assert found.lines == (
         "data: 4 to train on, 3 to validate on, 2 to test on",
         "labels: 3 ('red', 'green', 'blue'); most rows 'red' 2, fewest 'green' 1",
@@ -66,7 +66,16 @@ def test_by_hand(tokenizer):
     ],
 )
 def test_warnings(tokenizer, train, test, names, words):
-    assert list(look(tokenizer, rows(*train), names, test=rows(*test)).warnings) == words
+    assert list(look(tokenizer, rows(*train), names, test=rows(*test, text="two two")).warnings) == words
+
+
+def test_rows_that_are_trained_on_are_no_test(tokenizer):
+    """Whatever their labels; of a pair both texts count."""
+    pairs = Examples(("a", "a"), np.array([0, 1]), pairs=("b", "c"))
+    found = look(tokenizer, pairs, NAMES[:2], test=Examples(("a", "a"), np.array([0, 1]), pairs=("b", "d")))
+    assert found.warnings == ("1 of 2 rows to test on are among those to train on, too",)
+    found = look(tokenizer, rows(0, 1), NAMES[:2], validation=rows(1, 0), test=rows(0, 1, text="others"))
+    assert found.warnings == ("2 of 2 rows to validate on are among those to train on, too",)
 
 
 def test_a_tokenizer_of_another_language(tokenizer):

@@ -214,6 +214,8 @@ ASTRAY, UNEQUAL, NO_TEXT = (
         ({"text": ["ada"], "answer_start": [0]}, ASTRAY),
         (["Ada", "Eve"], ASTRAY),
         ("Eve", ASTRAY),
+        ({"span": [0, 3]}, NO_TEXT),
+        ([{"answer": "Ada"}], NO_TEXT),
         ({"text": ["Ada"], "answer_start": [0, 1]}, UNEQUAL),
         ({"text": ["Ada", "it"], "answer_start": [0]}, UNEQUAL),
         ({"text": None, "answer_start": [0]}, UNEQUAL),
@@ -225,6 +227,50 @@ ASTRAY, UNEQUAL, NO_TEXT = (
 )
 def test_answers_that_cannot_be_meant_are_counted(tmp_path, answers, line):
     assert targets_of(tmp_path, answers) == ([], line)
+
+
+HE = "The other is in the Netherlands; he is there, in 1912 and in 1."
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "begin"),
+    [
+        (HE, "he", HE.index("he is")),
+        (HE, "in", HE.index("in the")),
+        (HE, "1", HE.index("1.")),
+        (HE, "ther", HE.index("ther")),
+        ("l'été dété été", "été", 2),
+        ("a-he, (he)", "he", 2),
+    ],
+)
+def test_an_answer_without_a_place_is_no_part_of_a_word(context, answer, begin):
+    """Unless it is nothing else: "he" would be learnt as the middle of "The"."""
+    assert TASK.read({"text": "q", "context": context, "answers": answer}, None).target == [[answer, begin]]
+
+
+def test_places_in_a_column_of_their_own(tmp_path):
+    """A flat copy of SQuAD has the question under its name, and the answer under 'text'."""
+    last = HE.rindex("in")
+    rows = [(last, "in"), (str(last), "in"), (None, "he"), (-1, ""), (None, None), (last + 1, "in")]
+    flat = [{"question": "Who?", "context": HE, "answer_start": begin, "text": answer} for begin, answer in rows]
+    own = load_own(answering(write(tmp_path / "d.jsonl", flat), options="answers-column = 'text'"), ())
+    assert own.train.texts == ("Who?",) * 5
+    assert own.train.targets == ([["in", last]], [["in", last]], [["he", HE.index("he is")]], [], [])
+    assert str(own.skipped) == "1 of 6 rows skipped: 1 with an answer that is not where it should be"
+    lists = [{"question": "Who?", "context": HE, "answer_start": [last, 0], "answers": ["in", "The"]}]
+    assert load_own(answering(write(tmp_path / "e.jsonl", lists)), ()).train.targets == ([["in", last], ["The", 0]],)
+    own_places = [{"question": "Who?", "context": HE, "answer_start": 0, "answers": {"text": ["in"], "answer_start": [last]}}]
+    assert load_own(answering(write(tmp_path / "f.jsonl", own_places)), ()).train.targets == ([["in", last]],)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [("answers-column = 'question'", "text-column"), ("answers-column = 'context'", "options context-column")],
+)
+def test_one_column_for_two_uses(tmp_path, options, key):
+    path = write(tmp_path / "d.jsonl", [{"question": "Who?", "context": HE}])
+    found = problem(lambda: load(answering(path, options=options), 0))
+    assert found == f"data.options {options}: it is the {key} too, allowed is another column"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from words_helper import word_pieces
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.keys import ConfigError
@@ -153,19 +154,36 @@ def test_a_template_that_ends_no_turn_gets_the_end_of_text():
     assert found == ["hello world", "two</s>"]
 
 
-@pytest.mark.parametrize("answer", ["hello world", " two", "    return x", "\n\none", "hello\n\n"])
+def test_an_answer_that_ends_with_an_unknown_letter_gets_its_end_too():
+    """Such a token is named as the control tokens are, but ends nothing."""
+    bare = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] }}{% endfor %}"
+    words = word_pieces()
+    words.eos_token, words.chat_template = "[SEP]", bare
+    ids, labels = Template(words).answers(conversation([("user", "the round"), ("assistant", "the 漢")]))
+    assert words.convert_ids_to_tokens(ids[-2:]) == ["[UNK]", "[SEP]"] and labels[-2:] == ids[-2:]
+
+
+@pytest.mark.parametrize("trim", [False, True], ids=["whole-offsets", "trimmed-offsets"])
+@pytest.mark.parametrize("answer", ["hello world", " two", "    return x", "\n\none", "hello\n\n", "漢", "  漢"])
 @pytest.mark.parametrize("prompt", ["assistant: ", "assistant:\n", "assistant:\n\n", "assistant:"])
-def test_a_prompt_has_the_tokens_that_it_has_alone(prompt, answer):
+def test_a_prompt_has_the_tokens_that_it_has_alone(prompt, answer, trim):
     """Where one token would hold the prompt's end and the answer's beginning: nobody generates from half of it."""
     spaced = "{% for m in messages %}{{ m['role'] + PROMPT + m['content'] + '<|end|>\n' }}{% endfor %}"
     spaced += "{% if add_generation_prompt %}{{ 'assistant' + PROMPT }}{% endif %}"
-    found = tokenizer(spaced.replace("PROMPT", repr(prompt.removeprefix("assistant"))))
+    found = tokenizer(spaced.replace("PROMPT", repr(prompt.removeprefix("assistant"))), trim=trim)
     _, said = answers(found, [*GREETING, ("user", "one"), ("assistant", answer)])
     assert said == ["hello world<|end|>", answer + END]
     template = Template(found)
     alone = found(template.render(conversation([("user", "one")]), answering=True), add_special_tokens=False)["input_ids"]
-    ids, _ = template.answers(conversation([("user", "one"), ("assistant", answer)]))
-    assert ids[: len(alone)] == alone
+    ids, labels = template.answers(conversation([("user", "one"), ("assistant", answer)]))
+    assert ids[: len(alone)] == alone and labels == [*[UNLABELLED] * len(alone), *ids[len(alone) :]]
+
+
+def test_a_space_before_an_answer_is_learnt_where_it_is_a_token_of_its_own():
+    """Of GPT-NeoX's kind it has no width: whoever generates has the prompt without it."""
+    for trim in (False, True):
+        text, found = answers(tokenizer(PLAIN, eos="</s>", trim=trim), [("user", "one"), ("assistant", "漢字")])
+        assert text == "one\n 漢字</s>" and found == [" 漢字</s>"]
 
 
 def test_a_token_that_swallows_spaces_is_not_learnt():
@@ -234,6 +252,42 @@ def test_a_template_that_refuses_a_conversation():
     line = problem(lambda: answers(tokenizer(strict), [("system", "red"), *GREETING]))
     assert line == "data.options: the tokenizer's chat template refuses a conversation (System role not supported)"
     assert answers(tokenizer(strict), GREETING)[1] == ["hello world<|end|>"]
+
+
+NO_SYSTEM = CHAT.replace("{{ '<|turn|>'", "{% if m['role'] != 'system' %}{{ '<|turn|>'", 1).replace(
+    "{% endfor %}", "{% endif %}{% endfor %}", 1
+)
+NO_THOUGHTS = CHAT.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "changed"),
+    [
+        (NO_SYSTEM, [("system", "Be brief."), *GREETING], 1),
+        (NO_SYSTEM, GREETING, 0),
+        (NO_THOUGHTS, [("user", "hello"), ("assistant", "<think>one</think>two")], 1),
+        (NO_THOUGHTS, [("user", "hello"), ("assistant", "<think>one</think>two"), ("user", "b"), ("assistant", "c")], 1),
+        (CHAT.replace("m['content']", "m['content'] | trim"), [("user", " hello\n"), ("assistant", "  hello  world ")], 0),
+    ],
+    ids=["system", "no-system", "thought", "earlier-thought", "trimmed"],
+)
+def test_a_text_that_the_template_leaves_out_is_counted(template, turns, changed):
+    """Such as DeepSeek R1's thoughts, of which nothing would be learnt without a word."""
+    messages = [list(turn) for turn in turns]
+    notes = TASK.encode(tokenizer(template), Examples((turns[-1][1],), targets=(messages,)), 200).notes
+    assert (
+        notes
+        == ("of 1 rows 1 of which the template leaves out or changes a text, such as a system text or a thought") * changed
+    )
+
+
+def test_a_template_that_writes_the_date():
+    """Llama 3.2's: the same run tomorrow has other rows."""
+    dated = "{{ '<|turn|>system\nToday Date: ' + strftime_now('%d %b %Y') + '<|end|>\n' }}" + CHAT
+    examples = Examples(("hello world",), targets=([list(turn) for turn in GREETING],))
+    line = "of 1 rows 1 in a template that may write the day's date (strftime_now): on another day they are others"
+    assert TASK.encode(tokenizer(dated), examples, 200).notes == line
+    assert TASK.encode(tokenizer(dated), Examples(("a text",)), 200).notes == ""
 
 
 def test_a_template_that_drops_what_is_said():
@@ -462,6 +516,13 @@ def test_modelfile_of_a_template_without_a_place_for_a_system_text():
 def test_marks_of_gos_in_a_template():
     odd = CHAT.replace("{% for", "{{ '{{ x }} ' + '\"' * 3 }}{% for", 1)
     assert '{{ "{{" }} x }} {{ "\\"\\"\\"" }}' in modelfile(tokenizer(odd), "")
+
+
+def test_no_modelfile_without_the_system_text():
+    """A quotation mark at its end is none of the three that end it."""
+    assert '\nSYSTEM """Say "no"."""\n' in modelfile(tokenizer(), "", 'Say "no".')
+    with pytest.raises(Refused, match="the system text has three quotation marks"):
+        modelfile(tokenizer(), "", 'Say """no""".')
 
 
 def test_no_modelfile_of_turns_that_are_written_in_two_ways():

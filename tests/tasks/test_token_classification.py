@@ -181,7 +181,7 @@ def test_rows_without_words_are_left_out(tmp_path):
     rows = [*ROWS, {"tokens": [], "ner": []}, {"tokens": None, "ner": None}, {"tokens": [" ", ""], "ner": ["O", "O"]}]
     assert len(content(read(write(tmp_path / "d.jsonl", rows)))) == 3
     assert problem(write(tmp_path / "empty.jsonl", [{"tokens": [" "], "ner": ["O"]}])).endswith(
-        "there are no rows with text and label"
+        "there are no rows with text and label (1 of 1 rows skipped: 1 without text)"
     )
 
 
