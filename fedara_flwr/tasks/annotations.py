@@ -49,10 +49,15 @@ def _listed(value: Any) -> list[Any]:
     return [] if absent(value) else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def beside(answers: Any, starts: Any) -> Any:
+def placed_beside(answers: Any, starts: Any) -> Any:
     """Answers with their places of a column of its own, where they have none themselves."""
     texts = _listed(answers)
     return answers if any(isinstance(each, Mapping) for each in texts) else {"text": texts, "answer_start": starts}
+
+
+def is_true(value: Any) -> bool:
+    """Whether a column of yes and no says yes; csv files have it as text."""
+    return str(value).strip().casefold() in ("true", "yes", "1", "1.0")
 
 
 def placed(answer: str, start: Any, context: str) -> list[Any]:
@@ -92,7 +97,7 @@ def unfolded(articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for article in articles:
         for paragraph in article.get("paragraphs") or ():
             for qa in paragraph.get("qas") or ():
-                answers = [] if qa.get("is_impossible") else qa.get("answers") or []
+                answers = [] if is_true(qa.get("is_impossible")) else qa.get("answers") or []
                 yield {
                     "title": article.get("title") or "",
                     "context": paragraph["context"],

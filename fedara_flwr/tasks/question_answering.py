@@ -22,7 +22,7 @@ from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.reading import Column, Example, text
 from fedara_flwr.keys import ConfigError, Group
-from fedara_flwr.tasks.annotations import answers_of, beside, is_mark, placed, unfolded
+from fedara_flwr.tasks.annotations import answers_of, is_mark, is_true, placed, placed_beside, unfolded
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
 from fedara_flwr.tasks.overlap import squad_exact, word_f1
 from fedara_flwr.tasks.spelled import read
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 BEST = 20  # starts and ends of a window from which spans are made
-STARTS = "answer_start"  # SQuAD's name of where an answer begins, as a column of its own, too
+# SQuAD's names of where an answer begins and whether there is none, which flat copies have as columns of their own
+STARTS, IMPOSSIBLE = "answer_start", "is_impossible"
 NONE = 0  # the token at which "no answer" stands: the first
 
 
@@ -101,23 +102,24 @@ class QuestionAnswering(Task):
         return type(table).from_list(list(unfolded(articles)))
 
     def columns(self, there: Sequence[str]) -> Sequence[Column]:
-        """Question, context and answers, and where these begin if that is a column of its own."""
+        """Question, context and answers; where these begin and whether there are none, if those are columns of their own."""
         settings, options = self.settings, self.options
         # a flat copy of SQuAD has the question under its name, and the answer under 'text'
         usual = settings.text_column == "text" and ("question" in there or "text" not in there)
         question = "question" if usual else settings.text_column
-        starts = [Column("starts", "options answers-column", STARTS, nested=True)] if STARTS in there else []
+        beside = [("starts", STARTS), ("impossible", IMPOSSIBLE)]
         return [
             Column("text", "text-column", question),
             Column("context", "options context-column", options.context_column),
             Column("answers", "options answers-column", options.answers_column, nested=True),
-            *starts,
+            *(Column(role, "options answers-column", name, nested=True) for role, name in beside if name in there),
         ]
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
         """A question, its context, and where in it the answers stand."""
         question, context = text(row["text"], "question"), text(row["context"], "context")
-        given = beside(row["answers"], row["starts"]) if "starts" in row else row["answers"]
+        given = placed_beside(row["answers"], row["starts"]) if "starts" in row else row["answers"]
+        given = None if is_true(row.get("impossible")) else given
         answers = [placed(answer, start, context) for answer, start in answers_of(given)]
         return Example(question, pair=context, target=answers, identity=json.dumps([question, context, answers]))
 

@@ -264,6 +264,16 @@ def test_places_in_a_column_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "answered"), [(True, 0), ("True", 0), (1, 0), ("1", 0), (False, 1), ("false", 1), (0, 1), (None, 1)]
+)
+def test_a_column_that_says_that_there_is_no_answer(tmp_path, said, answered):
+    """SQuAD 2 has a plausible answer beside; it is not the one."""
+    rows = [{"question": "Who?", "context": HE, "answers": "in", "is_impossible": said}]
+    own = load_own(answering(write(tmp_path / "d.jsonl", rows)), ())
+    assert [len(target) for target in own.train.targets] == [answered] and not str(own.skipped)
+
+
+@pytest.mark.parametrize(
     ("options", "key"),
     [("answers-column = 'question'", "text-column"), ("answers-column = 'context'", "options context-column")],
 )
