@@ -259,7 +259,8 @@ class RoundLoop(Strategy):
         Between rounds `should_stop` is asked whether to end, as early stopping is.
 
         Raises:
-            RunFailed: `max-failed-rounds` rounds in a row had too few good replies; without rounds, the head was not solved.
+            RunFailed: `max-failed-rounds` rounds in a row, or all, had too few good replies; without rounds, the head was not
+                solved.
             TooFewNodes: they did not come in time.
         """
         self.summary()
@@ -291,7 +292,7 @@ class RoundLoop(Strategy):
             evaluated = self._evaluate(server_round, arrays, evaluate, result)
             record = self._record(evaluated, trained - began, time.monotonic() - trained)
             assert self.work is not None
-            self.failure = self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy)
+            self.failure = self.work.failure(self.roster, self.state.failed_rounds, self.settings.strategy, num_rounds)
             self.stopped = why_stop(self.settings, self.state, should_stop) if server_round < num_rounds else ""
             self._keep(progress.line(record))
             if self.failure:

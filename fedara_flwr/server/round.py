@@ -189,8 +189,8 @@ class Round:
         for client, why in busy.items():
             self._drop(client, BUSY, why)
 
-    def failure(self, roster: Roster, failed_rounds: int, strategy: StrategySettings) -> str:
-        """Why the run cannot go on after this round; '' where it can."""
+    def failure(self, roster: Roster, failed_rounds: int, strategy: StrategySettings, rounds: int) -> str:
+        """Why the run cannot go on after this round, or is none after all its `rounds`; '' where it can."""
         if any(drop.reason == ACTOR_DIED for drop in self.drops):
             return (
                 "a client process of the simulation died (out of memory?); Flower keeps giving it messages, and all fail. "
@@ -203,6 +203,10 @@ class Round:
             return (
                 f"{failed_rounds} rounds in a row had fewer than strategy.min-replies = "
                 f"{strategy.min_replies} good replies (strategy.max-failed-rounds)"
+            )
+        if failed_rounds >= rounds:
+            return (
+                f"none of {rounds} rounds had strategy.min-replies = {strategy.min_replies} good replies: they taught nothing"
             )
         return ""
 
