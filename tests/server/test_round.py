@@ -140,7 +140,7 @@ def test_too_few_replies_leave_the_model_and_end_the_run_after_three_rounds(tiny
 
 def test_a_run_of_which_no_round_counted_has_failed(tiny_bert):
     """It has fewer rounds than would end it, and must not be told as completed."""
-    flat = config(tiny_bert, num_server_rounds=2)
+    flat = config(tiny_bert, num_server_rounds=2, method="fedlora")
     strategy, grid = prepare(flat, TamperedGrid, tamper=lambda number, node, reply: poison(np.nan)(reply))
     with pytest.raises(RunFailed, match="none of 2 rounds had strategy.min-replies = 1 good replies: they taught nothing"):
         strategy.start(grid, strategy.initial_arrays(), 2)
