@@ -157,12 +157,12 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     figures = []
     for metric in metrics:
         value, test = final(run, metric), number(run.test.get(metric))
-        before = f"from {figure(start)} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
+        before = f", {figure(start)} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
         if metric == run.metric or not np.isnan(value):
-            figures.append((f"{metric}, validation", figure(value), before))
+            figures.append((f"{metric}, validation", figure(value), f"after the last round{before}"))
         if metric == run.metric or not np.isnan(test):
             bare = number((run.facts.get("unadapted") or {}).get(metric))
-            without = "" if np.isnan(bare) else f"{figure(bare)} of the unadapted model"
+            without = "of the model that is left" + ("" if np.isnan(bare) else f", {figure(bare)} of the unadapted model")
             figures.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else without))
     last = run.rounds[-1] if run.rounds else {}
     alive, slots = number(last.get("alive")), number(last.get("slots"))

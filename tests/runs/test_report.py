@@ -453,6 +453,12 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, rounds):
     assert "still running, or cut off" in page.html and "fedara export tiny" in page.html
 
 
+def test_whose_figures_stand_at_the_top(tmp_path):
+    """The last round's and the exported model's, which may be an earlier round's."""
+    page = write_report(make(tmp_path / "run")).read_text()
+    assert "after the last round, 0.050 before round 1" in page and "of the model that is left" in page
+
+
 def test_a_run_without_evaluation_has_a_page(tmp_path):
     log = [{key: value for key, value in line.items() if key not in ("accuracy", "macro-f1")} for line in lines()]
     page = check_page(write_report(make(tmp_path / "run", facts(test={}), [{"type": "start"}, *log[1:-1]])), 4)
