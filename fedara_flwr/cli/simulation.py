@@ -69,7 +69,7 @@ class Simulation(Group):
     def check_nodes(self, least: int) -> None:
         """Refuse fewer clients than train in each round: the run would wait for more, and no more come; ConfigError then."""
         if self.num_supernodes < least:
-            raise ConfigError(f"num-supernodes = {self.num_supernodes}: strategy.min-train-nodes = {least} allows no fewer than that")
+            raise ConfigError(f"num-supernodes = {self.num_supernodes}: by strategy.min-train-nodes allowed is {least} or more")
 
     def check_machine(self) -> None:
         """Refuse clients that this machine has no room for; ConfigError then."""

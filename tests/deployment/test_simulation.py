@@ -161,7 +161,7 @@ def test_a_folder_that_is_no_app_lacks_its_file(tmp_path):
 def test_fewer_nodes_than_train_in_a_round_are_refused_before_anything_starts(tmp_path):
     """Nobody joins a simulation: the run would wait for `strategy.node-timeout`."""
     (federation := tmp_path / "federation.toml").write_text("num-supernodes = 1\n")
-    with pytest.raises(ConfigError, match=r"^num-supernodes = 1: strategy.min-train-nodes = 2 allows no fewer than that$"):
+    with pytest.raises(ConfigError, match=r"^num-supernodes = 1: by strategy.min-train-nodes allowed is 2 or more$"):
         launch.launch(ROOT, [f"run.dir='{tmp_path}'"], federation, "inprocess")
 
 
