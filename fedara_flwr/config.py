@@ -209,7 +209,7 @@ class FleetSettings(Group):
 
 class OutputSettings(Group):
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time")
-    dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs")
+    dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs; APP/runs by `fedara run`")
     resume: str = Field("", description="run to go on with at its next round: a name under run.dir, or an absolute path")
     checkpoint_every: int = Field(
         1, ge=0, description="rounds between checkpoints; the last round and the best one have theirs; 0 = none at all"

@@ -437,7 +437,7 @@ RUN = (
     "make run CONFIG=\"run.track='tensorboard'\"",
     "make run",
     ".venv/bin/fedara export NAME --format merged",
-    ".venv/bin/fedara compare NAME NAME --target 0.6",
+    ".venv/bin/fedara compare NAME NAME --target 0.76",
     ".venv/bin/fedara doctor",
     "fedara methods",
     "fedara tasks",

@@ -54,6 +54,10 @@ def local_superlink() -> Finding:
     with contextlib.suppress(psutil.Error):
         if not any("flower-superlink" in part for part in process.cmdline()):
             return Finding("warning", f"process {process.pid} ({process.name()}) listens on port {port}", other_port)
+    with contextlib.suppress(psutil.Error):
+        if process.uids().real != os.getuid():
+            whose = f"process {process.pid} on port {port} is {process.username()}'s"
+            return Finding("warning", f"{whose}: plain `flwr run` would hand it its runs", other_port)
     bites = []
     owner = f"process {process.pid} on port {port}"
     with contextlib.suppress(psutil.Error):

@@ -75,6 +75,7 @@ def launch(
         show()  # what is said of the data is said once in a process, here when they are checked
     config = read_config(app, overrides, resume)
     simulation = Simulation.read(federation or app / "federation.toml")
+    simulation.check_nodes(int(config["strategy.min-train-nodes"]))
     runs = resume or Path(str(config["run.dir"])).expanduser()
     if why := unwritable(runs):
         key = "run.resume" if resume else "run.dir"
@@ -128,8 +129,10 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
     else:
         try:
             table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-        except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{app}: no Flower app ({error!r})") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{app}/pyproject.toml cannot be read ({error})") from None
+        except (OSError, KeyError):
+            raise ConfigError(f"{app}: no Flower app (no pyproject.toml with [tool.flwr.app.config])") from None
         config = flatten_dict(table)
     for text in overrides:
         config |= _parse_override(text)
@@ -190,13 +193,15 @@ def _parse_override(text: str) -> dict[str, Scalar]:
             tomllib.loads(f"value = {value}")
         except tomllib.TOMLDecodeError:
             allowed = "numbers such as 0.01, true, false, and text in quotes"
+            allowed += " (single ones where there is a \\ in it)" if "\\" in value else ""
             raise ConfigError(f"--run-config: {key} = {value} is no TOML value, allowed are {allowed}") from None
     try:
         parsed = parse_config_args([text])
     except (click.ClickException, ValueError, OSError) as error:
         raise ConfigError(f"--run-config {text!r}: {str(error).splitlines()[0]}") from None
     if rest or not parsed:
-        raise ConfigError(f"--run-config {text!r}: {rest or text!r} is no key=value, allowed is \"key='text' key=1 key=true\"")
+        allowed = "\"key='text' key=1 key=true\", with blanks between pairs and nowhere else, or a .toml file"
+        raise ConfigError(f"--run-config {text!r}: {rest or text!r} is no key=value, allowed is {allowed}")
     return parsed
 
 
@@ -234,6 +239,7 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         print(cluster.check(config, simulation, env, neutral), flush=True)
         if env.get(cluster.AUTH_MODE) != "token":
             print(cluster.OPEN, flush=True)
+    print(f"starting Flower, {simulation.num_supernodes} simulated nodes: half a minute, longer on a busy machine", flush=True)
     with _superlink(env, neutral) as (process, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
         arguments = ["run", str(app), *(f"--{kind}-config={neutral / kind}.toml" for kind in ("federation", "run"))]

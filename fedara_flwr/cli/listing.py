@@ -12,7 +12,9 @@ from rich.text import Text
 
 from fedara_flwr import strategies
 from fedara_flwr.cli.reference import allowed, default
+from fedara_flwr.keys import Scalar
 from fedara_flwr.tasks import registry
+from fedara_flwr.tasks.base import USUAL
 
 
 def print_methods(console: Console) -> None:
@@ -28,18 +30,27 @@ def print_methods(console: Console) -> None:
 
 
 def print_tasks(console: Console) -> None:
-    """List all tasks with their metrics, the main one first; a line of a broken plug-in says why it is broken."""
+    """List all tasks with their metrics, the main one first; a line of a broken plug-in says why it is broken.
+
+    What holds for every task that names nothing else stands above them, once.
+    """
+    usual = {key: value for key, value in USUAL.items() if key != "data.partition"}  # that depends on the task's rows
+    _print(console, [Text.assemble(("where a task names no other: ", "dim"), ", ".join(_values(usual)))])
     offered = registry.plugins()
     packages = {plugin.name: plugin.package for plugin in offered if plugin.offer is not None}
     for name, cls in registry.tasks().items():
         main = cls.metric.name if cls.metric.higher else f"{cls.metric.name} (lower is better)"
         lists = {"metrics": (main, *(metric for metric in cls.metrics if metric != cls.metric.name))}
-        lists["by default"] = tuple(f"{key} = {value!r}" for key, value in cls.defaults.items())
+        lists["by default"] = _values(cls.defaults)
         facts = (cls.auto_class, "no head" if cls.head == "none" else "", *_from(packages.get(name)))
         _print(console, _describe(name, facts, cls.title, lists, "data.options", cls.Options))
     for plugin in offered:
         if plugin.offer is None:
             _print(console, _broken(plugin.name, plugin.package, plugin.reason))
+
+
+def _values(defaults: Mapping[str, Scalar]) -> tuple[str, ...]:
+    return tuple(f"{key} = {value!r}" for key, value in defaults.items())
 
 
 def _from(package: str | None) -> tuple[str, ...]:

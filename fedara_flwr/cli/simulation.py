@@ -66,6 +66,11 @@ class Simulation(Group):
             known = {f"{key}: {field.alias}": field for field in cls.model_fields.values()}
             raise ConfigError(one_line(error, known, f"{key}: ")) from None
 
+    def check_nodes(self, least: int) -> None:
+        """Refuse fewer clients than train in each round: the run would wait for more, and no more come; ConfigError then."""
+        if self.num_supernodes < least:
+            raise ConfigError(f"num-supernodes = {self.num_supernodes}: by strategy.min-train-nodes allowed is {least} or more")
+
     def check_machine(self) -> None:
         """Refuse clients that this machine has no room for; ConfigError then."""
         cores = self.init_args_num_cpus or os.cpu_count() or 1

@@ -151,27 +151,25 @@ def _outcome(run: Run) -> str:
 
 
 def _figures(run: Run) -> list[tuple[str, str, str]]:
-    """Name, value and unit of what stands at the top; with their rounds where the model that is left is not the last round's."""
+    """Name, value and unit of what stands at the top."""
     metrics = [name for name in (run.metric, run.second) if name]
     start = number(run.start.get(run.metric))
-    last, export = run.rounds[-1] if run.rounds else {}, run.facts.get("export") or {}
-    apart = bool(last) and export.get("round") not in (None, last.get("round"))
-    of_last, of_left = (f", round {line.get('round')}" if apart else "" for line in (last, export))
     figures = []
     for metric in metrics:
         value, test = final(run, metric), number(run.test.get(metric))
-        before = f"from {figure(start)} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
+        before = f", {figure(start)} before round 1{_solved(run)}" if metric == run.metric and not np.isnan(start) else ""
         if metric == run.metric or not np.isnan(value):
-            figures.append((f"{metric}, validation{of_last}", figure(value), before))
+            figures.append((f"{metric}, validation", figure(value), f"after the last round{before}"))
         if metric == run.metric or not np.isnan(test):
             bare = number((run.facts.get("unadapted") or {}).get(metric))
-            without = "" if np.isnan(bare) else f"{figure(bare)} of the unadapted model"
-            figures.append((f"{metric}, test{of_left}", figure(test), "not tested" if np.isnan(test) else without))
+            without = "of the model that is left" + ("" if np.isnan(bare) else f", {figure(bare)} of the unadapted model")
+            figures.append((f"{metric}, test", figure(test), "not tested" if np.isnan(test) else without))
+    last = run.rounds[-1] if run.rounds else {}
     alive, slots = number(last.get("alive")), number(last.get("slots"))
     if slots > 0:
         modules = len(last.get("alive-per-module") or [])
         dead = f", {last.get('dead-modules')} of {modules} modules dead" if modules else ""
-        figures.append((f"alive slots{of_last}", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
+        figures.append(("alive slots", f"{alive:.0f} / {slots:.0f}", f"{alive / slots:.0%}{dead}"))
     sent_mb, allowed = total_megabytes(run), number((run.facts.get("config") or {}).get("wire.budget-mb"))
     share = f", {sent_mb / allowed:.2%} of {allowed:,.0f} MB allowed" if allowed > 0 else ""
     figures.append(("MB in all", figure(sent_mb, 1), f"both directions, all clients{share}"))
@@ -180,7 +178,7 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
         figures.append(("MB up per round", f"{figure(first, 2)} → {figure(now, 2)}", "first → last"))
         asked, good = sum(len(line.get("sampled") or []) for line in run.rounds), np.nansum(series(run.rounds, "good"))
         figures.append(("replies that counted", f"{good:.0f} / {asked}", "counted / asked for"))
-    if export:
+    if export := run.facts.get("export") or {}:
         figures.append(("model that is left", f"round {export.get('round')}", str(export.get("said", ""))))
     if privacy := run.facts.get("privacy") or {}:
         epsilon, delta = number(privacy.get("epsilon")), number(privacy.get("delta"))

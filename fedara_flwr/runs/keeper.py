@@ -125,6 +125,7 @@ class Keeper(Callback):
         exported, mask = self._export(chosen, reason), chosen.state.mask
         results: dict[str, Any] = {"test": {}, **_slots(mask)}
         if outcome == "completed":
+            logger.info("testing the model of round %d", chosen.state.server_round)  # it may take longer than a round
             try:
                 weights = self.method.weights(chosen.state)
                 results["test"] = self.model.evaluate(weights, "test")

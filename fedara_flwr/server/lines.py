@@ -60,7 +60,8 @@ def start_line(
 
 def summary(name: str, state: ServerState, head: int, kept: Iterable[str]) -> str:
     """A run's first line: the method's name, and how many modules, slots and numbers of the head it starts with."""
-    line = f"{name}: {len(state.mask.ranks)} modules, {state.mask.count} slots, head of {head}"
+    size = f"head of {head:,} numbers" if head else "no head"
+    line = f"{name}: {len(state.mask.ranks)} modules, {state.mask.count:,} slots, {size}"
     if stays := ", ".join(sorted(kept)):
         line += f"; each client keeps its own {stays}: the server's figures and export are of what was last sent of it"
     return line

@@ -168,12 +168,19 @@ class Process:
     """A psutil.Process that may not let itself be looked into."""
 
     pid = 4711
+    user = os.getuid()
 
     def __init__(self, folder: Path, environ: dict[str, str] | None, command: str = "/x/bin/flower-superlink") -> None:
         self.folder, self.variables, self.command = folder, environ, command
 
     def name(self) -> str:
         return "other"
+
+    def uids(self) -> SimpleNamespace:
+        return SimpleNamespace(real=self.user)
+
+    def username(self) -> str:
+        return "eve"
 
     def cmdline(self) -> list[str]:
         return ["python", *self.command.split()]
@@ -206,6 +213,9 @@ def test_local_superlink(monkeypatch, tmp_path):
     (tmp_path / "fedara_flwr").mkdir()
     warns(found(Process(tmp_path, good)), "import fedara_flwr from there")
     assert "kill 4711" in found(Process(tmp_path, good)).advice
+    monkeypatch.setattr(Process, "user", os.getuid() + 1)
+    warns(other := found(Process(tmp_path, good)), "process 4711 on port 39091 is eve's")
+    assert "kill" not in other.advice and "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT" in other.advice
     warns(found(Process(tmp_path, good, "/x/http.server")), "process 4711 (other) listens on port 39091")
     warns(found(None), "cannot be looked into", "39091")
     monkeypatch.setattr(habits, "_listening", lambda port: port == 39093)

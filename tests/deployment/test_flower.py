@@ -107,11 +107,9 @@ def same_in_both(app: Path, model: Path, more: dict) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 def test_a_failed_run_has_a_failed_exit_code(tiny_bert, tmp_path):
-    """The setting passes every check before the run; its data does not, in the ServerApp."""
+    """The setting passes every check before the run; its model does not, in the ServerApp."""
     app = clone(tmp_path / "app")
-    failed = fedara(app, *overrides(tiny_bert, **{"strategy.min-train-nodes": 9, "strategy.node-timeout": 1.0}))
     done = fedara(app, *overrides(tiny_bert, **{"run.name": "x", "model.name": "/nowhere"}))
-    assert failed.returncode == 1 and "9 are needed" in failed.stdout + failed.stderr
     assert done.returncode == 1 and "no such directory" in done.stdout + done.stderr
     assert leftovers(app) == []
 

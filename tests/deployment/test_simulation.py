@@ -27,7 +27,8 @@ from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, shor
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import ends_by
 
-HEALTH = Path(__file__).parents[2] / "docker" / "health.py"
+ROOT = Path(__file__).parents[2]
+HEALTH = ROOT / "docker" / "health.py"
 
 
 def read(tmp_path: Path, text: str) -> Simulation:
@@ -141,6 +142,8 @@ def test_what_a_failure_comes_from(lines, expected):
         ("seed=1 train.checkpointing=True", "train.checkpointing = True is no TOML value"),
         ("method='fedara", "method = 'fedara is no TOML value"),
         ("method 'fedara'", "is no key=value"),
+        ("method = 'fedara'", "with blanks between pairs and nowhere else, or a .toml file"),
+        (r'data.path="C:\Users\x"', r"text in quotes (single ones where there is a \ in it)"),
         ("absent.toml", "'absent.toml': cannot be read ([Errno 2] No such file"),
     ],
 )
@@ -148,6 +151,18 @@ def test_an_override_that_is_none(text, line):
     with pytest.raises(ConfigError) as caught:
         _parse_override(text)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_app_lacks_its_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"no Flower app \(no pyproject.toml with \[tool.flwr.app.config\]\)$"):
+        launch.read_config(tmp_path, [])
+
+
+def test_fewer_nodes_than_train_in_a_round_are_refused_before_anything_starts(tmp_path):
+    """Nobody joins a simulation: the run would wait for `strategy.node-timeout`."""
+    (federation := tmp_path / "federation.toml").write_text("num-supernodes = 1\n")
+    with pytest.raises(ConfigError, match=r"^num-supernodes = 1: by strategy.min-train-nodes allowed is 2 or more$"):
+        launch.launch(ROOT, [f"run.dir='{tmp_path}'"], federation, "inprocess")
 
 
 def test_a_file_of_overrides(tmp_path):

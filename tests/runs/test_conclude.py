@@ -60,6 +60,7 @@ def test_a_run_whose_answers_fail_keeps_its_model(flat, tmp_path, monkeypatch, c
     assert exported(run) and "of 2 (`failed`, " in (run / "adapter" / "README.md").read_text()
     said = [shown.split(":")[0] for shown in capsys.readouterr().out.splitlines()]
     assert [word for word in said[-6:] if "modelled" not in word] == ["test", "sent", "adapter", "report", "run directory"]
+    assert f"testing the model of round {facts['export']['round']}" in said
     again = engine.run({**flat, "run.name": "", "run.resume": str(run)}, CLIENTS)
     assert again.facts["outcome"] == "completed" and again.facts["reason"] == "" and len(again.facts["samples"]) == 2
     assert again.facts["test"] == facts["test"] and len(ends(run)) == 1

@@ -389,14 +389,6 @@ def test_entities_have_their_own_metric(tmp_path):
     assert "entity-f1, test" in page and "AutoModelForTokenClassification" in page
 
 
-def test_figures_say_their_round_where_the_model_is_of_an_earlier_one(tmp_path):
-    said = ["accuracy, validation", "accuracy, test", "alive slots"]
-    for kept, names in ((4, said), (2, [f"{said[0]}, round 4", f"{said[1]}, round 2", f"{said[2]}, round 4"])):
-        run = make(tmp_path / str(kept), facts(export={"round": kept, "said": "the best"}, test={"accuracy": 0.6}))
-        page = write_report(run).read_text()
-        assert all(f"<dt>{name}</dt>" in page for name in names), names
-
-
 # -- the page -----------------------------------------------------------------------------------------------------------
 def check_page(path: Path, pictures: int) -> Page:
     """Whole, on its own, and safe to put on a server."""
@@ -459,6 +451,12 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, rounds):
     }
     page = check_page(write_report(make(tmp_path / "run", facts(**changes), lines(1)[1 : 1 + 2 * rounds])), 5 * rounds)
     assert "still running, or cut off" in page.html and "fedara export tiny" in page.html
+
+
+def test_whose_figures_stand_at_the_top(tmp_path):
+    """The last round's and the exported model's, which may be an earlier round's."""
+    page = write_report(make(tmp_path / "run")).read_text()
+    assert "after the last round, 0.050 before round 1" in page and "of the model that is left" in page
 
 
 def test_a_run_without_evaluation_has_a_page(tmp_path):

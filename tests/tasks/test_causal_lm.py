@@ -628,7 +628,7 @@ def test_a_whole_run(finished, method):
     assert last["loss"] < begin["loss"] and last["perplexity"] < begin["perplexity"]
     assert set(facts["test"]) == set(facts["unadapted"]) == set(TASK.metrics)
     assert facts["test"]["loss"] < facts["unadapted"]["loss"]
-    bare = f"{facts['unadapted']['perplexity']:,.3f} of the unadapted model"
+    bare = f"of the model that is left, {facts['unadapted']['perplexity']:,.3f} of the unadapted model"
     assert bare in [more for name, _, more in _figures(read_run(run)) if name == "perplexity, test"]
     model = open_run(run).model
     assert model.evaluate(model.unadapted(), "validation")["loss"] == pytest.approx(begin["loss"], rel=1e-5)

@@ -247,6 +247,13 @@ def test_the_list_shows_broken_plugins_with_their_reason(strangers, capsys):
     assert "sound plug-in of odd-tasks 1.2 [red]brackets[/red] are text" in printed
 
 
+def test_the_list_says_what_holds_where_a_task_names_nothing(capsys):
+    """config.md sends its readers there for the model that '' stands for."""
+    print_tasks(Console(highlight=False, width=80))
+    first = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
+    assert "model.name = 'sentence-transformers/all-MiniLM-L6-v2'" in first and "data.max-length = 64" in first
+
+
 def test_an_unknown_task_is_one_line(strangers):
     with pytest.raises(ConfigError, match=r"^data\.task = 'sond': allowed are .*; did you mean 'sound'\?$"):
         tasks.find("sond")
