@@ -133,8 +133,7 @@ def images(tmp_path_factory) -> Iterator[Images]:
     for name in ("server", "device"):
         began = time.monotonic()
         images.build(DOCKER / f"{name}.Dockerfile", f"fedara/{name}:{VERSION}", "--build-arg", "REVISION=abc")
-        size = images.facts(f"fedara/{name}:{VERSION}")
-        print(f"{name}: built in {time.monotonic() - began:.0f} s", size["Docker"].get("Size"))
+        print(f"{name}: built in {time.monotonic() - began:.0f} s")
     yield images
 
 
