@@ -6,11 +6,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.server.evaluate import ServerModel
 from fedara_flwr.tasks import read_settings
 
+# as in a container, the first process in it is the last: all others are killed when it ends
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 END_SECONDS = 15.0  # on a machine that has nothing else to do
 # a node that says what a real one says, and fails all training: a round costs no torch
 NODE = """
@@ -65,15 +68,15 @@ def children() -> float:
 
 
 @contextmanager
-def script(path: Path) -> Iterator[subprocess.Popen]:
-    """A site's script in a session of its own, as in a terminal; whatever came of it is gone afterwards."""
+def script(path: Path, *part: str, within: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
+    """A site's script in a session of its own, as in a terminal, and `within` a command; what came of it is gone afterwards."""
 
     def as_in_a_terminal() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with (path.parent / "test.log").open("a") as log:
         process = subprocess.Popen(
-            ["sh", str(path)],
+            [*within, "sh", str(path), *part],
             env=environment(),
             cwd="/",
             stdout=log,
@@ -170,8 +173,8 @@ def test_a_server_process_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert, n
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_server_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert):
-    """`flwr stop`, Ctrl-C on start.sh and SIGTERM, each in the middle of a run."""
-    names, port = ["stop", "int", "term"], free_port()
+    """`flwr stop`, Ctrl-C on start.sh and SIGTERM, each in the middle of a run; SIGTERM for the SuperExec's own container."""
+    names, port = ["stop", "int", "term", "container"], free_port()
     ports = ["--port", str(port), "--superlink-port", str(free_port())]
     site = init(tmp_path / "site", *ports, "--names", "a", host="localhost")
     for folder in ("server", "node-a"):
@@ -201,13 +204,16 @@ def test_a_server_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert):
         assert facts["outcome"] == "stopped" and facts["reason"] == "stopped by the user" and facts["rounds"] >= 1, facts
         assert max(took.values()) < max(END_SECONDS, 2 * pace()), took
 
+    def answers() -> bool:
+        return network.own_service(site / "server", port).found.endswith("with server.pem")
+
     def whole(process: subprocess.Popen) -> list[psutil.Process]:
         above = psutil.Process(process.pid)
         return [above, *above.children(recursive=True)]
 
     with ExitStack() as stack:
         with script(site / "server/start.sh") as server:
-            wait_for(lambda: network.own_service(site / "server", port).found.endswith("with server.pem"))
+            wait_for(answers)
             assert call(site / "server/register.sh").returncode == 0
             stack.enter_context(script(site / "node-a/start.sh"))
             number, folder = running(names[0])
@@ -218,6 +224,16 @@ def test_a_server_that_is_ended_leaves_an_adapter(tmp_path, tiny_bert):
         with script(site / "server/start.sh") as server:
             _, folder = running(names[2])
             ended(folder, whole(server), lambda: server.send_signal(signal.SIGTERM))
+        if os.getuid() or not shutil.which("unshare"):
+            return
+        start = site / "server/start.sh"
+        for part in ("superlink", "gateway"):
+            stack.enter_context(script(start, part))
+        wait_for(answers)
+        with script(start, "superexec", within=CONTAINER) as outside:
+            _, folder = running(names[3])
+            inside = psutil.Process(outside.pid).children()[0]
+            ended(folder, whole(outside), inside.terminate)
 
 
 @pytest.mark.slow
