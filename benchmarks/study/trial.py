@@ -143,7 +143,7 @@ class Trial(Callback):
         """Sum what rounds cost, and keep a line for each that was evaluated until its clients' lines have come."""
         if record["type"] == "client":
             self._summed["client-seconds"] += record["seconds-all"]
-            self._summed["client-flops"] += record["flops-forward"] + record["flops-backward"]
+            self._summed["client-flops"] += sum(record[f"flops-{name}"] for name in ("forward", "backward", "below"))
         if record["type"] not in ("start", "round"):
             return
         self._write()

@@ -91,7 +91,7 @@ class AdaptedModel:
         self.mask = RankMask.full([0] * len(self.layers))
         self.lowest = self.spec.blocks
         """The lowest block with a living module, as `ModelSpec.lowest` of the mask."""
-        self.costs: dict[Any, tuple[int, int]] = {}
+        self.costs: dict[Any, dict[str, int]] = {}
         """What client/step.count_flops found for a mask; forgotten with the delta, which has a share in it."""
         self.model.requires_grad_(False)
 

@@ -31,11 +31,13 @@ class Spent:
     Attributes:
         rows: how many went through the model.
         tokens: how many these rows had, padding too.
+        once: how many the rows had, each counted once, without padding.
         seconds: of forward and backward passes.
     """
 
     rows: int = 0
     tokens: int = 0
+    once: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PASSES, 0.0))
 
 
@@ -140,11 +142,12 @@ def backward_together(
 
 
 def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent, whole: bool = False) -> dict[str, float]:
-    """Floating-point operations of the forward and backward passes that were `spent`, by the loaded model's cost per token.
+    """Floating-point operations that were `spent`, by the loaded model's cost per token: `forward`, `backward` and `below`.
 
     That is counted as it runs, on one row about as long as theirs were on average (attention alone depends on it: half of
-    LENGTH is 0.4% of MiniLM's cost); once for each mask and length, since nothing else matters. What `AdaptedModel.below`
-    runs once per example is left out: it depends on whom this process served before. Gradients are gone afterwards.
+    LENGTH is 0.4% of MiniLM's cost); once for each mask and length, since nothing else matters. `below` is what
+    `AdaptedModel.below` runs, once for each row of the round: this process may have kept a row's output from an earlier
+    one, another may have kept none, and what is counted must not depend on it. Gradients are gone afterwards.
 
     Args:
         whole: whether all blocks ran, none of them before and kept.
@@ -157,21 +160,26 @@ def count_flops(learner: Learner, trainable: frozenset[str], spent: Spent, whole
         if len(adapted.costs) >= COSTS_KEPT:
             adapted.costs.clear()
         adapted.costs[key] = _cost(learner, length, whole)
-    return {name: cost * spent.tokens / length for name, cost in zip(PASSES, adapted.costs[key], strict=True)}
+    tokens = {"forward": spent.tokens, "backward": spent.tokens, "below": spent.once}
+    return {name: cost * tokens[name] / length for name, cost in adapted.costs[key].items()}
 
 
-def _cost(learner: Learner, length: int, whole: bool) -> tuple[int, int]:
-    """Floating-point operations of a forward and a backward pass of one made-up row, with the task's own loss."""
+def _cost(learner: Learner, length: int, whole: bool) -> dict[str, int]:
+    """Floating-point operations of each pass of one made-up row, with the task's own loss."""
     adapted, task = learner.adapted, learner.task
     config: Any = adapted.model.config
     ids = [token % config.get_text_config().vocab_size for token in range(length)]
     batch = learner.batch(Encoded([ids], [task.made_up(length)]), [0])
     adapted.model.eval()
-    below = None if whole else adapted.below(batch)
+    below, under = None if whole else adapted.below(batch), 0
     with FlopCounter() as forward:
         loss = task.losses(task.outputs(learner, batch, below), batch).sum()
+    if below is not None:
+        with FlopCounter() as all_blocks, torch.no_grad():
+            task.losses(task.outputs(learner, batch), batch)
+        under = all_blocks.total - forward.total
     with FlopCounter() as backward_pass:
         if loss.requires_grad:  # nothing is trained where features alone are asked for
             loss.backward()
     adapted.model.zero_grad(set_to_none=True)
-    return forward.total, backward_pass.total
+    return {"forward": forward.total, "backward": backward_pass.total, "below": under}

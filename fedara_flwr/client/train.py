@@ -182,6 +182,7 @@ class Trainee:
         }
         metrics |= {f"seconds-{name}": value for name, value in spent.seconds.items()}
         if self.simulated:
+            spent.once = sum(self.lengths[row] for row in np.unique(np.concatenate(self.steps)))
             metrics |= {f"flops-{name}": value for name, value in count_flops(self.learner, plan.trained, spent).items()}
         collected = self._collect()
         metrics["peak-memory-mb"] = peak_memory()
@@ -228,8 +229,8 @@ def train(
         The update; its metrics are `loss` (mean over steps), `loss-last`, `steps`, `tokens` (padding too), `blocks` (of the
         backward pass), `seconds-train`, of which `seconds-forward` and `seconds-backward`, `seconds-all`, `peak-memory-mb`,
         `bytes-free` (where the model computes); of a real device `joules` and `temperature` where it tells them (node/power);
-        of a simulated one `flops-forward` and `flops-backward` (client/step.count_flops); `eval-examples` and the task's
-        metrics as `eval-…`, of the received model, where the plan asks for it.
+        of a simulated one `flops-forward`, `flops-backward` and `flops-below` (client/step.count_flops); `eval-examples` and
+        the task's metrics as `eval-…`, of the received model, where the plan asks for it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.

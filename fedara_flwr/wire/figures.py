@@ -26,6 +26,7 @@ TRAINING = (
     "temperature",
     "flops-forward",
     "flops-backward",
+    "flops-below",
     "coding-error",
     "feedback-norm",
 )

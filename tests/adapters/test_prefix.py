@@ -390,7 +390,7 @@ def test_memory_is_bounded_and_the_least_recently_used_row_goes(tiny_models):
 # -- FLOPs ------------------------------------------------------------
 @pytest.mark.parametrize("blocks", range(1, LAYERS))
 def test_training_counts_the_blocks_that_run_at_every_step(tiny_models, blocks):
-    """And the same number in a process that has the rows already."""
+    """And the same number in a process that has the rows already; the blocks below count once for each row that trains."""
     adapted = AdaptedModel(backbone(tiny_models["bert"]), "exact", 64)
     mask = last_blocks(adapted.spec, RankMask.full([RANK] * 18), blocks)
     data = ClientData(Encoded(rows(count=12, least=LENGTH, most=LENGTH), [0, 1, 2] * 4), Encoded([], []))
@@ -401,7 +401,11 @@ def test_training_counts_the_blocks_that_run_at_every_step(tiny_models, blocks):
         metrics = train(Learner(adapted, TASK, PadOnly()), data, orders, arrays, "1", simulated=True).metrics
         assert metrics["flops-forward"] == pytest.approx(3 * (forward_flops(blocks) - (LAYERS - blocks) * block))
         assert metrics["flops-backward"] == pytest.approx(3 * backward_flops(blocks))
+        assert metrics["flops-below"] == pytest.approx(3 * (LAYERS - blocks) * block)
         assert metrics["blocks"] == blocks and metrics["tokens"] == 3 * TOKENS
+    again = plan(mask, batch_size=ROWS, dropout=False, vote=None, sent=LORA, steps=6)
+    metrics = train(Learner(adapted, TASK, PadOnly()), data, again, arrays, "1", simulated=True).metrics
+    assert metrics["flops-below"] == pytest.approx(3 * (LAYERS - blocks) * block), "12 rows, each of them twice"
 
 
 # -- whole runs ------------------------------------------------------------

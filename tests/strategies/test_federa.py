@@ -318,8 +318,9 @@ def test_flowers_own_loop_recovers_a_lost_delta_in_the_next_round(tiny_bert, hom
 def test_pieces_that_came_are_not_sent_again_after_a_failed_round(tiny_bert, home):
     flat = short(tiny_bert, method="federa", num_server_rounds=2, strategy__fraction_train=1.0)
     flat["strategy.min-replies"], flat["strategy.max-failed-rounds"] = CLIENTS + 1, 3
-    loop, grid = play(flat)
-    assert loop.state.failed_rounds == 2
+    loop, grid = prepare(flat, WatchedGrid, CLIENTS)
+    with pytest.raises(RunFailed, match="none of 2 rounds"):
+        loop.start(grid, loop.initial_arrays(), 2)
     assert [bool(delta_bytes(content)) for _, _, content, _ in grid.seen] == [True] * CLIENTS + [False] * CLIENTS
 
 
