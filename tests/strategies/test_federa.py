@@ -20,6 +20,7 @@ from fedara_flwr.model.deltas import dense
 from fedara_flwr.model.draws import lora_a, sparse_positions
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.server.messages import replies
+from fedara_flwr.server.stopping import RunFailed
 from fedara_flwr.tasks import read_settings
 from fedara_flwr.wire.records import need_delta, plan_from_content
 
