@@ -53,7 +53,8 @@ def test_every_row_of_a_cell_is_a_run(cell):
 
 def line(row, seed, number, score, rate=1.0, **more):
     names = {"set": "banking77", "alpha": 0.1, "group": "pieces", "row": row, "rate": rate, "seed": seed}
-    figures = {"round": number, "score": score, "learning-rate": 0.0, "mb": 10.0 * number, "client-flops": 1e12 * number}
+    figures = {"round": number, "score": score, "learning-rate": 0.0, "mb": 10.0 * number}
+    figures |= {"client-flops": 1e12 * number, "flops-below": 0.0}
     return (
         names
         | figures
@@ -81,6 +82,15 @@ def test_tables_pair_by_seed_and_leave_out_what_did_not_end(tmp_path):
     assert row == "| LEGEND (2) | +20.0 ± 127.1 | +20.0 ± 127.1 | × 0.40 | × 1.00 | 20.0 | 5.0 |"
     row = tables.against_table(found, "FedARA", lower=True, points=100.0, digits=1)[-1]
     assert row.endswith("| not reached | not reached |")
+
+
+def test_lines_that_lack_a_part_of_the_compute_are_marked(tmp_path):
+    whole, old = (line(row, 1, 10, 0.5, **{"test-score": 0.5}) for row in ("FedARA", "LEGEND"))
+    del old["flops-below"]
+    found = tables.ended(PLAN, curves_of(tmp_path / "l.jsonl", [whole, old]), study.Cell("banking77", "pieces", 0.1))
+    first, second = tables.cell_table(found, 3)[2:]
+    assert "| 10.0 |" in first and "| 10.0† |" in second
+    assert "× 1.00† |" in tables.against_table(found, "FedARA", lower=False, points=100.0, digits=1)[-1]
 
 
 def test_of_a_round_that_ran_twice_the_later_line_counts(tmp_path):

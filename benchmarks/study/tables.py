@@ -21,6 +21,8 @@ Trials = dict[int, list[dict]]
 COLUMNS = ("row", "rate", "seeds", "before", "validation", "test", "MB", "TFLOP", "modelled h", "modelled kJ", "dead")
 AGAINST = ("row", "validation", "test", "MB", "TFLOP", "MB to target", "TFLOP to target")
 COSTS = (("mb", 1.0), ("client-flops", 1e12))
+PARTLY = "†"
+NOTE = f"{PARTLY} counted without what blocks below the lowest adapter compute, once for each row of a round (older lines)"
 
 
 def ended(plan: Plan, curves: dict[tuple, list[dict]], cell: Cell) -> dict[str, tuple[float, Trials]]:
@@ -43,6 +45,11 @@ def shown(values: Sequence[float], digits: int, signed: bool = False) -> str:
     return f"{mean:{'+' if signed else ''}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None and digits else "")
 
 
+def partly(curves: Sequence[list[dict]]) -> str:
+    """A mark where the blocks below the adapters were not counted."""
+    return PARTLY if any("flops-below" not in curve[-1] for curve in curves) else ""
+
+
 def cell_table(found: dict[str, tuple[float, Trials]], digits: int) -> list[str]:
     """What each row reached, and what for."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
@@ -61,9 +68,9 @@ def cell_table(found: dict[str, tuple[float, Trials]], digits: int) -> list[str]
             shown([end(curve) for curve in curves], digits),
             shown([line["test-score"] for line in last], digits),
             mean("mb", 1, 1),
-            mean("client-flops", 1e12, 1),
-            mean("modelled-seconds", 3600, 3),
-            mean("modelled-joules", 1e3, 1),
+            mean("client-flops", 1e12, 1) + partly(curves),
+            mean("modelled-seconds", 3600, 3) + partly(curves),
+            mean("modelled-joules", 1e3, 1) + partly(curves),
             mean("dead-modules", 1, 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -92,7 +99,11 @@ def against_table(found: dict[str, tuple[float, Trials]], against: str, lower: b
             shown([points * (end(own) - end(base)) for own, base in pairs], digits, signed=True),
             shown([points * (own[-1]["test-score"] - base[-1]["test-score"]) for own, base in pairs], digits, signed=True),
         ]
-        cells += [f"× {statistics.mean(own[-1][name] / base[-1][name] for own, base in pairs):.2f}" for name, _ in COSTS]
+        marks = {"client-flops": partly([curve for pair in pairs for curve in pair])}
+        cells += [
+            f"× {statistics.mean(own[-1][name] / base[-1][name] for own, base in pairs):.2f}{marks.get(name, '')}"
+            for name, _ in COSTS
+        ]
         for name, unit in COSTS:
             spent = [to_target(own, end(base), better, name) for own, base in pairs]
             there = [value / unit for value in spent if value is not None]
@@ -172,6 +183,8 @@ def main() -> None:
         hardware = sorted({f"{line['hardware']}, {line['dtype']}" for line in lines})
         print(f"### {cell}: {cell.group}\n")
         print("\n".join(cell_table(found, 2 if lower else 3)), end="\n\n")
+        if partly([curve for _, trials in found.values() for curve in trials.values()]):
+            print(NOTE, end="\n\n")
         compared = against_table(found, group.against, lower, 1.0 if lower else 100.0, 2 if lower else 1)
         for block in (compared, rates_table(plan, curves, cell), ["Hardware: " + "; ".join(hardware)]):
             print("\n".join(block), end="\n\n" if block else "")

@@ -102,7 +102,13 @@ class Trial(Callback):
         self.settings = read_settings(config)
         self.rounds = self.settings.num_server_rounds
         self.loop: RoundLoop | None = None
-        self._summed = {"modelled-seconds": 0.0, "modelled-joules": 0.0, "client-seconds": 0.0, "client-flops": 0.0}
+        self._summed = {
+            "modelled-seconds": 0.0,
+            "modelled-joules": 0.0,
+            "client-seconds": 0.0,
+            "client-flops": 0.0,
+            "flops-below": 0.0,
+        }
         self._line: dict[str, Any] = {}
 
     def run(self, rounds: int) -> float:
@@ -144,6 +150,7 @@ class Trial(Callback):
         if record["type"] == "client":
             self._summed["client-seconds"] += record["seconds-all"]
             self._summed["client-flops"] += sum(record[f"flops-{name}"] for name in ("forward", "backward", "below"))
+            self._summed["flops-below"] += record["flops-below"]
         if record["type"] not in ("start", "round"):
             return
         self._write()
