@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError
 
 from fedara_flwr.keys import ConfigError, Group, one_line
 
-LOCAL_HOSTS = "localhost,127.0.0.1,::1"
 TMPDIR = "RAY_TMPDIR"
 LONGEST_SOCKET = 107  # bytes of a Unix socket's path on Linux, and 103 on macOS: below both
 SOCKET = "/ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # where Ray has its longest one, below TMPDIR
@@ -44,7 +43,7 @@ class Simulation(Group):
     verbose: bool = False
     init_args_num_cpus: int | None = Field(None, ge=1, description="cores that Ray takes this machine to have; unset = all")
     init_args_num_gpus: int | None = Field(None, ge=0, description="GPUs that Ray takes this machine to have; unset = all")
-    init_args_logging_level: str = "WARNING"
+    init_args_logging_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "WARNING"
     init_args_log_to_driver: bool = True
 
     @classmethod
@@ -57,14 +56,18 @@ class Simulation(Group):
         key = f"--federation-config {file}"
         try:
             told = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{key}: cannot be read ({error})") from None
+        for name, value in told.items():
+            if isinstance(value, dict | list):
+                line = "no table and no list is allowed, but flat keys such as client-resources-num-cpus = 1"
+                raise ConfigError(f"{key}: {name} = {value!r}: {line}")
         told = {name: float(value) if _whole_gpus(name, value) else value for name, value in told.items()}
         try:
             return cls.model_validate(told)
         except ValidationError as error:
-            known = {f"{key}: {field.alias}": field for field in cls.model_fields.values()}
-            raise ConfigError(one_line(error, known, f"{key}: ")) from None
+            known = {str(field.alias): field for field in cls.model_fields.values()}
+            raise ConfigError(f"{key}: {one_line(error, known)}") from None
 
     def check_nodes(self, least: int) -> None:
         """Refuse fewer clients than train in each round: the run would wait for more, and no more come; ConfigError then."""
@@ -76,12 +79,16 @@ class Simulation(Group):
         cores = self.init_args_num_cpus or os.cpu_count() or 1
         if self.client_resources_num_cpus > cores:
             raise ConfigError(f"client-resources-num-cpus = {self.client_resources_num_cpus}: allowed here is at most {cores}")
-        if self.client_resources_num_gpus and not self.init_args_num_gpus:
-            import torch
+        if share := self.client_resources_num_gpus:
+            whose, gpus = "init-args-num-gpus", self.init_args_num_gpus
+            if gpus is None:
+                import torch
 
-            share, gpus = self.client_resources_num_gpus, torch.cuda.device_count()
+                whose, gpus = "the machine's GPUs", torch.cuda.device_count()
             if share > gpus:
-                raise ConfigError(f"client-resources-num-gpus = {share:g}: allowed here is at most {gpus}, the machine's GPUs")
+                raise ConfigError(f"client-resources-num-gpus = {share:g}: allowed here is at most {gpus}, {whose}")
+            if share > 1 and share % 1:
+                raise ConfigError(f"client-resources-num-gpus = {share:g}: above 1 Ray allows whole numbers alone")
 
     def toml(self) -> str:
         """The settings as a file for `flwr run --federation-config`."""
@@ -127,12 +134,6 @@ def ray_folder(own: Path) -> str:
         limit = LONGEST_SOCKET - len(SOCKET)
         raise ConfigError(f"{TMPDIR} = {told!r}: allowed are at most {limit} ASCII letters")
     return told or str(own)
-
-
-def without_proxy() -> dict[str, str]:
-    """The environment's words by which calls to this machine pass by every proxy."""
-    names = ["no_proxy", "NO_PROXY"] + [name for name in ("no_grpc_proxy",) if os.environ.get(name)]
-    return {name: ",".join(filter(None, [os.environ.get(name), LOCAL_HOSTS])) for name in names}
 
 
 def cause(lines: Iterable[str], errors: bool = True) -> str:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from fedara_flwr.cli.deploy import network
 from fedara_flwr.cli.deploy.keys import CURVE, names_of, read_certificate
 from fedara_flwr.cli.deploy.own import busy_when, device
-from fedara_flwr.cli.deploy.settings import read_settings
+from fedara_flwr.cli.deploy.settings import exported, read_settings
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
@@ -52,7 +52,8 @@ def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
     except ConfigError as error:
         yield "settings", Finding("problem", str(error), "correct this first: the rest was not checked")
         return
-    yield from run_checks(checks)
+    with exported(folder, settings):
+        yield from run_checks(checks)
 
 
 def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[], Finding]]:
@@ -64,6 +65,7 @@ def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[
         "nodes": partial(node_keys, folder),
         "python": python,
         "packages": partial(packages, device=False),
+        "proxies": network.proxies,
         "SuperLink": partial(network.own_service, folder, superlink),
         "gateway": partial(network.own_service, folder, gateway, listen),
         "address": partial(network.address, folder, gateway, listen),
@@ -80,6 +82,7 @@ def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> d
         "key": partial(node_key, folder),
         "python": python,
         "packages": partial(packages, device=True),
+        "proxies": network.proxies,
         "port": partial(network.runtime_port, int(settings["RUNTIME_PORT"])),
         "server": partial(network.server_answers, folder, host, int(port)),
         "clock": partial(network.clock, folder, host, int(port)),
@@ -179,8 +182,8 @@ def own_settings(folder: Path) -> NodeSettings:
         ConfigError: it is no TOML, or a key or value is not allowed.
     """
     try:
-        return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text(encoding="utf-8")))
+    except ValueError as error:
         raise ConfigError(f"node.toml cannot be read ({error})") from None
 
 
