@@ -8,12 +8,13 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from fedara_flwr.files import unwritable
 from fedara_flwr.keys import ConfigError, Group, one_line
 
 TMPDIR = "RAY_TMPDIR"
@@ -107,7 +108,10 @@ def short_folder() -> Iterator[Path]:
     Raises:
         ConfigError: no such folder can be written.
     """
-    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home())]  # nosec B108 # mkdtemp's folders are the user's own
+    usual = []
+    with suppress(FileNotFoundError):  # there is none that can be written
+        usual.append(os.path.abspath(tempfile.gettempdir()))
+    places = [*usual, "/tmp", "/var/tmp", os.path.expanduser("~")]  # nosec B108 # mkdtemp's folders are the user's own
     for place in places:
         if not fits(f"{place}/fedara-00000000") or not os.access(place, os.W_OK):
             continue
@@ -115,7 +119,8 @@ def short_folder() -> Iterator[Path]:
             yield Path(folder)
         return
     limit = LONGEST_SOCKET - len(SOCKET) - len("/fedara-00000000")
-    raise ConfigError(f"TMPDIR = {places[0]!r}: allowed are folders that can be written, of at most {limit} ASCII letters")
+    told = os.environ.get("TMPDIR", places[0])
+    raise ConfigError(f"TMPDIR = {told!r}: allowed are folders that can be written, of at most {limit} ASCII letters")
 
 
 def fits(folder: str) -> bool:
@@ -127,12 +132,14 @@ def ray_folder(own: Path) -> str:
     """Where Ray keeps sockets and logs: where the user says, else `own`.
 
     Raises:
-        ConfigError: the user's is too long, or has letters that Ray cannot open.
+        ConfigError: the user's is too long, has letters that Ray cannot open, or cannot be written.
     """
     told = os.environ.get(TMPDIR)
     if told and not fits(told):
         limit = LONGEST_SOCKET - len(SOCKET)
         raise ConfigError(f"{TMPDIR} = {told!r}: allowed are at most {limit} ASCII letters")
+    if told and (why := unwritable(Path(told).absolute()) if os.path.isabs(told) else "it is relative"):
+        raise ConfigError(f"{TMPDIR} = {told!r}: allowed is an absolute folder that can be written ({why})")
     return told or str(own)
 
 

@@ -8,18 +8,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 import uuid
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from test_flower import FEDARA, clone, overrides
+from typer.testing import CliRunner
 
-from fedara_flwr.cli import launch, simulation
+from fedara_flwr.cli import app, launch, simulation
 from fedara_flwr.cli.launch import _parse_override
 from fedara_flwr.cli.processes import TAG, AtOnce, end_tagged, interrupt, on_stop
 from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder
@@ -102,8 +105,44 @@ def test_a_folder_with_room_for_sockets(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "a" * 40)
     with pytest.raises(ConfigError, match="RAY_TMPDIR = '/scratch/a+': allowed are at most 39 ASCII letters"):
         ray_folder(folder)
-    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
-    assert ray_folder(folder) == "/scratch"
+    for told in ("scratch", "/dev/null", "/dev/null/scratch"):
+        monkeypatch.setenv("RAY_TMPDIR", told)
+        with pytest.raises(ConfigError, match=f"RAY_TMPDIR = '{told}': allowed is an absolute folder that can be written"):
+            ray_folder(folder)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert ray_folder(folder) == "/tmp"
+
+
+def test_a_temporary_folder_that_is_relative_or_none(tmp_path, monkeypatch):
+    """Flower's processes run in another folder; a container's user may have no home."""
+    monkeypatch.chdir("/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    with short_folder() as folder:
+        assert folder.is_absolute() and folder.parent == Path("/tmp")
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError("no usable temporary directory")))
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    with short_folder() as folder:
+        assert folder.parent == Path("/tmp")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("TMPDIR", "/full")
+    with pytest.raises(ConfigError, match="TMPDIR = '/full': allowed are folders that can be written"), short_folder():
+        pass
+
+
+def test_docstrings_are_needed():
+    done = subprocess.run([sys.executable, "-OO", "-m", "fedara_flwr.cli", "methods"], capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.returncode == 1
+        and done.stderr == "error: PYTHONOPTIMIZE = 2: allowed are 0 and 1, transformers reads docstrings\n"
+    )
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    told = CliRunner().invoke(app, ["run"])
+    assert told.exit_code == 1 and told.output == "error: the working folder is gone: cd to another one\n"
 
 
 def test_the_health_check_passes_by_a_proxy(tmp_path):
