@@ -130,12 +130,12 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
         config: dict[str, Scalar] = {**run_config(resume), "run.resume": str(resume)}
     else:
         try:
-            table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{app}/pyproject.toml cannot be read ({error})") from None
-        except (OSError, KeyError):
+            table = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+            config = flatten_dict(table)
+        except (OSError, KeyError, TypeError, AttributeError):  # there is none, or something that is no table
             raise ConfigError(f"{app}: no Flower app (no pyproject.toml with [tool.flwr.app.config])") from None
-        config = flatten_dict(table)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{app}/pyproject.toml cannot be read ({first_line(error)})") from None
     for text in overrides:
         config |= _parse_override(text)
     for key, value in config.items():

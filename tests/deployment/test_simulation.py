@@ -217,6 +217,22 @@ def test_a_folder_that_is_no_app_lacks_its_file(tmp_path):
         launch.read_config(tmp_path, [])
 
 
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (b"tool = 3", "no Flower app"),
+        (b"[tool.flwr.app]\nconfig = 3", "no Flower app"),
+        (b"[tool.flwr.app.config]\nseed = [1]", "pyproject.toml cannot be read (The value for key seed needs to be of type"),
+        (b"[tool.flwr.app.config]\nmethod = '\xe4'", "pyproject.toml cannot be read ('utf-8' codec"),
+    ],
+)
+def test_an_app_s_file_that_cannot_be(tmp_path, text, line):
+    (tmp_path / "pyproject.toml").write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        launch.read_config(tmp_path, [])
+    assert line in str(caught.value)
+
+
 def test_fewer_nodes_than_train_in_a_round_are_refused_before_anything_starts(tmp_path):
     """Nobody joins a simulation: the run would wait for `strategy.node-timeout`."""
     (federation := tmp_path / "federation.toml").write_text("num-supernodes = 1\n")
