@@ -25,13 +25,17 @@ CAUSES = (
     (r"AF_UNIX path length|AF_UNIX path too long|socket path .{0,200}too long", f"{TMPDIR} is too long for Ray's sockets"),
     (r"ActorPool is empty", "no client fits: client-resources-num-cpus or -num-gpus in federation.toml is more than there is"),
     (
-        r"timed out after \d+ seconds.{0,80}(GCS|gcs|raylet|node)|Failed to (start|connect to) (GCS|the GCS|raylet)",
-        "Ray does not start",
+        r"(timed out after \d+ seconds.{0,80}|Failed to (start|connect to) (the )?)(GCS|gcs|raylet|node)|node timed out dur",
+        "Ray does not start: is there enough memory, also by ulimit -v?",
     ),
     (r"OutOfMemoryError|Ray killed .{0,80}memory|Killed process", "memory ran out: a smaller model, or fewer clients at once"),
     (r"No space left on device", "a disk is full"),
+    (r"Too many open files", "ulimit -n allows too few open files"),
+    (r"can't start new thread|fork.{0,80}Resource temporarily unavailable", "ulimit -u allows too few processes and threads"),
 )
-ERROR = re.compile(r"[\w.]{1,100}(Error|Exception|Failed): (?!Exception in ServerApp thread)\S")  # a traceback's last line
+# a traceback's last line, but those of Flower that say nothing of what was wrong
+EMPTY = "Exception in ServerApp thread|Simulation Runtime crashed|An error was encountered"
+ERROR = re.compile(rf"[\w.]{{0,100}}(Error|Exception|Failed): (?!{EMPTY})\S")
 
 
 class Simulation(Group):

@@ -166,13 +166,18 @@ def test_the_health_check_passes_by_a_proxy(tmp_path):
         (["OSError: AF_UNIX path length cannot exceed 107 bytes: /scratch", "RuntimeError: later"], "RAY_TMPDIR is too long"),
         (["  fedara_flwr.keys.ConfigError: model.name = 'x': there is none", "RuntimeError: Exception in ServerApp thread."],
          "fedara_flwr.keys.ConfigError: model.name = 'x': there is none"),
+        (["Exception: The current node timed out during startup. This", "RuntimeError: Simulation Runtime crashed.",
+          "RuntimeError: An error was encountered. Ending simulation."], "Ray does not start: is there enough memory"),
+        (["Exception: a backend", "RuntimeError: Simulation Runtime crashed."], "Exception: a backend"),
+        (["OSError: [Errno 24] Too many open files: 'x'", "RuntimeError: later"], "ulimit -n allows too few open files"),
+        (["RuntimeError: can't start new thread"], "ulimit -u allows too few"),
         (["INFO: all is well"], ""),
     ],
 )  # fmt: skip
 def test_what_a_failure_comes_from(lines, expected):
     found = cause(lines)
     assert found.startswith(expected) and bool(found) == bool(expected)
-    assert cause(lines, errors=False) == ("" if expected.startswith("fedara_flwr") else found)
+    assert cause(lines, errors=False) == ("" if expected.startswith(("fedara_flwr", "Exception")) else found)
 
 
 @pytest.mark.parametrize(
