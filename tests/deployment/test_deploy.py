@@ -306,6 +306,20 @@ def test_what_settings_hand_on_counts_for_the_check(site, monkeypatch):
     assert levels(site / "node-attic")["proxies"].found.startswith("ALL_PROXY: Unknown scheme")
 
 
+def test_whether_start_sh_finds_its_command(site, monkeypatch):
+    """A service manager's PATH has no environment, and `check` itself may be called by its path."""
+    file = site / "server/settings.env"
+    (site / "v e" / "bin").mkdir(parents=True)
+    (site / "v e" / "bin" / "flower-superlink").touch(0o755)
+    monkeypatch.setenv("PATH", str(site))
+    assert levels(site / "server")["commands"].level == "warning"
+    monkeypatch.setenv("HERE", str(site))
+    text = file.read_text()
+    for venv, level in (('"$HERE/v e"', "ok"), (str(site), "problem")):
+        file.write_text(text.replace("VENV=\n", f"VENV={venv}\n"))
+        assert levels(site / "server")["commands"].level == level
+
+
 def test_values_of_settings_are_what_a_shell_makes_of_them(site):
     file = site / "server/settings.env"
     text = file.read_text().replace("VENV=\n", 'VENV="/home/é me/venv"\nexport no_proxy=fed.example\n')

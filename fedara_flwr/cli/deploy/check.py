@@ -5,6 +5,8 @@ Nothing is started or changed. Each check is a function that gives one Finding.
 
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
@@ -65,6 +67,7 @@ def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[
         "nodes": partial(node_keys, folder),
         "python": python,
         "packages": partial(packages, device=False),
+        "commands": partial(commands, settings, "flower-superlink"),
         "proxies": network.proxies,
         "SuperLink": partial(network.own_service, folder, superlink),
         "gateway": partial(network.own_service, folder, gateway, listen),
@@ -82,6 +85,7 @@ def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> d
         "key": partial(node_key, folder),
         "python": python,
         "packages": partial(packages, device=True),
+        "commands": partial(commands, settings, "flower-supernode"),
         "proxies": network.proxies,
         "port": partial(network.runtime_port, int(settings["RUNTIME_PORT"])),
         "server": partial(network.server_answers, folder, host, int(port)),
@@ -173,6 +177,20 @@ def packages(device: bool) -> Finding:
         needed = " ".join(f"'{requirement}'" for requirement, _ in lacking)
         return Finding("problem", "; ".join(reason for _, reason in lacking), f"pip install {needed}")
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in (PACKAGE, "flwr", "torch", "transformers", "peft")))
+
+
+def commands(settings: dict[str, str], name: str) -> Finding:
+    """Whether start.sh will find the command that it starts, by VENV or in PATH."""
+    told, advice = settings.get("VENV", ""), "in settings.env VENV=FOLDER, the virtual environment that has fedara-flwr"
+    place = os.path.join(os.path.expanduser(os.path.expandvars(told)), "bin")
+    if told and not shutil.which(name, path=place):
+        return Finding("problem", f"VENV={told}: there is no {name} in {place}", advice)
+    found = shutil.which(name, path=place if told else None)
+    if not found:
+        return Finding(
+            "warning", f"{name} is not in PATH, start.sh would not find it", f"activate its environment, or {advice}"
+        )
+    return Finding("ok", found)
 
 
 def own_settings(folder: Path) -> NodeSettings:
