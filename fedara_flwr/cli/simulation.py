@@ -26,7 +26,7 @@ CAUSES = (
     (r"ActorPool is empty", "no client fits: client-resources-num-cpus or -num-gpus in federation.toml is more than there is"),
     (
         r"(timed out after \d+ seconds.{0,80}|Failed to (start|connect to) (the )?)(GCS|gcs|raylet|node)|node timed out dur",
-        "Ray does not start: is there enough memory, also by ulimit -v?",
+        "Ray does not start: too little memory, or too low a limit (ulimit -n, -u, -v)?",
     ),
     (r"OutOfMemoryError|Ray killed .{0,80}memory|Killed process", "memory ran out: a smaller model, or fewer clients at once"),
     (r"No space left on device", "a disk is full"),

@@ -167,7 +167,7 @@ def test_the_health_check_passes_by_a_proxy(tmp_path):
         (["  fedara_flwr.keys.ConfigError: model.name = 'x': there is none", "RuntimeError: Exception in ServerApp thread."],
          "fedara_flwr.keys.ConfigError: model.name = 'x': there is none"),
         (["Exception: The current node timed out during startup. This", "RuntimeError: Simulation Runtime crashed.",
-          "RuntimeError: An error was encountered. Ending simulation."], "Ray does not start: is there enough memory"),
+          "RuntimeError: An error was encountered. Ending simulation."], "Ray does not start: too little memory"),
         (["Exception: a backend", "RuntimeError: Simulation Runtime crashed."], "Exception: a backend"),
         (["OSError: [Errno 24] Too many open files: 'x'", "RuntimeError: later"], "ulimit -n allows too few open files"),
         (["RuntimeError: can't start new thread"], "ulimit -u allows too few"),
