@@ -62,6 +62,17 @@ def test_one_idea_a_file():
     } == set()
 
 
+def test_nothing_is_done_in_an_assertion():
+    """With PYTHONOPTIMIZE=1 Python leaves all of them out."""
+    found = {
+        f"{path.name}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert) and any(isinstance(part, ast.NamedExpr) for part in ast.walk(node))
+    }
+    assert not found
+
+
 @pytest.mark.parametrize("module", ["fedara_flwr.client_app", "fedara_flwr.server_app", "fedara_flwr.strategies.fedara"])
 def test_apps_load_without_torch(module):
     """A node answers `whoami` in a fresh process per message: no torch, no transformers."""

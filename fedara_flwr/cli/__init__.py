@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +31,14 @@ def fedara(
     ] = False,
 ) -> None:
     """Federated parameter-efficient fine-tuning on Flower."""
+    try:
+        os.getcwd()
+    except OSError:  # torch's libraries end the whole process there
+        typer.secho("error: the working folder is gone: cd to another one", fg="red", err=True)
+        raise typer.Exit(1) from None
+    if sys.flags.optimize > 1:
+        typer.secho("error: PYTHONOPTIMIZE = 2: allowed are 0 and 1, transformers reads docstrings", fg="red", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

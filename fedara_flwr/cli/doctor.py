@@ -50,6 +50,7 @@ def examine(app: Path, overrides: list[str]) -> Iterator[tuple[str, Finding]]:
             "local SuperLink": habits.local_superlink,
             "working folder": partial(habits.working_folder, app),
             "telemetry": habits.telemetry,
+            "proxies": habits.proxies,
             "free port": habits.free_port,
             "methods": offered_methods,
             "tasks": offered_tasks,

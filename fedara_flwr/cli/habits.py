@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from fedara_flwr.cli.findings import Finding
+from fedara_flwr.cli.proxies import unusable
 
 NO_INSTALLATION = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 PORTS = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": 39091, "FLWR_LOCAL_CONTROL_API_PORT": 39093}  # of plain `flwr run`
@@ -128,6 +129,14 @@ def _reachable(host: str, port: int) -> bool:
     thread.start()
     thread.join(NETWORK_SECONDS)
     return opened.is_set()
+
+
+def proxies() -> Finding:
+    """Whether plain `flwr` fails at what the environment says of proxies."""
+    if not (words := unusable()):
+        return Finding("ok", "nothing in the environment that Flower fails at")
+    found = "; ".join(f"{name}: {why}" for name, why in words.items())
+    return Finding("warning", f"every flwr command ends at {found}", "correct or unset it (`fedara run` leaves it out)")
 
 
 def free_port() -> Finding:

@@ -27,12 +27,13 @@ import psutil
 
 from fedara_flwr.cli import cluster, superlink
 from fedara_flwr.cli.processes import TAG, AtOnce, at_once, end_tagged, interrupt, on_stop
-from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder, without_proxy
+from fedara_flwr.cli.proxies import unusable, without_proxy
+from fedara_flwr.cli.simulation import TMPDIR, Simulation, cause, ray_folder, short_folder
 from fedara_flwr.data.partitions import check_partition
 from fedara_flwr.files import flwr_home, unwritable
 from fedara_flwr.flower import flatten_dict, parse_config_args
 from fedara_flwr.keys import ConfigError, Scalar
-from fedara_flwr.log import first_line, show
+from fedara_flwr.log import first_line, printable, show
 from fedara_flwr.runs.directory import new_name
 from fedara_flwr.runs.directory import read_config as run_config
 from fedara_flwr.strategies import find
@@ -40,6 +41,7 @@ from fedara_flwr.tasks import open_task, read_settings
 
 START_SECONDS = 60
 SILENCE_SECONDS = 60.0  # without a line of the run, after which one says so, and again each time that it has doubled
+NODES = {"clients", "num-clients", "num-nodes", "num-supernodes"}  # keys that others have for what federation.toml says
 HIDDEN_KEPT = 60  # of Flower's lines, shown when a run fails
 LAST_KEPT = 1000  # lines in which a failure's cause is looked for
 # Flower's INFO and DEBUG lines, what Ray's processes print, blank lines, what is said of every run, and what Python by itself
@@ -128,14 +130,19 @@ def read_config(app: Path, overrides: list[str], resume: Path | None = None) -> 
         config: dict[str, Scalar] = {**run_config(resume), "run.resume": str(resume)}
     else:
         try:
-            table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{app}/pyproject.toml cannot be read ({error})") from None
-        except (OSError, KeyError):
+            table = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+            config = flatten_dict(table)
+        except (OSError, KeyError, TypeError, AttributeError):  # there is none, or something that is no table
             raise ConfigError(f"{app}: no Flower app (no pyproject.toml with [tool.flwr.app.config])") from None
-        config = flatten_dict(table)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{app}/pyproject.toml cannot be read ({first_line(error)})") from None
     for text in overrides:
         config |= _parse_override(text)
+    for key, value in config.items():
+        if key.replace("_", "-") in NODES:
+            raise ConfigError(f"{key} = {value}: there is no such key; see num-supernodes in federation.toml")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{key} = {value}: allowed are whole numbers of 64 bits, as Flower sends them")
     config["run.dir"] = config.get("run.dir") or str(_runs(app))
     settings = read_settings(config)
     config["run.name"] = settings.run.name or new_name(settings.method)
@@ -181,7 +188,7 @@ def _parse_override(text: str) -> dict[str, Scalar]:
     if text.lower().endswith(".toml") and "=" not in text:
         try:
             parsed = flatten_dict(tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8-sig")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--run-config {text!r}: cannot be read ({first_line(error)})") from None
         if not parsed:
             raise ConfigError(f"--run-config {text!r}: it holds no key")
@@ -191,10 +198,12 @@ def _parse_override(text: str) -> dict[str, Scalar]:
     for key, value in re.findall(pair, text):
         try:
             tomllib.loads(f"value = {value}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             allowed = "numbers such as 0.01, true, false, and text in quotes"
             allowed += " (single ones where there is a \\ in it)" if "\\" in value else ""
-            raise ConfigError(f"--run-config: {key} = {value} is no TOML value, allowed are {allowed}") from None
+            raise ConfigError(
+                f"--run-config: {key} = {printable(value[:200])} is no TOML value, allowed are {allowed}"
+            ) from None
     try:
         parsed = parse_config_args([text])
     except (click.ClickException, ValueError, OSError) as error:
@@ -239,6 +248,8 @@ def run_flower(app: Path, config: dict[str, Scalar], simulation: Simulation, neu
         print(cluster.check(config, simulation, env, neutral), flush=True)
         if env.get(cluster.AUTH_MODE) != "token":
             print(cluster.OPEN, flush=True)
+    for name, why in unusable().items():
+        print(f"{name} is left out for Flower's processes, which would end at it: {why}", flush=True)
     print(f"starting Flower, {simulation.num_supernodes} simulated nodes: half a minute, longer on a busy machine", flush=True)
     with _superlink(env, neutral) as (process, port):
         env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)

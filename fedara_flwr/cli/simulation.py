@@ -8,15 +8,15 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from fedara_flwr.files import unwritable
 from fedara_flwr.keys import ConfigError, Group, one_line
 
-LOCAL_HOSTS = "localhost,127.0.0.1,::1"
 TMPDIR = "RAY_TMPDIR"
 LONGEST_SOCKET = 107  # bytes of a Unix socket's path on Linux, and 103 on macOS: below both
 SOCKET = "/ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # where Ray has its longest one, below TMPDIR
@@ -25,13 +25,17 @@ CAUSES = (
     (r"AF_UNIX path length|AF_UNIX path too long|socket path .{0,200}too long", f"{TMPDIR} is too long for Ray's sockets"),
     (r"ActorPool is empty", "no client fits: client-resources-num-cpus or -num-gpus in federation.toml is more than there is"),
     (
-        r"timed out after \d+ seconds.{0,80}(GCS|gcs|raylet|node)|Failed to (start|connect to) (GCS|the GCS|raylet)",
-        "Ray does not start",
+        r"(timed out after \d+ seconds.{0,80}|Failed to (start|connect to) (the )?)(GCS|gcs|raylet|node)|node timed out dur",
+        "Ray does not start: too little memory, or too low a limit (ulimit -n, -u, -v)?",
     ),
     (r"OutOfMemoryError|Ray killed .{0,80}memory|Killed process", "memory ran out: a smaller model, or fewer clients at once"),
     (r"No space left on device", "a disk is full"),
+    (r"Too many open files", "ulimit -n allows too few open files"),
+    (r"can't start new thread|fork.{0,80}Resource temporarily unavailable", "ulimit -u allows too few processes and threads"),
 )
-ERROR = re.compile(r"[\w.]{1,100}(Error|Exception|Failed): (?!Exception in ServerApp thread)\S")  # a traceback's last line
+# a traceback's last line, but those of Flower that say nothing of what was wrong
+EMPTY = "Exception in ServerApp thread|Simulation Runtime crashed|An error was encountered"
+ERROR = re.compile(rf"[\w.]{{0,100}}(Error|Exception|Failed): (?!{EMPTY})\S")
 
 
 class Simulation(Group):
@@ -44,7 +48,7 @@ class Simulation(Group):
     verbose: bool = False
     init_args_num_cpus: int | None = Field(None, ge=1, description="cores that Ray takes this machine to have; unset = all")
     init_args_num_gpus: int | None = Field(None, ge=0, description="GPUs that Ray takes this machine to have; unset = all")
-    init_args_logging_level: str = "WARNING"
+    init_args_logging_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "WARNING"
     init_args_log_to_driver: bool = True
 
     @classmethod
@@ -57,14 +61,18 @@ class Simulation(Group):
         key = f"--federation-config {file}"
         try:
             told = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{key}: cannot be read ({error})") from None
+        for name, value in told.items():
+            if isinstance(value, dict | list):
+                line = "no table and no list is allowed, but flat keys such as client-resources-num-cpus = 1"
+                raise ConfigError(f"{key}: {name} = {value!r}: {line}")
         told = {name: float(value) if _whole_gpus(name, value) else value for name, value in told.items()}
         try:
             return cls.model_validate(told)
         except ValidationError as error:
-            known = {f"{key}: {field.alias}": field for field in cls.model_fields.values()}
-            raise ConfigError(one_line(error, known, f"{key}: ")) from None
+            known = {str(field.alias): field for field in cls.model_fields.values()}
+            raise ConfigError(f"{key}: {one_line(error, known)}") from None
 
     def check_nodes(self, least: int) -> None:
         """Refuse fewer clients than train in each round: the run would wait for more, and no more come; ConfigError then."""
@@ -76,12 +84,16 @@ class Simulation(Group):
         cores = self.init_args_num_cpus or os.cpu_count() or 1
         if self.client_resources_num_cpus > cores:
             raise ConfigError(f"client-resources-num-cpus = {self.client_resources_num_cpus}: allowed here is at most {cores}")
-        if self.client_resources_num_gpus and not self.init_args_num_gpus:
-            import torch
+        if share := self.client_resources_num_gpus:
+            whose, gpus = "init-args-num-gpus", self.init_args_num_gpus
+            if gpus is None:
+                import torch
 
-            share, gpus = self.client_resources_num_gpus, torch.cuda.device_count()
+                whose, gpus = "the machine's GPUs", torch.cuda.device_count()
             if share > gpus:
-                raise ConfigError(f"client-resources-num-gpus = {share:g}: allowed here is at most {gpus}, the machine's GPUs")
+                raise ConfigError(f"client-resources-num-gpus = {share:g}: allowed here is at most {gpus}, {whose}")
+            if share > 1 and share % 1:
+                raise ConfigError(f"client-resources-num-gpus = {share:g}: above 1 Ray allows whole numbers alone")
 
     def toml(self) -> str:
         """The settings as a file for `flwr run --federation-config`."""
@@ -100,7 +112,10 @@ def short_folder() -> Iterator[Path]:
     Raises:
         ConfigError: no such folder can be written.
     """
-    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home())]  # nosec B108 # mkdtemp's folders are the user's own
+    usual = []
+    with suppress(FileNotFoundError):  # there is none that can be written
+        usual.append(os.path.abspath(tempfile.gettempdir()))
+    places = [*usual, "/tmp", "/var/tmp", os.path.expanduser("~")]  # nosec B108 # mkdtemp's folders are the user's own
     for place in places:
         if not fits(f"{place}/fedara-00000000") or not os.access(place, os.W_OK):
             continue
@@ -108,7 +123,8 @@ def short_folder() -> Iterator[Path]:
             yield Path(folder)
         return
     limit = LONGEST_SOCKET - len(SOCKET) - len("/fedara-00000000")
-    raise ConfigError(f"TMPDIR = {places[0]!r}: allowed are folders that can be written, of at most {limit} ASCII letters")
+    told = os.environ.get("TMPDIR", places[0])
+    raise ConfigError(f"TMPDIR = {told!r}: allowed are folders that can be written, of at most {limit} ASCII letters")
 
 
 def fits(folder: str) -> bool:
@@ -120,19 +136,15 @@ def ray_folder(own: Path) -> str:
     """Where Ray keeps sockets and logs: where the user says, else `own`.
 
     Raises:
-        ConfigError: the user's is too long, or has letters that Ray cannot open.
+        ConfigError: the user's is too long, has letters that Ray cannot open, or cannot be written.
     """
     told = os.environ.get(TMPDIR)
     if told and not fits(told):
         limit = LONGEST_SOCKET - len(SOCKET)
         raise ConfigError(f"{TMPDIR} = {told!r}: allowed are at most {limit} ASCII letters")
+    if told and (why := unwritable(Path(told).absolute()) if os.path.isabs(told) else "it is relative"):
+        raise ConfigError(f"{TMPDIR} = {told!r}: allowed is an absolute folder that can be written ({why})")
     return told or str(own)
-
-
-def without_proxy() -> dict[str, str]:
-    """The environment's words by which calls to this machine pass by every proxy."""
-    names = ["no_proxy", "NO_PROXY"] + [name for name in ("no_grpc_proxy",) if os.environ.get(name)]
-    return {name: ",".join(filter(None, [os.environ.get(name), LOCAL_HOSTS])) for name in names}
 
 
 def cause(lines: Iterable[str], errors: bool = True) -> str:

@@ -385,7 +385,8 @@ class RoundLoop(Strategy):
 
     def _record(self, evaluated: MetricRecord | None, seconds: float, evaluation: float) -> Line:
         """Record the round's line and its clients' lines."""
-        assert (work := self.work) is not None
+        work = self.work
+        assert work is not None
         devices, cap = {node.key: self.profile(node) for node in work.asked}, self.settings.strategy.weight_cap
         record = round_line(work, self.state, dict(evaluated or {}), devices, cap)
         return self._tell_costs(record, work.records, seconds, evaluation)

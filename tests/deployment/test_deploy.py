@@ -149,6 +149,11 @@ def test_node_keys_are_what_ssh_keygen_makes(made):
         (["--server", "fed.example:8000"], "no port"),
         (["--server", "::"], "one address"),
         (["--server", "fe80::1%eth0"], "without a zone"),
+        (["--server", "fe80::1"], "without a zone"),
+        (["--server", "192.168.1.256"], "host name (letters a-z"),
+        (["--server", "192.168.001.005"], "an IP address"),
+        (["--server", "fed..example"], "host name (letters a-z"),
+        (["--server", "a" * 64 + ".example"], "host name (letters a-z"),
         (["--server", "fed.example", "--port", "0"], "1 to 65535"),
         (["--server", "fed.example", "--superlink-port", "8000"], "another one"),
         (["--server", "fed.example", "--days", "0"], "1 to 3650"),
@@ -258,6 +263,61 @@ def test_settings_that_cannot_be(site):
     assert "allowed is HOST:PORT" in levels(site / "node-attic")["settings"].found
     file.write_text("SUPERLINK = fed.example:9000\n")
     assert levels(site / "node-attic")["settings"].level == "problem"
+
+
+@pytest.mark.parametrize(
+    "machine, old, new, line",
+    [
+        ("node-attic", "\n", "\r\n", "its lines end as on Windows"),
+        ("node-attic", "RESTART_SECONDS=65", "RESTART_SECONDS=", "RESTART_SECONDS=, allowed is a number, 0 or more"),
+        ("node-attic", "RESTART_SECONDS=65", "RESTART_SECONDS=1m", "RESTART_SECONDS=1m, allowed is a number"),
+        ("node-attic", "POLL_SECONDS", "POLL_SECOND", "POLL_SECONDS=, allowed is a number"),
+        ("node-attic", "ADDRESS_SPACE_MB=65536", "ADDRESS_SPACE_MB=64k", "ADDRESS_SPACE_MB=64k, allowed is a whole number"),
+        ("node-attic", "SUPERLINK=", "SUPERLINK=https://", "SUPERLINK=https://fed.example:9000, allowed is HOST:PORT"),
+        ("server", "MAX_CONNECTIONS=1024", "MAX_CONNECTIONS=0", "MAX_CONNECTIONS=0, allowed is a whole number, 1 or more"),
+        ("server", "SUPERLINK_PORT=9001", "SUPERLINK_PORT=9000", "SUPERLINK_PORT=9000, allowed is another one than PORT"),
+    ],
+)
+def test_settings_at_which_start_sh_would_fail_again_and_again(site, machine, old, new, line):
+    """Or without a pause, as `sleep` does with what is no number."""
+    file = site / machine / "settings.env"
+    file.write_bytes(file.read_text().replace(old, new).encode())
+    assert line in levels(site / machine)["settings"].found
+
+
+def test_own_settings_that_are_no_text(site):
+    (site / "node-attic/node.toml").write_bytes(b'client-key = "\xe4"\n')
+    assert "node.toml cannot be read ('utf-8' codec" in levels(site / "node-attic")["settings"].found
+
+
+def test_what_settings_hand_on_counts_for_the_check(site, monkeypatch):
+    """The SuperNode has it from start.sh, so `check` goes the same way."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    file, port = site / "node-attic/settings.env", free_port()
+    file.write_text(file.read_text().replace("fed.example:9000", f"127.0.0.2:{port}").replace("9094", str(free_port())))
+    assert "by way of the proxy 127.0.0.1:9" in levels(site / "node-attic")["server"].found
+    with file.open("a") as more:
+        more.write("export no_proxy=127.0.0.2\nMODELS=x\n")
+    assert "proxy" not in levels(site / "node-attic")["server"].found and "no_proxy" not in os.environ
+    with file.open("a") as more:
+        more.write("export ALL_PROXY=socks://127.0.0.1:9\n")
+    assert levels(site / "node-attic")["proxies"].found.startswith("ALL_PROXY: Unknown scheme")
+
+
+def test_whether_start_sh_finds_its_command(site, monkeypatch):
+    """A service manager's PATH has no environment, and `check` itself may be called by its path."""
+    file = site / "server/settings.env"
+    (site / "v e" / "bin").mkdir(parents=True)
+    (site / "v e" / "bin" / "flower-superlink").touch(0o755)
+    monkeypatch.setenv("PATH", str(site))
+    assert levels(site / "server")["commands"].level == "warning"
+    monkeypatch.setenv("HERE", str(site))
+    text = file.read_text()
+    for venv, level in (('"$HERE/v e"', "ok"), (str(site), "problem")):
+        file.write_text(text.replace("VENV=\n", f"VENV={venv}\n"))
+        assert levels(site / "server")["commands"].level == level
 
 
 def test_values_of_settings_are_what_a_shell_makes_of_them(site):
@@ -556,7 +616,7 @@ def test_a_server_is_looked_for_as_the_supernode_reaches_it(made, monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
     assert "allowed are HTTP proxies" in network.server_answers(folder, HOST, port).found
     monkeypatch.setenv("no_proxy", f"localhost,{HOST}")
-    assert proxy_to(HOST) is None
+    assert proxy_to(HOST, port) is None
 
 
 def test_check_notices_what_answers(made, tmp_path):

@@ -499,7 +499,7 @@ def test_the_command(tmp_path, tiny_bert):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line[9:24].strip() for line in done.stdout.splitlines() if line[:7].strip()]
-    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 20
+    assert names[:3] == ["python", "packages", "configuration"] and len(names) == 21
     assert str(tiny_bert) in done.stdout and "2 labels" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("no problems")
     assert not home.exists()

@@ -109,6 +109,12 @@ def test_quadlets_are_handed_over_with_their_folder(tmp_path):
     }
     assert f"Volume={site}/node-attic/home:/site/home\n" in (units / "fedara-node-attic.container").read_text()
     assert not [path for path in units.iterdir() if "@FOLDER@" in path.read_text()]
+    odd = site.rename(tmp_path / r"a%b&c|d\e")
+    call("sh", odd / "node-attic/quadlet.sh", env=env)
+    place = str(odd).replace("%", "%%")  # so that systemd reads what is meant
+    assert f"Volume={place}/node-attic/home:/site/home\n" in (units / "fedara-node-attic.container").read_text()
+    odd.rename(site)
+    call("sh", site / "node-attic/quadlet.sh", env=env)
     generator = shutil.which("quadlet", path=f"/usr/libexec/podman:/usr/lib/podman:{os.environ['PATH']}")
     if not generator:
         pytest.skip("no quadlet: podman 4.4 or newer has it")

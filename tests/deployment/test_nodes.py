@@ -78,6 +78,12 @@ def test_a_line_for_each_node(server):
     ]
 
 
+def test_a_key_s_file_with_blanks_in_its_name(server):
+    (server / "nodes/my laptop.pub").write_text("ecdsa KEYlaptop laptop\n")
+    (server / "home/registered").write_text("11 my laptop KEYlaptop\n")
+    assert nodes.recorded(server) == [("11", "my laptop", "KEYlaptop")]
+
+
 def test_before_any_run(server):
     code, text = fedara("nodes", str(server))
     assert code == 0 and text.endswith("no run has been yet\n") and "attic   11  online" in text

@@ -8,22 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
-import urllib.request
 import uuid
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from test_flower import FEDARA, clone, overrides
+from typer.testing import CliRunner
 
-from fedara_flwr.cli import launch, simulation
+from fedara_flwr.cli import app, launch, simulation
 from fedara_flwr.cli.launch import _parse_override
 from fedara_flwr.cli.processes import TAG, AtOnce, end_tagged, interrupt, on_stop
-from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder, without_proxy
+from fedara_flwr.cli.simulation import Simulation, cause, fits, ray_folder, short_folder
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.log import ends_by
 
@@ -52,6 +54,13 @@ def test_what_is_read_is_what_flower_is_told(tmp_path):
         ("num-supernodes = 0", "num-supernodes = 0: input should be greater than or equal to 1"),
         ("num-supernode = 4", "there is no such key; did you mean "),
         ("num-supernodes = four", "cannot be read (Invalid value"),
+        ("num-supernodes = " + "[" * 5000, "cannot be read (maximum recursion depth exceeded"),
+        (
+            "[client-resources]\nnum-cpus = 1",
+            "no table and no list is allowed, but flat keys such as client-resources-num-cpus",
+        ),
+        ("init-args-include-dashboard = true", "there is no such key; did you mean 'init-args-"),
+        ("init-args-logging-level = 'LOUD'", "init-args-logging-level = 'LOUD': input should be 'DEBUG', "),
         ("client-resources-num-gpus = 'all'", "client-resources-num-gpus = 'all': input should be a valid number"),
     ],
 )
@@ -69,6 +78,14 @@ def test_clients_larger_than_the_machine(monkeypatch):
         Simulation(client_resources_num_cpus=8).check_machine()
     with pytest.raises(ConfigError, match="client-resources-num-cpus = 4: allowed here is at most 2"):
         Simulation(client_resources_num_cpus=4, init_args_num_cpus=2).check_machine()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    for share, told, line in (
+        (8.0, 4, "at most 4, init-args-num-gpus"),
+        (0.5, 0, "at most 0"),
+        (1.5, None, "whole numbers alone"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            Simulation(client_resources_num_cpus=1, client_resources_num_gpus=share, init_args_num_gpus=told).check_machine()
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match="client-resources-num-gpus = 0.5: allowed here is at most 0, the machine's GPUs"):
         Simulation(client_resources_num_cpus=1, client_resources_num_gpus=0.5).check_machine()
@@ -88,18 +105,44 @@ def test_a_folder_with_room_for_sockets(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "a" * 40)
     with pytest.raises(ConfigError, match="RAY_TMPDIR = '/scratch/a+': allowed are at most 39 ASCII letters"):
         ray_folder(folder)
-    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
-    assert ray_folder(folder) == "/scratch"
+    for told in ("scratch", "/dev/null", "/dev/null/scratch"):
+        monkeypatch.setenv("RAY_TMPDIR", told)
+        with pytest.raises(ConfigError, match=f"RAY_TMPDIR = '{told}': allowed is an absolute folder that can be written"):
+            ray_folder(folder)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert ray_folder(folder) == "/tmp"
 
 
-def test_calls_to_this_machine_pass_by_a_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "example.org")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_grpc_proxy", raising=False)
-    local = simulation.LOCAL_HOSTS
-    assert without_proxy() == {"no_proxy": f"example.org,{local}", "NO_PROXY": local}
-    monkeypatch.setenv("no_proxy", without_proxy()["no_proxy"])
-    assert urllib.request.proxy_bypass_environment("127.0.0.1") and not urllib.request.proxy_bypass_environment("a.net")
+def test_a_temporary_folder_that_is_relative_or_none(tmp_path, monkeypatch):
+    """Flower's processes run in another folder; a container's user may have no home."""
+    monkeypatch.chdir("/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    with short_folder() as folder:
+        assert folder.is_absolute() and folder.parent == Path("/tmp")
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError("no usable temporary directory")))
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    with short_folder() as folder:
+        assert folder.parent == Path("/tmp")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("TMPDIR", "/full")
+    with pytest.raises(ConfigError, match="TMPDIR = '/full': allowed are folders that can be written"), short_folder():
+        pass
+
+
+def test_docstrings_are_needed():
+    done = subprocess.run([sys.executable, "-OO", "-m", "fedara_flwr.cli", "methods"], capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.returncode == 1
+        and done.stderr == "error: PYTHONOPTIMIZE = 2: allowed are 0 and 1, transformers reads docstrings\n"
+    )
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    told = CliRunner().invoke(app, ["run"])
+    assert told.exit_code == 1 and told.output == "error: the working folder is gone: cd to another one\n"
 
 
 def test_the_health_check_passes_by_a_proxy(tmp_path):
@@ -123,13 +166,18 @@ def test_the_health_check_passes_by_a_proxy(tmp_path):
         (["OSError: AF_UNIX path length cannot exceed 107 bytes: /scratch", "RuntimeError: later"], "RAY_TMPDIR is too long"),
         (["  fedara_flwr.keys.ConfigError: model.name = 'x': there is none", "RuntimeError: Exception in ServerApp thread."],
          "fedara_flwr.keys.ConfigError: model.name = 'x': there is none"),
+        (["Exception: The current node timed out during startup. This", "RuntimeError: Simulation Runtime crashed.",
+          "RuntimeError: An error was encountered. Ending simulation."], "Ray does not start: too little memory"),
+        (["Exception: a backend", "RuntimeError: Simulation Runtime crashed."], "Exception: a backend"),
+        (["OSError: [Errno 24] Too many open files: 'x'", "RuntimeError: later"], "ulimit -n allows too few open files"),
+        (["RuntimeError: can't start new thread"], "ulimit -u allows too few"),
         (["INFO: all is well"], ""),
     ],
 )  # fmt: skip
 def test_what_a_failure_comes_from(lines, expected):
     found = cause(lines)
     assert found.startswith(expected) and bool(found) == bool(expected)
-    assert cause(lines, errors=False) == ("" if expected.startswith("fedara_flwr") else found)
+    assert cause(lines, errors=False) == ("" if expected.startswith(("fedara_flwr", "Exception")) else found)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +192,9 @@ def test_what_a_failure_comes_from(lines, expected):
         ("method 'fedara'", "is no key=value"),
         ("method = 'fedara'", "with blanks between pairs and nowhere else, or a .toml file"),
         (r'data.path="C:\Users\x"', r"text in quotes (single ones where there is a \ in it)"),
+        ("data.path='a\nb'", "data.path = 'a?b' is no TOML value"),
+        ("seed=" + "1" * 5000, "111 is no TOML value"),
+        ("seed=" + "[" * 5000, "[[[ is no TOML value"),
         ("absent.toml", "'absent.toml': cannot be read ([Errno 2] No such file"),
     ],
 )
@@ -153,9 +204,38 @@ def test_an_override_that_is_none(text, line):
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("num_clients=5", "num_clients = 5: there is no such key; see num-supernodes in federation.toml"),
+        (f"num-server-rounds={2**63}", f"num-server-rounds = {2**63}: allowed are whole numbers of 64 bits"),
+    ],
+)
+def test_a_key_that_is_another_file_s_and_a_number_that_flower_cannot_send(text, line):
+    with pytest.raises(ConfigError) as caught:
+        launch.read_config(ROOT, [text])
+    assert str(caught.value).startswith(line)
+
+
 def test_a_folder_that_is_no_app_lacks_its_file(tmp_path):
     with pytest.raises(ConfigError, match=r"no Flower app \(no pyproject.toml with \[tool.flwr.app.config\]\)$"):
         launch.read_config(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (b"tool = 3", "no Flower app"),
+        (b"[tool.flwr.app]\nconfig = 3", "no Flower app"),
+        (b"[tool.flwr.app.config]\nseed = [1]", "pyproject.toml cannot be read (The value for key seed needs to be of type"),
+        (b"[tool.flwr.app.config]\nmethod = '\xe4'", "pyproject.toml cannot be read ('utf-8' codec"),
+    ],
+)
+def test_an_app_s_file_that_cannot_be(tmp_path, text, line):
+    (tmp_path / "pyproject.toml").write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        launch.read_config(tmp_path, [])
+    assert line in str(caught.value)
 
 
 def test_fewer_nodes_than_train_in_a_round_are_refused_before_anything_starts(tmp_path):
@@ -170,6 +250,9 @@ def test_a_file_of_overrides(tmp_path):
     file = tmp_path / "run.TOML"
     file.write_text("\ufeffseed = 3\n[train]\nlearning-rate = 0.01\n")
     assert _parse_override(str(file)) == {"seed": 3, "train.learning-rate": 0.01}
+    file.write_text("seed = " + "[" * 5000)
+    with pytest.raises(ConfigError, match="cannot be read .maximum recursion depth exceeded"):
+        _parse_override(str(file))
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="it holds no key"):
         _parse_override(str(file))

@@ -5,6 +5,8 @@ Nothing is started or changed. Each check is a function that gives one Finding.
 
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from packaging.requirements import Requirement
 from fedara_flwr.cli.deploy import network
 from fedara_flwr.cli.deploy.keys import CURVE, names_of, read_certificate
 from fedara_flwr.cli.deploy.own import busy_when, device
-from fedara_flwr.cli.deploy.settings import read_settings
+from fedara_flwr.cli.deploy.settings import exported, read_settings
 from fedara_flwr.cli.deploy.site import NODE_FILES, SECRETS, SERVER_FILES
 from fedara_flwr.cli.doctor import PACKAGE, python, unmet
 from fedara_flwr.cli.findings import Finding, run_checks
@@ -52,7 +54,8 @@ def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
     except ConfigError as error:
         yield "settings", Finding("problem", str(error), "correct this first: the rest was not checked")
         return
-    yield from run_checks(checks)
+    with exported(folder, settings):
+        yield from run_checks(checks)
 
 
 def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[[], Finding]]:
@@ -64,6 +67,8 @@ def server_checks(folder: Path, settings: dict[str, str]) -> dict[str, Callable[
         "nodes": partial(node_keys, folder),
         "python": python,
         "packages": partial(packages, device=False),
+        "commands": partial(commands, settings, "flower-superlink"),
+        "proxies": network.proxies,
         "SuperLink": partial(network.own_service, folder, superlink),
         "gateway": partial(network.own_service, folder, gateway, listen),
         "address": partial(network.address, folder, gateway, listen),
@@ -80,6 +85,8 @@ def node_checks(folder: Path, settings: dict[str, str], node: NodeSettings) -> d
         "key": partial(node_key, folder),
         "python": python,
         "packages": partial(packages, device=True),
+        "commands": partial(commands, settings, "flower-supernode"),
+        "proxies": network.proxies,
         "port": partial(network.runtime_port, int(settings["RUNTIME_PORT"])),
         "server": partial(network.server_answers, folder, host, int(port)),
         "clock": partial(network.clock, folder, host, int(port)),
@@ -172,6 +179,20 @@ def packages(device: bool) -> Finding:
     return Finding("ok", ", ".join(f"{name} {version(name)}" for name in (PACKAGE, "flwr", "torch", "transformers", "peft")))
 
 
+def commands(settings: dict[str, str], name: str) -> Finding:
+    """Whether start.sh will find the command that it starts, by VENV or in PATH."""
+    told, advice = settings.get("VENV", ""), "in settings.env VENV=FOLDER, the virtual environment that has fedara-flwr"
+    place = os.path.join(os.path.expanduser(os.path.expandvars(told)), "bin")
+    if told and not shutil.which(name, path=place):
+        return Finding("problem", f"VENV={told}: there is no {name} in {place}", advice)
+    found = shutil.which(name, path=place if told else None)
+    if not found:
+        return Finding(
+            "warning", f"{name} is not in PATH, start.sh would not find it", f"activate its environment, or {advice}"
+        )
+    return Finding("ok", found)
+
+
 def own_settings(folder: Path) -> NodeSettings:
     """node.toml, checked as the node itself checks it.
 
@@ -179,8 +200,8 @@ def own_settings(folder: Path) -> NodeSettings:
         ConfigError: it is no TOML, or a key or value is not allowed.
     """
     try:
-        return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return NodeSettings.read(tomllib.loads((folder / "node.toml").read_text(encoding="utf-8")))
+    except ValueError as error:
         raise ConfigError(f"node.toml cannot be read ({error})") from None
 
 

@@ -15,6 +15,7 @@ from cryptography import x509
 from fedara_flwr.cli.deploy import proxy
 from fedara_flwr.cli.deploy.keys import names_of, read_certificate
 from fedara_flwr.cli.findings import Finding
+from fedara_flwr.cli.proxies import unusable
 from fedara_flwr.log import first_line
 
 # what Flower's node authentication allows: a node's clock may be behind the server's, hardly ahead of it
@@ -110,6 +111,15 @@ def reach(folder: Path, port: int, listen: str = LOCAL) -> Finding:
     return Finding("ok", "nodes reach the Fleet API, nothing else")
 
 
+def proxies() -> Finding:
+    """Whether Flower's processes can make anything of what the environment says of proxies."""
+    if not (words := unusable()):
+        return Finding("ok", "nothing in the environment that Flower fails at")
+    found = "; ".join(f"{name}: {why}" for name, why in words.items())
+    advice = f"every process of Flower would end with this; in settings.env: {'; '.join(f'export {name}=' for name in words)}"
+    return Finding("problem", found, advice)
+
+
 def runtime_port(port: int) -> Finding:
     """Whether the SuperNode's own port is free."""
     if _listening(port):
@@ -128,7 +138,7 @@ def server_answers(folder: Path, host: str, port: int) -> Finding:
     """Whether the server can be reached, and is the one that our authority certified."""
     place = join(host, port)
     try:
-        between = proxy.proxy_to(host)
+        between = proxy.proxy_to(host, port)
         place += f" by way of the proxy {proxy.shown(between)}" if between else ""
         status, _, certificate = ask(folder, host, port)
     except ssl.SSLCertVerificationError as error:

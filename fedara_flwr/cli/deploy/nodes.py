@@ -63,8 +63,8 @@ def recorded(folder: Path) -> list[tuple[str, str, str]]:
     """(id, name, key) of each registration that register.sh made."""
     file = folder / "home" / REGISTERED
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    words = [line.split() for line in lines]
-    return [(line[0], line[1], line[2]) for line in words if len(line) == 3]
+    words = [line.split(" ") for line in lines]
+    return [(line[0], " ".join(line[1:-1]), line[-1]) for line in words if len(line) >= 3]  # a key's file may be named anyhow
 
 
 def newest_run(folder: Path) -> Run | None:

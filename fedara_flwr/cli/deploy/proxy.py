@@ -6,12 +6,12 @@ import base64
 import ssl
 from http.client import HTTPSConnection
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies
 
-from fedara_flwr.cli.simulation import LOCAL_HOSTS
+from fedara_flwr.cli.proxies import LOCAL_HOSTS, passed_by
 
 
-def proxy_to(host: str) -> SplitResult | None:
+def proxy_to(host: str, port: int) -> SplitResult | None:
     """The proxy that the environment names for a server, None where it is reached without one; never for this machine.
 
     Raises:
@@ -19,7 +19,7 @@ def proxy_to(host: str) -> SplitResult | None:
     """
     told = getproxies()
     address = told.get("https") or told.get("all")
-    if not address or host in LOCAL_HOSTS.split(",") or proxy_bypass(host):
+    if not address or passed_by(host, port, f"{told.get('no', '')},{LOCAL_HOSTS}"):
         return None
     proxy = urlsplit(address if "://" in address else f"http://{address}")
     if not proxy.hostname or proxy.scheme not in ("http", "https"):
@@ -44,7 +44,7 @@ def connection(host: str, port: int, timeout: float, authority: str, own: bool =
     """
     context = ssl.create_default_context(cafile=authority)
     context.check_hostname = not own
-    if own or (proxy := proxy_to(host)) is None:
+    if own or (proxy := proxy_to(host, port)) is None:
         return HTTPSConnection(host, port, timeout=timeout, context=context)
     tunnel = HTTPSConnection(str(proxy.hostname), proxy.port or 80, timeout=timeout, context=context)
     login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}" if proxy.username else ""

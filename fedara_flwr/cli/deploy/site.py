@@ -20,7 +20,8 @@ from fedara_flwr.cli.deploy.network import join
 from fedara_flwr.keys import ConfigError
 
 NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
-HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?"
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+HOST = rf"(?=.{{1,253}}$)({LABEL}\.)*(?![0-9]+$|0[xX]){LABEL}"  # no number at the end: an address that is none
 NODE_PORT = 9094  # of a SuperNode, on its own machine
 RESTART_SECONDS = 65  # Flower takes a node for alive up to 60 s after its last sign
 SERVER_FILES = ("ca.crt", "server.pem", "server.key", "superexec.secret", "settings.env", "start.sh", "environment.sh")
@@ -173,9 +174,12 @@ def _check(host: str, port: int, names: tuple[str, ...], days: int, superlink_po
         address = ipaddress.ip_address(host)
     except ValueError:
         if not re.fullmatch(HOST, host):
-            raise ConfigError(f"--server {host!r}: allowed is a host name or an IP address, no port, no scheme") from None
+            letters = "letters a-z, digits, - and . between them; other letters as xn--…"
+            line = f"allowed is a host name ({letters}) or an IP address, no port, no scheme"
+            raise ConfigError(f"--server {host!r}: {line}") from None
     else:
-        if address.is_unspecified or address.is_multicast or "%" in host:
+        link_local = address.version == 6 and address.is_link_local  # which needs a zone, another on each machine
+        if address.is_unspecified or address.is_multicast or link_local or host == "255.255.255.255":
             raise ConfigError(f"--server {host}: allowed is one address that nodes can reach, without a zone")
     for option, value in (("--port", port), ("--superlink-port", superlink_port)):
         if not 1 <= value <= 65535:
