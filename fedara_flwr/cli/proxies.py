@@ -29,7 +29,7 @@ def unusable() -> dict[str, str]:
             found[name] = f"httpx cannot read {words}; allowed are names and addresses, no networks of IPv6 and no brackets"
         elif name.lower() in PROXIES and value:
             try:
-                httpx.Client(proxy=value if "://" in value else f"http://{value}", trust_env=False, verify=False).close()
+                httpx.Client(proxy=value if "://" in value else f"http://{value}", trust_env=False).close()
             except (ImportError, ValueError, httpx.InvalidURL) as error:
                 found[name] = first_line(error)
     return found

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 BEST = 20  # starts and ends of a window from which spans are made
-# SQuAD's names of where an answer begins and whether there is none, which flat copies have as columns of their own
-STARTS, IMPOSSIBLE = "answer_start", "is_impossible"
+BESIDE = {"starts": "answer_start", "impossible": "is_impossible"}  # columns of their own in flat copies of SQuAD
 NONE = 0  # the token at which "no answer" stands: the first
 
 
@@ -107,12 +106,11 @@ class QuestionAnswering(Task):
         # a flat copy of SQuAD has the question under its name, and the answer under 'text'
         usual = settings.text_column == "text" and ("question" in there or "text" not in there)
         question = "question" if usual else settings.text_column
-        beside = [("starts", STARTS), ("impossible", IMPOSSIBLE)]
         return [
             Column("text", "text-column", question),
             Column("context", "options context-column", options.context_column),
             Column("answers", "options answers-column", options.answers_column, nested=True),
-            *(Column(role, "options answers-column", name, nested=True) for role, name in beside if name in there),
+            *(Column(role, "options answers-column", name, nested=True) for role, name in BESIDE.items() if name in there),
         ]
 
     def read(self, row: Mapping[str, Any], labels: Labels) -> Example:
