@@ -208,7 +208,13 @@ class FleetSettings(Group):
 
 
 class OutputSettings(Group):
-    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="name of the run directory; '' = made from method and time")
+    # no folder above the runs, no hidden one, nothing that a command line takes for an option
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]*)?$",
+        max_length=200,
+        description="name of the run directory; '' = made from method and time",
+    )
     dir: str = Field("", description="absolute folder of the run directories; '' = FLWR_HOME/runs; APP/runs by `fedara run`")
     resume: str = Field("", description="run to go on with at its next round: a name under run.dir, or an absolute path")
     checkpoint_every: int = Field(

@@ -204,6 +204,11 @@ def test_bad_choice_names_the_nearest(key, value, near):
     assert message.endswith(f"did you mean {near!r}?")
 
 
+@pytest.mark.parametrize("name", [".", "..", ".hidden", "-x", "a/b", "a" * 201])
+def test_names_that_are_no_folder_of_their_own(name):
+    assert problem({"run.name": name}).startswith("run.name = ")
+
+
 def test_bad_choice_far_from_all_lists_all():
     message = problem({"strategy.weighting": "zzz"})
     assert "'examples', 'tokens' or 'uniform'" in message and "did you mean" not in message
@@ -367,7 +372,7 @@ overrides = st.fixed_dictionaries(
         "train.dropout": st.booleans(),
         "train.steps": st.integers(0, 1000),
         "data.labels": st.text(max_size=20),
-        "run.name": st.from_regex(r"[A-Za-z0-9._-]{0,8}", fullmatch=True),
+        "run.name": st.from_regex(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,8})?", fullmatch=True),
     },
 )
 
