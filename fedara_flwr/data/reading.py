@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from fedara_flwr.data.labels import Labels
 from fedara_flwr.data.skipped import LeftOut, absent, spelled
+from fedara_flwr.keys import ConfigError
 
 
 class Example(NamedTuple):
@@ -38,6 +39,15 @@ class Column:
     name: str
     lists: str = ""
     nested: bool = False
+
+
+def refuse_shared(columns: Iterable[Column], prefix: str = "data.") -> None:
+    """One column for two uses is a ConfigError, of the later one's key."""
+    used: dict[str, Column] = {}
+    for column in columns:
+        if (other := used.setdefault(column.name, column)) is not column:
+            line = f"it is the {other.key} too, allowed is another column"
+            raise ConfigError(f"{prefix}{column.key} = {column.name!r}: {line}", f"{column.key}: {line}")
 
 
 class Reader(Protocol):

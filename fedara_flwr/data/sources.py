@@ -15,7 +15,7 @@ from fedara_flwr.data.examples import Dataset, Examples
 from fedara_flwr.data.files import SPLITS, places, read_files, read_hub
 from fedara_flwr.data.labels import Labels, Ordered, check_names, names_in, read_names
 from fedara_flwr.data.partitions import split
-from fedara_flwr.data.reading import Column, Example, Reader
+from fedara_flwr.data.reading import Column, Example, Reader, refuse_shared
 from fedara_flwr.data.skipped import WITHOUT_LABEL, LeftOut, Skipped, absent, spelled
 from fedara_flwr.data.tables import Table, Unreadable, column_problem
 from fedara_flwr.keys import ConfigError, nearest
@@ -221,9 +221,9 @@ def _columns(
         line = f"allowed is '' with data.task = {reader.name!r}"
         raise ConfigError(f"{prefix}pair-column = {settings.pair_column!r}: {line}", f"pair-column: {line}")
     label = next((column for column in columns if column.role == "label"), None)
-    if label and (same := [column for column in columns if column is not label and column.name == label.name]):
-        line = f"it is the {same[0].key} too, allowed is another column"
-        raise ConfigError(f"{prefix}{label.key} = {label.name!r}: {line}", f"{label.key}: {line}")
+    if label is not None:
+        for column in columns:
+            refuse_shared((column, label), prefix)
     for part, table in tables.items():
         if part != "train" and label and label.name not in table.column_names:
             _check_columns(table, [column for column in columns if column is not label], settings, reader, key, prefix)

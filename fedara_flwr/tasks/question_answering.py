@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.labels import Labels
-from fedara_flwr.data.reading import Column, Example, text
+from fedara_flwr.data.reading import Column, Example, refuse_shared, text
 from fedara_flwr.keys import ConfigError, Group
 from fedara_flwr.tasks.annotations import answers_of, is_mark, is_true, placed, placed_beside, unfolded
 from fedara_flwr.tasks.base import UNLABELLED, Batch, Encoded, Metric, Task, pad
@@ -90,12 +90,7 @@ class QuestionAnswering(Task):
         """
         nested = next((name for name in ("data", "paragraphs") if name in table.column_names), "")
         if not nested or self.options.context_column in table.column_names:
-            used: dict[str, str] = {}
-            for column in self.columns(table.column_names):
-                if column.name in used:
-                    line = f"it is the {used[column.name]} too, allowed is another column"
-                    raise ConfigError(f"data.{column.key} = {column.name!r}: {line}", f"{column.key}: {line}")
-                used[column.name] = column.key
+            refuse_shared(self.columns(table.column_names))
             return table
         articles = [row for rows in table["data"] for row in rows] if nested == "data" else list(table)
         return type(table).from_list(list(unfolded(articles)))
