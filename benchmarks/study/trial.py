@@ -23,6 +23,7 @@ from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.files import processor
 from fedara_flwr.server import loop
 from fedara_flwr.server.evaluate import ServerModel
+from fedara_flwr.server.lines import FLOPS
 from fedara_flwr.server.loop import Callback, RoundLoop
 from fedara_flwr.tasks import read_settings
 
@@ -149,7 +150,7 @@ class Trial(Callback):
         """Sum what rounds cost, and keep a line for each that was evaluated until its clients' lines have come."""
         if record["type"] == "client":
             self._summed["client-seconds"] += record["seconds-all"]
-            self._summed["client-flops"] += sum(record[f"flops-{name}"] for name in ("forward", "backward", "below"))
+            self._summed["client-flops"] += sum(record[name] for name in FLOPS)
             self._summed["flops-below"] += record["flops-below"]
         if record["type"] not in ("start", "round"):
             return

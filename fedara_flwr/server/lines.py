@@ -10,7 +10,7 @@ from fedara_flwr.server.fleet import Profile, device_cost, round_cost
 from fedara_flwr.server.round import Line, Round, weight_cap
 from fedara_flwr.server.state import ServerState
 
-FLOPS = frozenset({"flops-forward", "flops-backward", "flops-below"})
+FLOPS = ("flops-forward", "flops-backward", "flops-below")
 """What a simulated client counts of its passes (client/step.count_flops)."""
 
 
@@ -111,9 +111,9 @@ def modelled(lines: Sequence[Line], profiles: Mapping[str, Profile | None]) -> L
     costs = []
     for line in lines:
         profile = profiles[str(line["client"])]
-        if profile is None or not line.keys() >= FLOPS:
+        if profile is None or not line.keys() >= set(FLOPS):
             return {}
-        flops = max(0.0, sum(float(line[name]) for name in sorted(FLOPS)))  # type: ignore[arg-type,misc]
+        flops = max(0.0, sum(float(line[name]) for name in FLOPS))  # type: ignore[arg-type,misc]
         down, up = (sum(line[name].values()) for name in ("bytes-down", "bytes-up"))  # type: ignore[attr-defined]
         cost = device_cost(profile, flops, down, up)
         costs.append(cost)

@@ -138,8 +138,8 @@ class Template:
         spans = self._spans(messages, whole)
         passed_over = len(spans) < sum(message["role"] == ASSISTANT for message in messages)
         self.passed_over += passed_over
-        last = len(messages) - 1
-        kept = [each["content"] for i, each in enumerate(messages) if i == last or not passed_over or each["role"] != ASSISTANT]
+        earlier = [each for each in messages[:-1] if not passed_over or each["role"] != ASSISTANT]
+        kept = [each["content"] for each in (*earlier, *messages[-1:])]
         self.changed += not _holds(whole, kept)
         ids, labels = self._tokens(whole, spans)
         last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != UNLABELLED), len(ids) - 1)
