@@ -1,7 +1,7 @@
 """Client-rounds per second of a whole FedARA run: ours, the bare PyTorch loop, and a plain Flower app like FlowerTune's.
 
     python benchmarks/speed/throughput.py [--engine inprocess|flower] [--dtypes float32,bfloat16] [--rounds 20] [--out FILE]
-        [--device cuda] [--models minilm,bert-base,qwen-1b]
+        [--device cuda] [--models minilm,bert-base,qwen-1b] [--as-it-comes]
 
 Same model (MiniLM, or by size with random weights), data, clients, batch size and number of steps. `inprocess`: every training
 message of our run is at once done again by the bare loop (the same masks, batches and optimiser, nothing else) and by the plain
@@ -119,7 +119,8 @@ class Interleaved(engine.InProcessGrid):
         content = RecordDict({"arrays": self.arrays, "config": ConfigRecord()})
         sent = self.plain.create_message(content, MessageType.TRAIN, node_id, "1")
         self.replies += self.plain.send_and_receive([sent])
-        assert not self.replies[-1].has_error(), self.replies[-1].error
+        if self.replies[-1].has_error():
+            raise SystemExit(f"the plain app: {self.replies[-1].error}")  # our server would only drop the reply
         self.plain_seconds += self.now() - bare
         self.elsewhere += self.now() - ours
         return reply
@@ -144,11 +145,14 @@ def timer(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" else lambda: clock(torch.device(device))
 
 
-def flat(dtype: str, rounds: int, data: str, model: str = MINILM, device: str = "cpu") -> dict[str, Any]:
-    """Our run: the app's defaults, but for a drawn head and numbers as they are, since the plain app does neither."""
+# The plain app neither solves its head nor shortens numbers.
+LIKE_PLAIN = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
+
+
+def flat(dtype: str, rounds: int, data: str, ours: dict[str, Any], model: str = MINILM, device: str = "cpu") -> dict[str, Any]:
+    """Our run: the app's defaults but for `ours`."""
     where = {"model.name": model, "model.dtype": dtype, "run.device": device}
-    drawn = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
-    return {**where, **drawn, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
+    return {**where, **ours, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
 
 
 def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[str, Any]:
@@ -159,10 +163,12 @@ def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[
     return {**config, "num-server-rounds": rounds, "data-path": data, "out": out, **changes}
 
 
-def in_process(dtype: str, rounds: int, data: str, model_name: str = MINILM, device: str = "cpu") -> list[dict[str, float]]:
-    """Seconds of each round, by way; on a GPU the plain app computes in `dtype` too."""
+def in_process(
+    dtype: str, rounds: int, data: str, ours: dict[str, Any], model_name: str = MINILM, device: str = "cpu"
+) -> list[dict[str, float]]:
+    """Seconds of each round, by way; on a GPU the plain app computes in `dtype` too. The head's sums are in round 1."""
     torch.set_num_threads(1)
-    settings = read_settings(flat(dtype, rounds, data, model_name, device))
+    settings = read_settings(flat(dtype, rounds, data, ours, model_name, device))
     model = ServerModel(settings)
     changes = {"model-name": model_name, "device": device, "dtype": dtype if device == "cuda" else "float32"}
     grid = Interleaved(settings, model.labels, plain_config(rounds, data, **changes))
@@ -208,23 +214,27 @@ def main() -> None:
     parser.add_argument("--data", default="", help="folder of a data set; by default the built-in docstrings")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=1, help="of whole runs under Flower")
+    parser.add_argument("--as-it-comes", action="store_true", help="ours with its solved head, its loss and its formats")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     args = parser.parse_args()
     there = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     machine = f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+    ours = {} if args.as_it_comes else LIKE_PLAIN
     common = {"rounds": args.rounds, "data": Path(args.data).name or "docstrings", "machine": machine}
+    common |= {"as-it-comes": args.as_it_comes}
     if args.engine == "inprocess":
         for model in args.models.split(","):
             with tempfile.TemporaryDirectory() as root:
                 path = folder(model, Path(root) / model)
                 for dtype in args.dtypes.split(","):
-                    lines = in_process(dtype, args.rounds, args.data, path, args.device)
+                    lines = in_process(dtype, args.rounds, args.data, ours, path, args.device)
                     facts = {"model": model, "dtype": dtype, "device": args.device}
                     report(args.out, {"throughput": "inprocess", **facts, **common, **summary(lines)})
         return
     for _ in range(args.repeats):
         for dtype in args.dtypes.split(","):
-            report(args.out, {"throughput": "flower", "app": "ours", "dtype": dtype, **common, **ours_under_ray(dtype, args)})
+            found = ours_under_ray(dtype, ours, args)
+            report(args.out, {"throughput": "flower", "app": "ours", "dtype": dtype, **common, **found})
         report(args.out, {"throughput": "flower", "app": "plain", "dtype": "float32", **common, **plain_under_ray(args)})
 
 
@@ -239,10 +249,10 @@ def summary(lines: list[dict[str, float]]) -> dict[str, float]:
     return rates | ratios
 
 
-def ours_under_ray(dtype: str, args: argparse.Namespace) -> dict[str, float]:
+def ours_under_ray(dtype: str, ours: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     """A whole run of this app by `fedara run`'s own way."""
     with tempfile.TemporaryDirectory() as folder:
-        values = flat(dtype, args.rounds, args.data) | {"run.dir": folder, "run.name": "run"}
+        values = flat(dtype, args.rounds, args.data, ours) | {"run.dir": folder, "run.name": "run"}
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         _run(ROOT, read_config(ROOT, overrides))
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

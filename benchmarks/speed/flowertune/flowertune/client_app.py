@@ -19,17 +19,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from fedara_flwr.adapters.backbone import locate
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.federation import Federation, federation, shares
-from fedara_flwr.tasks import open_task
+from fedara_flwr.tasks import open_task, read_settings
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 TARGETS += [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]  # of decoders
-MAX_LENGTH = DataSettings().max_length
 app = ClientApp()
 
 
 def load_federation(config: Any) -> tuple[DataSettings, Federation]:
     """The run's data."""
-    data = DataSettings(path=config["data-path"])
+    data = read_settings({"data.path": config["data-path"]}).data
     return data, federation(data, config["seed"], open_task(data))
 
 
@@ -55,7 +54,7 @@ def train(message: Message, context: Context) -> Message:
     model = load_model(config, len(split.labels))
     model.config.pad_token_id = tokenizer.pad_token_id
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
-    encoded = tokenizer(list(rows.texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    encoded = tokenizer(list(rows.texts), truncation=True, max_length=data.max_length)["input_ids"]
     examples = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(encoded, rows.groups, strict=True)]
     loader = DataLoader(examples, config["batch-size"], shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
     device = config["device"]
