@@ -49,6 +49,7 @@ def test_every_row_of_a_cell_is_a_run(cell):
         share = settings.strategy.fraction_train * PLAN.sets[cell.set].clients
         assert math.ceil(share - 0.5) <= settings.strategy.min_train_nodes
         assert cell.alpha in (None, settings.data.dirichlet_alpha)
+        assert one.rounds(cell, row) == (0 if row == "head from sums alone" else group.rounds)
 
 
 def line(row, seed, number, score, rate=1.0, **more):

@@ -44,7 +44,7 @@ class Study:
     def row(self, cell: Cell, row: str, seeds: Sequence[int]) -> None:
         """Successive halving of the rates on the plan's first seed, then each of the seeds with the best one."""
         group, sign = self.plan.groups[cell.group], -1 if self.plan.sets[cell.set].lower_is_better else 1
-        rounds = self.config(cell, row).get("num-server-rounds", group.rounds)
+        rounds = self.rounds(cell, row)
         trials = {rate: self.trial(cell, row, rate, self.plan.seeds[0], rounds) for rate in group.factors if rounds}
         for rung in group.rungs if trials else ():
             scores = {rate: sign * trial.run(min(rung["rounds"], rounds)) for rate, trial in trials.items()}
@@ -62,6 +62,11 @@ class Study:
         where = {"data.path": str(self.data / cell.set)} if not data.built_in else {"data.name": cell.set}
         share = {"strategy.fraction-train": self.plan.base["strategy.min-train-nodes"] / data.clients}
         return {**self.plan.base, **share, **dealt, **where, **data.config, **row_config(self.row_of(cell, row)), **self.over}
+
+    def rounds(self, cell: Cell, row: str) -> int:
+        """The group's, whatever a file of configs/ has: rows are compared after as many; a row may say its own in the plan."""
+        group = self.plan.groups[cell.group]
+        return int(group.rows[row].get("num-server-rounds", group.rounds))
 
     def row_of(self, cell: Cell, row: str) -> dict[str, Any]:
         """As the plan has it."""
