@@ -123,6 +123,8 @@ class Trial(Callback):
                 self._open()
             self.loop.start(self.grid, self.loop.initial_arrays(), rounds, evaluate_fn=self._evaluate)
             self._write()
+        elif self.loop is None:
+            print(f"has run, see --done: {json.dumps(self.names, ensure_ascii=False)}", flush=True)
         scores = self._scores()
         wanted = [scores[number] for number in sorted(scores) if number <= rounds]
         return float(np.mean(wanted[-2:]))
