@@ -66,7 +66,9 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
     state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
     logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
     if not settings.train.learning_rate:
-        logger.info("their labels' diversity is %.2f: by as much smaller is the learning rate", state.solved["diversity"])
+        logger.info(
+            "their labels' diversity is %.2f: the learning rate is the method's own times that", state.solved["diversity"]
+        )
     return start.lines, asked
 
 
