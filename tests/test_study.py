@@ -194,6 +194,17 @@ def test_a_trial_that_has_run_says_so(tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_head_of_another_setting_is_another_file():
+    """A plan that was tried with a small model or fewer rows leaves no head to the real one."""
+    from trial import head_file
+
+    plain = read_settings({"data.path": "/data/sst2", "model.dtype": "float32"})
+    name = "sst2-0.5-42-statistics-float32-int4.npz"
+    assert head_file(plain, {}) == head_file(plain, {"train.steps": 1, "model.dtype": "float32", "run.device": "cuda"}) == name
+    others = {head_file(plain, over) for over in ({"head.rows": 16}, {"head.rows": 8}, {"model.name": "a/b"}, {})}
+    assert len(others) == 4 and not any("/" in other for other in others)
+
+
 def test_a_wrong_row_is_one_line():
     with pytest.raises(ConfigError, match="head.start = 'statistic'"):
         read_settings(study.row_config({"head.start": "statistic"}))

@@ -138,7 +138,7 @@ def main() -> None:
         parser.error(str(error))
     study = Study(plan, args.data, args.out, args.done, time.monotonic() + 60 * args.minutes)
     study.over = args.config
-    keep_heads(args.heads or args.out.parent / "heads")
+    keep_heads(args.heads or args.out.parent / "heads", study.over)
     try:
         for cell in cells:
             study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
