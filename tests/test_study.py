@@ -1,7 +1,9 @@
 """The study's plan and the published settings: every run configuration in them is one that the app takes."""
 
+import importlib
 import json
 import math
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -134,6 +136,74 @@ def test_a_row_is_halved_and_run_on_all_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr("run.Trial", Trial)
     Study(PLAN, Path("/data"), tmp_path / "out.jsonl").row(PLAN.cells[0], "FedARA", [1, 2])
     assert ran == [(1, 0.25, 5), (1, 1.0, 5), (1, 4.0, 5), (1, 1.0, 10), (1, 0.25, 10), (1, 0.25, 20), (2, 0.25, 20)]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((["banking77, α = 0,1"], [], []), "--cells 'banking77, α = 0,1': allowed are 'banking77, α = 0.1', 'medquad', "),
+        (([], ["piece"], []), "--groups 'piece': allowed are 'methods', 'pieces', 'language', 'questions'"),
+        ((["qed"], [], ["LEGEND"]), "--rows 'LEGEND': allowed are 'head alone', 'FedARA', 'FedLoRA'"),
+        ((["qed"], ["pieces"], ["FedARA"]), "--groups pieces: no cell of 'qed' has it"),
+    ],
+)
+def test_a_name_that_the_plan_lacks_is_refused(names, said):
+    """It would run nothing, without a word."""
+    from run import chosen
+
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
+        chosen(PLAN, *names)
+
+
+def test_the_cells_of_these_names():
+    from run import chosen
+
+    assert chosen(PLAN, [], [], []) == list(PLAN.cells)
+    found = chosen(PLAN, ["banking77, α = 0.1"], ["pieces"], ["FedARA"])
+    assert [(cell.set, cell.alpha, cell.group) for cell in found] == [("banking77", 0.1, "pieces")]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("run", ["--part", "0/2"], "argument --part: '0/2': allowed is i/n, i from 1 to n"),
+        ("run", ["--done", "gone.jsonl"], "argument --done: 'gone.jsonl' is no file"),
+        ("run", ["--cells", "qde"], "--cells 'qde': allowed are "),
+        ("tables", ["gone.jsonl"], "argument files: 'gone.jsonl' is no file"),
+        ("picture", ["gone.jsonl"], "argument files: 'gone.jsonl' is no file"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_refused(script, words, said, tmp_path, monkeypatch, capsys):
+    needed = ["--data", "/data", "--out", str(tmp_path / "out.jsonl")] if script == "run" else []
+    monkeypatch.setattr(sys, "argv", [script, *needed, *words])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_that_has_run_says_so(tmp_path, capsys):
+    """With another --config, too: its name is the same."""
+    from run import Study
+
+    names = {"set": "qed", "alpha": None, "group": "questions"}
+    (tmp_path / "done.jsonl").write_text(json.dumps(line("FedARA", 2, 10, 0.5) | names) + "\n")
+    one = Study(PLAN, Path("/data"), tmp_path / "out.jsonl", [tmp_path / "done.jsonl"])
+    one.over = {"train.steps": 1}
+    one.row(next(cell for cell in PLAN.cells if cell.set == "qed"), "FedARA", [2])
+    assert capsys.readouterr().out.startswith('has run, see --done: {"set": "qed", ')
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_head_of_another_setting_is_another_file():
+    """A plan that was tried with a small model or fewer rows leaves no head to the real one."""
+    from trial import head_file
+
+    plain = read_settings({"data.path": "/data/sst2", "model.dtype": "float32"})
+    name = "sst2-0.5-42-statistics-float32-int4.npz"
+    assert head_file(plain, {}) == head_file(plain, {"train.steps": 1, "model.dtype": "float32", "run.device": "cuda"}) == name
+    others = {head_file(plain, over) for over in ({"head.rows": 16}, {"head.rows": 8}, {"model.name": "a/b"}, {})}
+    assert len(others) == 4 and not any("/" in other for other in others)
 
 
 def test_a_wrong_row_is_one_line():

@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from plan import HERE, read
+from plan import HERE, a_file, read
 
 GROUP, ALPHA = "pieces", 0.1
 SHOWN = {  # rows of the group: how the picture calls them
@@ -78,7 +78,7 @@ def draw(panels: dict[str, Trials], target: Path) -> None:
 def main() -> None:
     """Print what was measured; draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
+    parser.add_argument("files", type=a_file, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--sets", default="banking77,sst2")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import tomllib
@@ -88,6 +89,13 @@ def row_config(row: dict[str, Any]) -> dict[str, Any]:
     own = dict(row)
     file = own.pop("config", None)
     return (flat(tomllib.loads((CONFIGS / file).read_text())) if file else {}) | own
+
+
+def a_file(name: str) -> Path:
+    """Of a command line, where a name that is nobody's would count as a file without lines."""
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name!r} is no file")
+    return Path(name)
 
 
 def read(files: list[Path]) -> dict[tuple, list[dict]]:

@@ -3,8 +3,9 @@
     python benchmarks/study/run.py --data DIR --out FILE [--part 1/2] [--minutes 60] [--cells "20news, α = 0.1"] [--seeds 1]
 
 DIR holds the sets' folders. A line is written at every evaluation; a trial that FILE (or a file of --done) holds to its end is
-not run again, so a cut-off study goes on where it stopped. `--part i/n` takes every n-th row of each cell: start one process
-for each core, or as many as a GPU bears (`--config '{"run.device": "cuda"}'`), each with a FILE of its own.
+not run again, whatever --config says, so a cut-off study goes on where it stopped; `--done` without a file runs what the
+results here have once more. `--part i/n` takes every n-th row of each cell: start one process for each core, or as many as a
+GPU bears (`--config '{"run.device": "cuda"}'`), each with a FILE of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, Cell, Plan, read_plan, row_config
+from plan import HERE, Cell, Plan, a_file, read_plan, row_config
 from trial import TimeUp, Trial, keep_heads
 
 from fedara_flwr import strategies
+from fedara_flwr.keys import ConfigError
 
 
 class Study:
@@ -82,37 +84,73 @@ class Study:
         return Trial(names, config, clients, every, self.out, (*self.done, self.out), self.until)
 
 
+def chosen(plan: Plan, cells: Sequence[str], groups: Sequence[str], rows: Sequence[str]) -> list[Cell]:
+    """The cells of these names with groups of these; all where none is named.
+
+    Raises:
+        ValueError: a name that the plan does not have, or names that no cell has together.
+    """
+    found = [cell for cell in plan.cells if (not cells or str(cell) in cells) and (not groups or cell.group in groups)]
+    there = {
+        "cells": (cells, {str(cell): None for cell in plan.cells}),
+        "groups": (groups, plan.groups),
+        "rows": (rows, {row: None for cell in found for row in plan.groups[cell.group].rows}),
+    }
+    for option, (asked, allowed) in there.items():
+        for name in asked:
+            if allowed and name not in allowed:
+                raise ValueError(f"--{option} {name!r}: allowed are {', '.join(map(repr, allowed))}")
+    if not found:
+        raise ValueError(f"--groups {' '.join(groups)}: no cell of {', '.join(map(repr, cells))} has it")
+    return found
+
+
+def share(text: str) -> tuple[int, int]:
+    """i/n of `--part`."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is i/n, i from 1 to n")
+    return int(part), int(parts)
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--done", type=Path, nargs="*", default=[HERE / "results.jsonl"], help="files whose trials count as run"
+        "--done",
+        type=a_file,
+        nargs="*",
+        default=[HERE / "results.jsonl"],
+        help="files whose trials count as run; no file: none",
     )
-    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--part", type=share, default="1/1", metavar="I/N")
     parser.add_argument("--cells", nargs="*", help="as tables.py names them; all by default")
     parser.add_argument("--groups", nargs="*", help="of the plan; all by default")
     parser.add_argument("--rows", nargs="*", help="of the groups; all by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="of the plan; all by default")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no trial starts later")
     parser.add_argument("--heads", type=Path, help="folder of solved heads, shared by the parts; default: heads beside FILE")
-    parser.add_argument("--config", default="{}", help="JSON, for every run: a small model to try the plan with, for example")
+    parser.add_argument(
+        "--config", type=json.loads, default="{}", help="JSON, for every run: a small model to try the plan with, for example"
+    )
     args = parser.parse_args()
-    plan, (part, parts) = read_plan(), (int(number) for number in args.part.split("/"))
+    plan, (part, parts) = read_plan(), args.part
+    try:
+        cells = chosen(plan, args.cells or (), args.groups or (), args.rows or ())
+    except ValueError as error:
+        parser.error(str(error))
     study = Study(plan, args.data, args.out, args.done, time.monotonic() + 60 * args.minutes)
-    study.over = json.loads(args.config)
-    keep_heads(args.heads or args.out.parent / "heads")
-    cells = [
-        cell
-        for cell in plan.cells
-        if (not args.cells or str(cell) in args.cells) and (not args.groups or cell.group in args.groups)
-    ]
+    study.over = args.config
+    keep_heads(args.heads or args.out.parent / "heads", study.over)
     try:
         for cell in cells:
             study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
     except TimeUp:
         print(f"{args.minutes:g} minutes are over; the same command goes on")
+    except ConfigError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

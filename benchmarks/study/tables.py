@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from plan import HERE, Cell, Plan, end, interval, read, read_plan
+from plan import HERE, Cell, Plan, a_file, end, interval, read, read_plan
 
 Trials = dict[int, list[dict]]
 """Seed → evaluations in the order of rounds."""
@@ -162,7 +162,7 @@ def picture(plan: Plan, cells: dict[Cell, dict[str, tuple[float, Trials]]], targ
 def main() -> None:
     """Parse the command line, print, and draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
+    parser.add_argument("files", type=a_file, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--pictures", type=Path, help="folder: one picture for each group of the plan")
     args = parser.parse_args()
     plan, curves = read_plan(), read(args.files)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,28 @@ def hardware() -> str:
     return f"{what}; torch {torch.__version__}, transformers {transformers.__version__}, flwr {flwr.__version__}"
 
 
-def keep_heads(folder: Path) -> None:
-    """From here on a head is solved once for a set, a seed and a start, and read back from `folder` with its bytes."""
+def head_file(settings: Settings, over: Mapping[str, Any]) -> str:
+    """Name of a solved head's file: by set, seed, start and format, and by what else of `over` a head follows from."""
+    data = settings.data
+    asked = (Path(data.path).name or data.name, data.dirichlet_alpha, settings.seed, settings.head.start)
+    named = {"data.dirichlet-alpha", "head.start", "model.dtype"}
+    more = {key: over[key] for key in sorted(over) if key.startswith(("data.", "head.", "model.")) and key not in named}
+    digest = [hashlib.sha256(json.dumps(more).encode()).hexdigest()[:8]] if more else []
+    return "-".join(map(str, (*asked, settings.model.dtype, settings.wire.up, *digest))) + ".npz"
+
+
+def keep_heads(folder: Path, over: Mapping[str, Any]) -> None:
+    """From here on a head is solved once for a set, a seed and a start, and read back from `folder` with its bytes.
+
+    `over` is what all runs are told besides the plan (`--config`).
+    """
     folder.mkdir(exist_ok=True, parents=True)
     solve_head = loop.solve_head
 
     def solve(settings: Settings, model: Any, state: Any, roster: Any, grid: Any) -> tuple[list[dict], list[str]]:
         if settings.head.start == "random" or "head" not in state.arrays or not model.task.classes:
             return solve_head(settings, model, state, roster, grid)
-        data = settings.data
-        asked = (Path(data.path).name or data.name, data.dirichlet_alpha, settings.seed, settings.head.start)
-        path = folder / ("-".join(map(str, (*asked, settings.model.dtype, settings.wire.up))) + ".npz")
+        path = folder / head_file(settings, over)
         if not path.exists():
             before = dict(roster.meter.total)
             lines, _ = solve_head(settings, model, state, roster, grid)
@@ -123,6 +135,8 @@ class Trial(Callback):
                 self._open()
             self.loop.start(self.grid, self.loop.initial_arrays(), rounds, evaluate_fn=self._evaluate)
             self._write()
+        elif self.loop is None:
+            print(f"has run, see --done: {json.dumps(self.names, ensure_ascii=False)}", flush=True)
         scores = self._scores()
         wanted = [scores[number] for number in sorted(scores) if number <= rounds]
         return float(np.mean(wanted[-2:]))

@@ -205,11 +205,12 @@ def _parse_override(text: str) -> dict[str, Scalar]:
                 f"--run-config: {key} = {printable(value[:200])} is no TOML value, allowed are {allowed}"
             ) from None
     try:
-        parsed = parse_config_args([text])
+        # Flower would open whatever ends with .toml
+        parsed = {} if rest else parse_config_args([text])
     except (click.ClickException, ValueError, OSError) as error:
         raise ConfigError(f"--run-config {text!r}: {str(error).splitlines()[0]}") from None
-    if rest or not parsed:
-        allowed = "\"key='text' key=1 key=true\", with blanks between pairs and nowhere else, or a .toml file"
+    if not parsed:
+        allowed = "\"key='text' key=1 key=true\", with blanks between pairs and nowhere else, or a .toml file by itself"
         raise ConfigError(f"--run-config {text!r}: {rest or text!r} is no key=value, allowed is {allowed}")
     return parsed
 

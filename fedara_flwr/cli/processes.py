@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ from fedara_flwr.server.stopping import on_signals
 
 TAG = "FEDARA_LAUNCH"  # marks every process of one launch in its environment
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO = 3.0  # seconds
 
 
 class AtOnce(KeyboardInterrupt):
@@ -53,9 +55,19 @@ def on_stop(handler: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def interrupt(number: int, frame: object) -> None:
-    """The first Ctrl-C: say what comes of it; the next one is `at_once`."""
+    """The first Ctrl-C: say what comes of it; the next one is `at_once`.
+
+    Not so SIGTERM and SIGHUP within some seconds: `timeout` and a closed terminal tell a whole group of processes, of which
+    make or a shell passes on what it was told, so one wish comes twice.
+    """
+    after = time.monotonic() + ECHO
+
+    def again(number: int, frame: object) -> None:
+        if number == signal.SIGINT or time.monotonic() > after:
+            at_once(number, frame)
+
     for one in STOPS:
-        signal.signal(one, at_once)
+        signal.signal(one, again)
     print("stopping with what the last whole round has; Ctrl-C again ends at once", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 

@@ -37,7 +37,7 @@ def cumulative_megabytes(run: Run) -> Series:
 
 def cumulative_seconds(run: Run) -> Series:
     """Wall seconds of rounds and their evaluations, up to each round."""
-    return before_rounds(run, "seconds") + np.cumsum(
+    return seconds_before(run) + np.cumsum(
         np.nan_to_num(series(run.rounds, "seconds")) + np.nan_to_num(series(run.rounds, "seconds-evaluate"))
     )
 
@@ -51,6 +51,11 @@ def before_rounds(run: Run, name: str) -> float:
     """What was spent before round 1 on sums for the head; 0 where nobody was asked for them."""
     asked = run.start.get("sampled") or run.start.get("head")
     return float(np.nan_to_num(number(run.start.get(name)))) if asked else 0.0
+
+
+def seconds_before(run: Run) -> float:
+    """Wall seconds of that, and of the solved head's evaluation, as `cumulative_seconds` has those of rounds."""
+    return before_rounds(run, "seconds") + before_rounds(run, "seconds-evaluate")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def curve(run: Run, metric: str, start: bool = True) -> Curve:
     )[:, ~np.isnan(values)]
     before = number(run.start.get(metric))
     if start and not math.isnan(before):
-        costs = [before_rounds(run, "bytes-total") / 1e6, *(before_rounds(run, n) for n in ("seconds", "modelled-seconds"))]
+        costs = [before_rounds(run, "bytes-total") / 1e6, seconds_before(run), before_rounds(run, "modelled-seconds")]
         columns = np.concatenate([[[value] for value in (0.0, before, *costs)], columns], axis=1)
     return Curve(*columns)
 
@@ -108,8 +113,8 @@ def to_target(run: Run, target: float) -> Reached | None:
     the evaluation before round 1 does not count among the three.
     """
     if run.main.better(number(run.start.get(run.metric)), target):
-        sent, seconds, modelled = (before_rounds(run, name) for name in ("bytes-total", "seconds", "modelled-seconds"))
-        return Reached(0, sent / 1e6, seconds, modelled)
+        sent, modelled = before_rounds(run, "bytes-total"), before_rounds(run, "modelled-seconds")
+        return Reached(0, sent / 1e6, seconds_before(run), modelled)
     points = curve(run, run.metric, start=False)
     for i in range(TARGET_WINDOW - 1, len(points)):
         if run.main.better(math.fsum(points.values[i - TARGET_WINDOW + 1 : i + 1]) / TARGET_WINDOW, target):

@@ -60,13 +60,15 @@ def solve_head(settings: Settings, model: ModelPort, state: State, roster: Roste
     nodes = roster.sample(grid, 0, settings.head.clients or len(roster.nodes))
     logger.info("asking %d clients for the sums from which the head is solved", len(nodes))
     told, asked = start.ask(grid, nodes, roster.examples), [node.key for node in nodes]
-    if len(told) < settings.strategy.min_replies:
-        logger.warning("head: sums of %d clients, strategy.min-replies are needed; it is %s", len(told), otherwise)
+    if len(told) < (least := settings.strategy.min_replies):
+        logger.warning("head: sums of %d clients, strategy.min-replies = %d are needed; it is %s", len(told), least, otherwise)
         return start.lines, asked
     state.arrays["head"], state.solved = start.solve(state.arrays["head"], told)
     logger.info("head solved from %.0f rows of %d clients", state.solved["rows"], state.solved["clients"])
     if not settings.train.learning_rate:
-        logger.info("their labels' diversity is %.2f: by as much smaller is the learning rate", state.solved["diversity"])
+        logger.info(
+            "their labels' diversity is %.2f: the learning rate is the method's own times that", state.solved["diversity"]
+        )
     return start.lines, asked
 
 

@@ -196,6 +196,8 @@ def test_what_a_failure_comes_from(lines, expected):
         ("seed=" + "1" * 5000, "111 is no TOML value"),
         ("seed=" + "[" * 5000, "[[[ is no TOML value"),
         ("absent.toml", "'absent.toml': cannot be read ([Errno 2] No such file"),
+        ("seed=1 own.toml", "'own.toml' is no key=value, allowed is"),
+        ("own.toml seed=1", "or a .toml file by itself"),
     ],
 )
 def test_an_override_that_is_none(text, line):

@@ -22,6 +22,7 @@ from runs_helper import SMALL
 from test_deploy import call, environment, init
 from test_flower import begin, clone, leftovers, overrides, wait_for_round
 
+from fedara_flwr.cli import processes
 from fedara_flwr.cli.deploy import network
 from fedara_flwr.runs.directory import read_facts
 from fedara_flwr.server.evaluate import ServerModel
@@ -136,6 +137,23 @@ gone = [lambda: print("Flower knows", flush=True)]
 register_signal_handlers(EventType.FLWR_SERVERAPP_RUN_LEAVE, "Task stopped by user.", exit_handlers=gone)
 app(InProcessGrid(config, 4), SimpleNamespace(run_config=config))
 """
+
+
+def test_a_signal_that_comes_twice_by_one_wish_is_one(monkeypatch):
+    """`timeout` tells the whole group, and make hands SIGTERM on; Ctrl-C twice, or SIGTERM later, ends at once."""
+    monkeypatch.setattr(processes, "ECHO", 60.0)
+    with processes.on_stop(processes.interrupt):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(processes.AtOnce):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(processes, "ECHO", -1.0)
+    with processes.on_stop(processes.interrupt):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(processes.AtOnce):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -331,12 +331,14 @@ def test_reaching_a_target_takes_the_mean_of_three_evaluations(tiny):
 
 
 def test_a_run_that_began_at_the_target_took_no_round(tmp_path):
-    """But what solving the head took: 0.3 MB, 4 s."""
+    """But what solving the head took: 0.3 MB, 4 s and its evaluation's 1.5, which the rounds' seconds begin with, too."""
     start = {"type": "start", "accuracy": 0.6, "head": {}, "bytes-total": 300_000, "seconds": 4.0, "modelled-seconds": 2.0}
-    for head, taken in (({"head": {"rows": 9}}, (0, 0.3, 4, 2)), ({}, (0, 0, 0, 0))):
+    start["seconds-evaluate"] = 1.5
+    for head, taken in (({"head": {"rows": 9}}, (0, 0.3, 5.5, 2)), ({}, (0, 0, 0, 0))):
         run = read_run(make(tmp_path / str(len(head)), log=[{**start, **head}, round_line(1)]))
         reached = to_target(run, 0.6)
         assert (reached.rounds, reached.megabytes, reached.seconds, reached.modelled) == taken
+        assert curve(run, "accuracy").seconds.tolist() == [taken[2], taken[2] + 12]
     assert to_target(run, 0.61) is None
 
 

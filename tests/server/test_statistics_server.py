@@ -520,7 +520,7 @@ def test_where_all_refuse_the_head_stays_drawn_and_learns_at_its_own_rate(model,
     line = start_of(loop)
     assert not loop.state.solved and "head" not in line and line["good"] == 0 and len(line["sampled"]) == CLIENTS
     assert loop.method.plan(loop.state, Client("0", 9)).train.head_learning_rate == DRAWN_HEAD
-    assert "head: sums of 0 clients, strategy.min-replies are needed; it is drawn" in said
+    assert "head: sums of 0 clients, strategy.min-replies = 1 are needed; it is drawn" in said
     assert loop.state.server_round == 1
     start_only = begun(flat(model), change=silenced(*range(CLIENTS)))
     assert np.array_equal(head(start_only), drawn(start_only))
