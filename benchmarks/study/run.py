@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, Cell, Plan, read_plan, row_config
+from plan import HERE, Cell, Plan, read_plan, row_config, row_rounds
 from trial import TimeUp, Trial, keep_heads
 
 from fedara_flwr import strategies
+from fedara_flwr.keys import ConfigError
+from fedara_flwr.tasks import read_settings
 
 
 class Study:
@@ -44,11 +49,12 @@ class Study:
     def row(self, cell: Cell, row: str, seeds: Sequence[int]) -> None:
         """Successive halving of the rates on the plan's first seed, then each of the seeds with the best one."""
         group, sign = self.plan.groups[cell.group], -1 if self.plan.sets[cell.set].lower_is_better else 1
-        rounds = self.config(cell, row).get("num-server-rounds", group.rounds)
+        rounds = self.over.get("num-server-rounds", row_rounds(self.plan, cell.group, row))
         trials = {rate: self.trial(cell, row, rate, self.plan.seeds[0], rounds) for rate in group.factors if rounds}
         for rung in group.rungs if trials else ():
             scores = {rate: sign * trial.run(min(rung["rounds"], rounds)) for rate, trial in trials.items()}
-            best = sorted(scores, key=lambda rate: -scores[rate])[: rung["survivors"]]
+            # a rate at which training came to no number is the worst one
+            best = sorted(scores, key=lambda rate: (math.isnan(scores[rate]), -scores[rate]))[: rung["survivors"]]
             trials = {rate: trials[rate] for rate in best}
         rate = next(iter(trials), 1.0)
         for seed in seeds:
@@ -94,20 +100,64 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, help="folder of solved heads, shared by the parts; default: heads beside FILE")
     parser.add_argument("--config", default="{}", help="JSON, for every run: a small model to try the plan with, for example")
     args = parser.parse_args()
-    plan, (part, parts) = read_plan(), (int(number) for number in args.part.split("/"))
+    plan = read_plan()
     study = Study(plan, args.data, args.out, args.done, time.monotonic() + 60 * args.minutes)
-    study.over = json.loads(args.config)
-    keep_heads(args.heads or args.out.parent / "heads")
+    try:
+        cells, part, parts = chosen(args, study)
+        args.out.parent.mkdir(exist_ok=True, parents=True)
+        args.out.open("a").close()
+        keep_heads(args.heads or args.out.parent / "heads")
+        for cell in cells:
+            study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
+    except TimeUp:
+        print(f"{args.minutes:g} minutes are over; the same command goes on")
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def chosen(args: argparse.Namespace, study: Study) -> tuple[list[Cell], int, int]:
+    """Cells that are to run, and which part of each; `study` is told what is for every run.
+
+    Raises:
+        ConfigError: something is asked for that the plan lacks, or a run would be refused.
+    """
+    plan = study.plan
+
+    def among(name: str, asked: Sequence[Any] | None, there: Sequence[Any]) -> None:
+        if unknown := [value for value in asked or () if value not in there]:
+            raise ConfigError(f"--{name} {unknown[0]!r}: allowed are {', '.join(map(repr, dict.fromkeys(there)))}")
+
+    among("cells", args.cells, [str(cell) for cell in plan.cells])
+    among("groups", args.groups, list(plan.groups))
+    among("seeds", args.seeds, plan.seeds)
     cells = [
         cell
         for cell in plan.cells
         if (not args.cells or str(cell) in args.cells) and (not args.groups or cell.group in args.groups)
     ]
+    if not cells:
+        raise ConfigError(f"--groups {' '.join(args.groups)}: no cell of --cells is of it")
+    among("rows", args.rows, [row for cell in cells for row in plan.groups[cell.group].rows])
+    among("done", args.done, [file for file in args.done if file.is_file()])
+    match = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise ConfigError(f"--part {args.part}: allowed is i/n with i from 1 to n, 1/2 for example")
     try:
-        for cell in cells:
-            study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
-    except TimeUp:
-        print(f"{args.minutes:g} minutes are over; the same command goes on")
+        study.over = json.loads(args.config)
+    except ValueError as error:
+        raise ConfigError(f"--config {args.config}: no JSON ({error})") from None
+    if not isinstance(study.over, dict) or "seed" in study.over:
+        raise ConfigError(f"--config {args.config}: allowed is a table of run configuration without 'seed', which --seeds has")
+    if lacking := sorted({c.set for c in cells if not plan.sets[c.set].built_in and not (args.data / c.set).is_dir()}):
+        raise ConfigError(f"--data {args.data}: lacks the folders {', '.join(lacking)} of what is to run; --cells chooses")
+    for cell in cells:
+        if plan.groups[cell.group].factors and "train.learning-rate" in study.over:
+            raise ConfigError(f"--config: {cell}, {cell.group} tries rates of its own, so 'train.learning-rate' is not for it")
+        for row in plan.groups[cell.group].rows:
+            settings = read_settings(study.config(cell, row))
+            strategies.find(settings.method).check(settings)
+    return cells, part, parts
 
 
 if __name__ == "__main__":

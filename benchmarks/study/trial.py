@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 from flwr.app import MetricRecord
-from plan import PAIRED, read
+from plan import PAIRED, append, read
 
 from fedara_flwr import strategies
 from fedara_flwr.config import DataSettings, ModelSettings, Settings
@@ -94,7 +94,7 @@ class Trial(Callback):
         Args:
             names: what its lines are told apart by (`PAIRED`).
             config: run configuration with dotted keys.
-            every: rounds between evaluations.
+            every: rounds between evaluations; the last round has one anyway.
             out: file that its lines are appended to.
             done: files, `out` among them, whose lines count as run.
             until: it does not start after this time (of `time.monotonic`).
@@ -109,6 +109,7 @@ class Trial(Callback):
             "client-seconds": 0.0,
             "client-flops": 0.0,
             "flops-below": 0.0,
+            "dropped": 0.0,
         }
         self._line: dict[str, Any] = {}
 
@@ -142,7 +143,7 @@ class Trial(Callback):
         return {line["round"]: line["score"] for line in lines}
 
     def _evaluate(self, server_round: int, arrays: object) -> MetricRecord | None:
-        if server_round % self.every:
+        if server_round % self.every and server_round != self.rounds:
             return None
         return MetricRecord(dict(self.model.evaluate(self.loop.method.weights(self.loop.state))))
 
@@ -157,6 +158,7 @@ class Trial(Callback):
         self._write()
         for name in ("modelled-seconds", "modelled-joules"):
             self._summed[name] += record.get(name, 0.0)
+        self._summed["dropped"] += len(record.get("dropped", ()))
         main, number = self.model.task.metric.name, record.get("round", 0)
         if main not in record:
             return
@@ -181,7 +183,6 @@ class Trial(Callback):
         if not self._line:
             return
         line, self._line = {**self._line, **self._summed}, {}
-        with self.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.out, line)
         shown = ("set", "alpha", "row", "rate", "seed", "round", "score", "mb")
         print(time.strftime("%H:%M:%S"), json.dumps({name: line[name] for name in shown}), flush=True)
