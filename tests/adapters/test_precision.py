@@ -41,13 +41,23 @@ def test_another_processor_and_another_torch_have_their_own(home, monkeypatch):
     assert len(json.loads(home.read_text())) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no json", b"[]", b'{"x": 1}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"no json", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
 def test_a_damaged_file_is_made_anew(home, monkeypatch, content):
     home.parent.mkdir()
     home.write_bytes(content)
     gains(monkeypatch, 2.0)
     assert precision.fastest_type("cpu") == "bfloat16"
     assert "bfloat16" in json.loads(home.read_text()).values()
+
+
+@pytest.mark.parametrize("value", ["float16", "int8", "auto", "", 1, ["bfloat16"], {}])
+def test_a_kept_value_that_is_none_is_not_taken(home, monkeypatch, caplog, value):
+    home.parent.mkdir()
+    home.write_text(json.dumps({f"{precision._processor('cpu')}, torch {torch.__version__}": value, "other": "float32"}))
+    gains(monkeypatch, 2.0)
+    assert precision.fastest_type("cpu") == "bfloat16"
+    assert "allowed are 'float32', 'bfloat16'" in caplog.text
+    assert sorted(json.loads(home.read_text()).values()) == ["bfloat16", "float32"]
 
 
 def test_what_another_process_kept_meanwhile_stands(home, monkeypatch):
