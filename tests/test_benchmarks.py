@@ -111,7 +111,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import run, table
-run.BASE |= {"model.name": sys.argv[2], "num-server-rounds": 1, "train.steps": 1, "data.test-rows": 20, "data.validation-rows": 20}
+run.BASE |= {"model.name": sys.argv[2], "num-server-rounds": 1, "train.steps": 1, "adapter.target-modules": ""}
 run.RULES = {"mean": {}, "median": run.RULES["median"]}
 run.SHARES = (0.0, 0.2)
 run.main(Path("lines.jsonl"))
