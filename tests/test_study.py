@@ -30,7 +30,9 @@ PLAN = study.read_plan()
 def test_a_published_setting_is_one_that_the_app_takes(path):
     settings = read_settings(study.flat(tomllib.loads(path.read_text())))
     strategies.find(settings.method).check(settings)
-    assert f"configs/{path.name}" in path.read_text()  # how it is run
+    text = path.read_text()
+    assert f"configs/{path.name}" in text  # how it is run
+    assert all(number in strategies.find(settings.method).paper for number in re.findall(r"arXiv ([\d.]+\d)", text))
 
 
 def test_every_method_has_a_setting():
@@ -164,7 +166,8 @@ def test_a_file_of_configs_does_not_lengthen_a_row(tmp_path, monkeypatch):
     one.row(cell, "FedLoRA as usual", [1])
     one.over = {"num-server-rounds": 3}
     one.row(cell, "FedLoRA as usual", [1])
-    assert told == [(20, 20), (3, 3)]
+    one.row(PLAN.cells[0], "head from sums alone", [1])
+    assert told == [(20, 20), (3, 3), (0, 0)]
 
 
 def test_a_rate_that_came_to_no_number_is_the_worst(tmp_path, monkeypatch):

@@ -93,9 +93,13 @@ def row_config(row: dict[str, Any]) -> dict[str, Any]:
     return (flat(tomllib.loads((CONFIGS / file).read_text())) if file else {}) | own
 
 
-def row_rounds(plan: Plan, group: str, row: str) -> int:
-    """Rounds of a row's runs: its group's, or what the row itself says; a file of configs/ has rounds for a run alone."""
-    return plan.groups[group].rows[row].get("num-server-rounds", plan.groups[group].rounds)
+def row_rounds(plan: Plan, group: str, row: str, instead: int | None = None) -> int:
+    """Rounds of a row's runs: what the row itself says, else its group's, or others for a try.
+
+    Those of a file of configs/ are for a run alone: two rows of other lengths do not compare.
+    """
+    usual = plan.groups[group].rounds if instead is None else instead
+    return plan.groups[group].rows[row].get("num-server-rounds", usual)
 
 
 def read(files: Sequence[Path]) -> dict[tuple, list[dict]]:

@@ -49,7 +49,7 @@ class Study:
     def row(self, cell: Cell, row: str, seeds: Sequence[int]) -> None:
         """Successive halving of the rates on the plan's first seed, then each of the seeds with the best one."""
         group, sign = self.plan.groups[cell.group], -1 if self.plan.sets[cell.set].lower_is_better else 1
-        rounds = self.over.get("num-server-rounds", row_rounds(self.plan, cell.group, row))
+        rounds = row_rounds(self.plan, cell.group, row, self.over.get("num-server-rounds"))
         trials = {rate: self.trial(cell, row, rate, self.plan.seeds[0], rounds) for rate in group.factors if rounds}
         for rung in group.rungs if trials else ():
             scores = {rate: sign * trial.run(min(rung["rounds"], rounds)) for rate, trial in trials.items()}

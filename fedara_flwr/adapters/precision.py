@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import platform
@@ -59,12 +60,13 @@ def fastest_type(device: str) -> str:
     gain = _gain(device)
     found = "bfloat16" if gain >= GAIN else "float32"
     logger.info("model.dtype = 'auto': %s, a product in bfloat16 takes %.2f of float32's time (%s)", found, 1 / gain, name)
-    if stands := _kept(path, name):  # another process was faster: the first outcome stands
-        return stands
-    kept = _read(path) | {name: found}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(kept, indent=2).encode())
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if stands := _kept(path, name):  # another process was faster: the first outcome stands
+                return stands
+            write_whole(path, json.dumps(_read(path) | {name: found}, indent=2).encode())
     except OSError as error:
         logger.warning("%s cannot be kept (%s): every process times a product of its own", path, error.strerror or error)
     return found

@@ -1,6 +1,9 @@
 """`model.dtype = 'auto'`: what a machine computes faster in, once and for all of its processes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,6 +71,31 @@ def test_what_another_process_kept_meanwhile_stands(home, monkeypatch):
 
     monkeypatch.setattr(precision, "_gain", slower)
     assert precision.fastest_type("cpu") == "float32"
+
+
+AT_ONCE = """
+import sys, time
+from fedara_flwr.adapters import precision
+def gain(device):
+    print("timed", flush=True)
+    sys.stdin.readline()
+    return float(sys.argv[1])
+precision._gain = gain
+print(precision.fastest_type("cpu"))
+"""
+
+
+def test_processes_that_time_at_once_take_one_outcome(tmp_path):
+    environment = os.environ | {"FLWR_HOME": str(tmp_path / "new"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command, pipe = [sys.executable, "-c", AT_ONCE], subprocess.PIPE
+    started = [
+        subprocess.Popen([*command, gain], stdin=pipe, stdout=pipe, text=True, env=environment) for gain in ("2", "0.5", "2")
+    ]
+    assert {process.stdout.readline() for process in started} == {"timed\n"}
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert len({process.communicate(timeout=60)[0] for process in started}) == 1
 
 
 def test_a_home_that_cannot_be_written_is_said(home, monkeypatch, caplog):
