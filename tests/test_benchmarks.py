@@ -75,8 +75,14 @@ def test_clients_together_send_as_many_tokens_as_alone_or_more(tmp_path):
     (line,) = lines(speed(tmp_path, "together.py", *words))
     assert line["tokens-together"] >= line["tokens-alone"] > 0
     assert line["gain"] == pytest.approx(line["ms-alone"] / line["ms-together"])
-    assert "there are rows for" in speed(tmp_path, "together.py", *words, "--clients", 1000, code=1)
-    assert "--models tony" in speed(tmp_path, "together.py", "--models", "tony", code=2)
+
+
+@pytest.mark.parametrize(
+    "words, code, said", [(["--clients", 1000, "--models", "tiny"], 1, "rows for"), (["--models", "tony"], 2, "--models tony")]
+)
+def test_what_cannot_be_measured_together_is_refused(tmp_path, words, code, said):
+    assert said in speed(tmp_path, "together.py", *words, "--out", "out.jsonl", code=code)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_throughput_counts_every_client_of_every_way(tmp_path):
@@ -87,8 +93,18 @@ def test_throughput_counts_every_client_of_every_way(tmp_path):
         assert line[f"per-second-{way}"] == pytest.approx(2 / round_line[way])
 
 
+def test_one_round_under_ray_is_a_rate(tmp_path):
+    """Here without Ray: of one round no first one can be left out."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import throughput; print(throughput.wall([(4, 2.0)]))"
+    assert (
+        script(tmp_path, "-c", code, BENCHMARKS / "speed")
+        .strip()
+        .endswith("{'per-second': 2.0, 'per-second-after-first': 2.0}")
+    )
+
+
 def test_throughput_ends_where_the_plain_app_fails(tmp_path):
-    """No figure, whatever ours did: a rank that PEFT refuses."""
+    """No figure, whatever ours did."""
     shutil.copytree(BENCHMARKS / "speed", tmp_path / "speed")
     project = tmp_path / "speed" / "flowertune" / "pyproject.toml"
     project.write_text(project.read_text().replace("steps = 6", 'steps = "6"'))
@@ -103,7 +119,10 @@ def test_memory_of_a_step_is_less_as_the_run_ended(tiny_bert, tmp_path):
     text = speed(tmp_path, "memory.py", tmp_path / "run", "--batch", 4, "--steps", 1)
     whole, ended = (float(re.search(r"'states': ([\d.]+)", line)[1]) for line in text.splitlines()[:2])
     assert ended <= whole and "less by" in text
-    assert "failed" in speed(tmp_path, "memory.py", tmp_path / "nowhere", code=1)
+
+
+def test_memory_of_no_run_is_no_figure(tmp_path):
+    assert "the process that measures it failed" in speed(tmp_path, "memory.py", tmp_path / "nowhere", code=1)
 
 
 ATTACKED = """
@@ -125,3 +144,17 @@ def test_every_attack_is_a_row(tiny_bert, tmp_path):
     assert {line["outcome"] for line in found} <= {"completed", "failed"} and len(found) > 4
     for attack in {line["attack"] for line in found}:
         assert f"| {attack} | " in text
+
+
+@pytest.mark.parametrize(
+    "steps, python, code, said", [("study tests", "false", 1, "failed: tests study table"), ("stduy", "false", 2, "stduy")]
+)
+def test_the_lane_of_a_gpu_ends_as_its_steps_did(tmp_path, steps, python, code, said):
+    """Here with a Python that fails at all of them."""
+    (tmp_path / "content").mkdir()
+    subprocess.run(["tar", "-cJf", "lane.tar.xz", "content"], cwd=tmp_path, check=True)
+    environment = os.environ | {"STEPS": steps, "PYTHON": python}
+    command = ["bash", BENCHMARKS / "gpu" / "lane.sh", "--dry", "lane.tar.xz", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr
+    assert [line["code"] for line in lines((tmp_path / "out" / "steps.jsonl").read_text())] == [1, 1] if code == 1 else True
