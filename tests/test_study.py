@@ -188,6 +188,18 @@ def test_a_rate_that_came_to_no_number_is_the_worst(tmp_path, monkeypatch):
     assert ran[-1] == (4.0, 20) and (1.0, 10) not in ran
 
 
+def test_a_head_of_another_setting_is_another_file():
+    from trial import head_name
+
+    usual = {"data.path": "/here/banking77", "train.steps": 8}
+    name = head_name(read_settings(usual), "float32")
+    assert name.startswith("banking77-0.5-42-statistics-float32-int4-") and "/" not in name
+    assert name == head_name(read_settings(usual | {"data.path": "/there/banking77", "method": "fedlora"}), "float32")
+    for change in ({"head.rows": 8}, {"model.name": "a/b"}, {"data.max-length": 16}, {"seed": 1}, {"wire.up": "float32"}):
+        assert name != head_name(read_settings(usual | change), "float32")
+    assert name != head_name(read_settings(usual), "bfloat16")
+
+
 def test_the_last_round_is_evaluated_whatever_its_number():
     from trial import Trial
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -55,16 +56,16 @@ def keep_heads(folder: Path) -> None:
     def solve(settings: Settings, model: Any, state: Any, roster: Any, grid: Any) -> tuple[list[dict], list[str]]:
         if settings.head.start == "random" or "head" not in state.arrays or not model.task.classes:
             return solve_head(settings, model, state, roster, grid)
-        data = settings.data
-        asked = (Path(data.path).name or data.name, data.dirichlet_alpha, settings.seed, settings.head.start)
-        path = folder / ("-".join(map(str, (*asked, settings.model.dtype, settings.wire.up))) + ".npz")
+        path = folder / head_name(settings, model.backbone.dtype)
         if not path.exists():
             before = dict(roster.meter.total)
             lines, _ = solve_head(settings, model, state, roster, grid)
             sent = {part: size - before.get(part, 0) for part, size in roster.meter.total.items()}
             lines = [{name: line[name] for name in line if not isinstance(line[name], dict)} for line in lines]
             facts = json.dumps({"solved": state.solved, "bytes": sent, "lines": lines})
-            np.savez(path, head=state.arrays["head"], facts=np.array(facts))
+            part = path.with_name(f"{path.stem}-{os.getpid()}.part.npz")  # another part of the study may look for it meanwhile
+            np.savez(part, head=state.arrays["head"], facts=np.array(facts))
+            os.replace(part, path)
             roster.meter.total.subtract(sent)  # counted below, as it is every time
         roster.wait(grid)
         kept = np.load(path)
@@ -74,6 +75,16 @@ def keep_heads(folder: Path) -> None:
         return [{**line, "bytes-down": {}, "bytes-up": {}} for line in facts["lines"]], []
 
     loop.solve_head = solve
+
+
+def head_name(settings: Settings, dtype: str) -> str:
+    """A file for each head that is another one: all that the sums come from is in its name, or in the digest there."""
+    data = settings.data
+    told = [part.model_dump(mode="json") for part in (settings.model, data, settings.head)]
+    told[1]["path"] = Path(data.path).name
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    asked = (told[1]["path"] or data.name, data.dirichlet_alpha, settings.seed, settings.head.start, dtype, settings.wire.up)
+    return "-".join(map(str, (*asked, digest))) + ".npz"
 
 
 class Trial(Callback):
