@@ -57,6 +57,7 @@ def keep_heads(folder: Path) -> None:
         if settings.head.start == "random" or "head" not in state.arrays or not model.task.classes:
             return solve_head(settings, model, state, roster, grid)
         path = folder / head_name(settings, model.backbone.dtype)
+        roster.wait(grid)  # what nodes are asked first counts once, whether the head is solved here or read
         if not path.exists():
             before = dict(roster.meter.total)
             lines, _ = solve_head(settings, model, state, roster, grid)
@@ -67,7 +68,6 @@ def keep_heads(folder: Path) -> None:
             np.savez(part, head=state.arrays["head"], facts=np.array(facts))
             os.replace(part, path)
             roster.meter.total.subtract(sent)  # counted below, as it is every time
-        roster.wait(grid)
         kept = np.load(path)
         facts = json.loads(str(kept["facts"]))
         state.arrays["head"], state.solved = kept["head"], facts["solved"]
