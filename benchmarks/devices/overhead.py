@@ -139,13 +139,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6, help="per run, the first of which is not counted")
     parser.add_argument("--turns", type=int, default=2, help="runs of each way")
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
+    if options.rounds < 2 or options.turns < 1:
+        parser.error("--rounds and --turns: allowed are 2 and 1, or more; the first round is not counted")
     root = Path(tempfile.mkdtemp(prefix="fo-"))
     hardware = {"cpu": cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
     with contextlib.ExitStack() as stack, options.out.open("a") as out:
         owners = {}
-        for index, (way, (resident, poll)) in enumerate(WAYS.items()):
+        for index, way in enumerate(options.ways):
+            resident, poll = WAYS[way]
             (root / str(index)).mkdir()
             owner = owners[way] = Deployment(root / str(index), Path(MODEL))
             stack.callback(owner.close)
@@ -182,6 +186,8 @@ def table(path: Path) -> None:
     print("|---" * (len(names) + 4) + "|")
     for way in WAYS:
         mine = [line for line in lines if line["way"] == way and "round" in line]
+        if not mine:
+            continue
         values = [statistics.median(line[name] for line in mine) for name in names]
         values.append(statistics.median(line["message"] - line["train"] for line in mine))
         values.append(statistics.median(line["first-round"] for line in lines if line["way"] == way and "first-round" in line))

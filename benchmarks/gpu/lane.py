@@ -59,11 +59,15 @@ def synchronised(device: str) -> float:
 class Report:
     """Lines to one file and to the screen."""
 
+    problems = 0
+    """Lines of all reports that say why something was not measured."""
+
     def __init__(self, folder: Path, name: str, device: str) -> None:
         self.path = folder / f"{name}.jsonl"
         self.card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
     def __call__(self, **line: Any) -> None:
+        Report.problems += "problem" in line
         line["card"] = self.card
         print(json.dumps(line), flush=True)
         with self.path.open("a") as file:
@@ -367,10 +371,10 @@ def whole_profile(path: str, dtype: str, args: argparse.Namespace) -> dict[str, 
         ((f"{Path(file).name}:{name}", total, calls) for (file, _, name), (_, calls, total, _, _) in stats.items()),
         key=lambda item: -item[1],
     )[:25]
-    weights = strategies.find(settings.method)(settings, model, lambda record: None)
-    weights.initial_arrays()
+    method = strategies.find(settings.method)(settings, model)
+    weights = method.weights(method.start())
     before = time.perf_counter()
-    weights.evaluate()
+    model.evaluate(weights)
     return {
         "seconds-wall": wall,
         "clients": sum(r["clients"] for r in rounds),
@@ -411,7 +415,14 @@ def profiles(args: argparse.Namespace) -> None:
 
 # -- the table at the end ----------------------------------------------------------------------------------------------
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """A file's whole lines: the last one may be cut off where its step had no more time."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            print(f"{path.name}: a line that was cut off is left out: {line[:60]!r}")
+    return found
 
 
 def table(args: argparse.Namespace) -> None:
@@ -467,6 +478,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     steps[args.step](args)
+    if Report.problems:
+        sys.exit(f"{Report.problems} lines have a problem: not everything was measured")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
 #
 # BUNDLE is lane.tar.xz beside the checkout, OUT results/. PYTHON names the interpreter (python3), WANTED the machine's
 # version for `pack` (3.12), SECONDS_LEFT the time for all steps, PROCESSES how many share the study (4), STEPS the steps to do;
-# `big` is done only where it is named: loading it takes a lease of its own.
+# `big` is done only where it is named: loading it takes a lease of its own. It ends with 1 where a step failed, was cut off, lacked
+# time or left lines with a problem; what was measured is there all the same.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
-PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "PYTHON=${PYTHON:-python3}: there is no such program" >&2; exit 2; }
+case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac # the steps run in another folder
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 pack() {
@@ -51,6 +53,10 @@ if [ "${1:-}" = pack ]; then
 fi
 DRY=
 if [ "${1:-}" = --dry ]; then DRY=1; shift; fi
+names="there tests runs-minilm together together-runs runs-bert quantised profile study big"
+for name in ${STEPS:-}; do
+  case " $names " in *" $name "*) ;; *) echo "STEPS: there is no step $name, allowed are $names" >&2; exit 2 ;; esac
+done
 BUNDLE=$(realpath "${1:-$root/../lane.tar.xz}")
 OUT=${2:-$root/results}
 mkdir -p "$OUT"
@@ -62,6 +68,7 @@ cd "$work" # the folder sentence-transformers/all-MiniLM-L6-v2 here is what the 
 export PYTHONPATH="$root:$work/site" FLWR_HOME="$work/flower" TMPDIR="$work"
 deadline=$(($(date +%s) + ${SECONDS_LEFT:-520}))
 
+failed=
 # step NAME LIMIT COMMAND...: its own time limit; a step that fails does not take the rest
 step() {
   local name=$1 limit=$2 code=0 began left
@@ -70,25 +77,28 @@ step() {
   began=$(date +%s)
   left=$((deadline - began))
   if [ "$left" -lt 5 ]; then
-    echo "{\"step\": \"$name\", \"code\": \"no time left\"}" >>"$OUT/steps.jsonl"
+    echo "{\"step\": \"$name\", \"code\": \"no time left\"}" | tee -a "$OUT/steps.jsonl"
+    failed="$failed $name"
     return 0
   fi
   [ "$limit" -le "$left" ] || limit=$left
   echo "== $name (at most $limit s)"
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
   echo "{\"step\": \"$name\", \"code\": $code, \"seconds\": $(($(date +%s) - began))}" | tee -a "$OUT/steps.jsonl"
-  [ "$code" -eq 0 ] || tail -n 5 "$OUT/$name.log"
+  [ "$code" -eq 0 ] || { failed="$failed $name"; tail -n 5 "$OUT/$name.log"; }
 }
 
 speed="$root/benchmarks/speed"
 # the study's plan, as far as it needs no data set, by as many processes as asked for
 study() {
-  local part parts=$1
+  local part parts=$1 code=0 started=()
   for part in $(seq "$parts"); do
     "$PYTHON" "$root/benchmarks/study/run.py" --data . --cells "docstrings, α = 0.1" --part "$part/$parts" --done \
       --out "$OUT/study-$part.jsonl" --heads "$work/heads-$part" --minutes 1.5 --config "$2" &
+    started+=($!)
   done
-  wait
+  for part in "${started[@]}"; do wait "$part" || code=$?; done
+  return $code
 }
 export -f study
 export PYTHON root OUT work
@@ -100,14 +110,15 @@ else
   device=cuda small=minilm models=minilm,bert-base big=qwen-1b rounds=3 repeats=2 steps=6 tiny=
 fi
 step there 60 "$PYTHON" -c '
-import bitsandbytes, datasets, flwr, fedara_flwr, json, numpy, peft, torch, transformers
+import bitsandbytes, datasets, flwr, fedara_flwr, json, numpy, peft, sys, torch, transformers
 from importlib.metadata import version
 there = torch.cuda.is_available()
+assert there or sys.argv[1:] == ["dry"], "no GPU that torch can use"
 from fedara_flwr.adapters.backbone import load_tokenizer, locate
 from transformers import AutoModel
 AutoModel.from_pretrained(locate("sentence-transformers/all-MiniLM-L6-v2"), dtype=torch.float32)
 print(json.dumps({"card": torch.cuda.get_device_name() if there else "none", "capability": torch.cuda.get_device_capability() if there else [],
-    **{n: version(n) for n in ("torch", "transformers", "peft", "numpy", "flwr", "bitsandbytes", "protobuf")}, "fedara": fedara_flwr.__file__}))'
+    **{n: version(n) for n in ("torch", "transformers", "peft", "numpy", "flwr", "bitsandbytes", "protobuf")}, "fedara": fedara_flwr.__file__}))' ${DRY:+dry}
 cat "$OUT/there.log" 2>/dev/null || true
 step tests 75 "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/adapters/test_cuda.py" \
   "$root/tests/adapters/test_quantised.py" -k "cuda or gpu"
@@ -126,7 +137,8 @@ step profile 110 "$PYTHON" "$here/lane.py" profile --out "$OUT" --device $device
 step study 150 bash -c "study ${PROCESSES:-4} '{\"run.device\": \"$device\"$tiny}'"
 step big 240 "$PYTHON" "$speed/throughput.py" --device $device --models $big --dtypes bfloat16 --rounds 2 \
   --out "$OUT/throughput.jsonl"
-for lines in "$OUT"/study-*.jsonl; do
-  [ ! -e "$lines" ] || "$PYTHON" "$root/benchmarks/study/tables.py" "$OUT"/study-*.jsonl >"$OUT/study.md"
-done
-"$PYTHON" "$here/lane.py" table --out "$OUT" | tee "$OUT/table.txt"
+if [ -e "$OUT/study-1.jsonl" ]; then
+  "$PYTHON" "$root/benchmarks/study/tables.py" "$OUT"/study-*.jsonl >"$OUT/study.md" || failed="$failed study.md"
+fi
+"$PYTHON" "$here/lane.py" table --out "$OUT" | tee "$OUT/table.txt" || failed="$failed table"
+[ -z "$failed" ] || { echo "failed:$failed (logs in $OUT)" >&2; exit 1; }

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from attack import ATTACKS, AttackGrid
+from table import read
 
 from fedara_flwr import seeds, strategies
 from fedara_flwr.adapters.backbone import silence_libraries
@@ -128,7 +129,10 @@ def main(out: Path) -> None:
     """All runs that the file lacks."""
     silence_libraries()
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = read(out)
+    if out.exists() and out.stat().st_size and not out.read_bytes().endswith(b"\n"):
+        with out.open("a") as file:
+            file.write("\n")
     model = None
     for cell in cells():
         if find(done, cell):

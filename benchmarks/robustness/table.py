@@ -14,7 +14,9 @@ RULES = ("undefended", "mean", "bound 5", "norm-clip", "median", "trimmed-mean",
 
 def main(path: Path) -> None:
     """Print accuracies as Markdown: a row for each attack and share, a column for each rule."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read(path)
+    if not lines:
+        sys.exit(f"{path}: no run is in it")
     found = {(line["attack"], line["share"], line["rule"]): line for line in lines}
     print("| attack | attackers | " + " | ".join(RULES) + " | dropped by the bound |")
     print("|---|---|" + "---|" * (len(RULES) + 1))
@@ -23,6 +25,17 @@ def main(path: Path) -> None:
             cells = [_cell(found.get((attack, share, rule))) for rule in RULES]
             print(f"| {attack} | {share:.0%} | {' | '.join(cells)} | {_dropped(found.get((attack, share, 'mean')))} |")
     print(f"\n{len(lines)} runs, {sum(line['seconds'] for line in lines) / 60:.0f} minutes")
+
+
+def read(path: Path) -> list[dict]:
+    """The runs of a file, none where there is no file; a line that a kill cut off is left out, and said."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"{path}, line {number}: cut off, left out: {text[:60]!r}", file=sys.stderr)
+    return lines
 
 
 def _cell(line: dict | None) -> str:

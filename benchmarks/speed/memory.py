@@ -78,10 +78,12 @@ def main() -> None:
     for way in WAYS:
         options = ["--batch", str(args.batch), "--steps", str(args.steps), "--way", way]
         command = [sys.executable, __file__, str(args.run), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{way}: the process that measures it failed")
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(way, {name: round(value, 1) for name, value in found[-1].items()})
-    print("less by", {name: f"{1 - found[1][name] / found[0][name]:.0%}" for name in found[0]})
+    print("less by", {name: f"{1 - found[1][name] / found[0][name]:.0%}" for name in found[0] if found[0][name]})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What merging and arbitration cost the server, against the number of clients; and how much memory a merge takes.
 
-    python benchmarks/speed/merge.py
+    python benchmarks/speed/merge.py [--clients 10,100,1000] [--repeats 5]
 
 BERT-base's 72 adapted layers at rank 12 and a head of twelve labels; one thread, CPU seconds, medians of 5. "read" is the
 checking of the replies' records before it (wire/records), "merge" SlotMean from the first update to the result.
@@ -12,11 +12,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
 import platform
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from flwr.app import RecordDict
@@ -39,7 +41,6 @@ SPEC = ModelSpec(
 MASK = RankMask.full([RANK] * len(SPEC.modules))
 PARTS = frozenset({"B", "E", "A", "head"})
 DIFFERENT = 4  # updates; more would only fill the memory
-REPEATS = 5
 
 
 def plan() -> TrainPlan:
@@ -52,10 +53,10 @@ def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {part: rng.normal(0, 0.02, SPEC.length(part, MASK)).astype(np.float32) for part in PARTS}
 
 
-def median(work: Callable[[], object]) -> float:
+def median(work: Callable[[], object], repeats: int) -> float:
     """Seconds, after a first time that does not count."""
     found = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         began = time.process_time()
         work()
         found.append(time.process_time() - began)
@@ -70,7 +71,11 @@ def merge(clients: int, start: dict[str, np.ndarray], updates: list[Update]) -> 
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Parse the command line, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", default="10,100,1000", help="numbers of clients")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
     rng = np.random.default_rng(0)
     start = arrays(rng)
     updates = [Update(arrays(rng), MASK, 100, {"loss": 1.0}) for _ in range(DIFFERENT)]
@@ -79,11 +84,11 @@ def main() -> None:
     size = sum(values.nbytes for values in start.values()) / 1e6
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, numpy {np.__version__}; {size:.1f} MB a reply, {MASK.count} slots\n")
     print("| clients | read, CPU s | merge, CPU s | memory of the merge, MB | arbitration, CPU ms |\n|---|---|---|---|---|")
-    for clients in (10, 100, 1000):
+    for clients in map(int, args.clients.split(",")):
         votes = []
         for i in range(clients):
             ranks = np.random.default_rng(i).permutation(MASK.count).astype(np.uint16)
-            votes.append(Vote(100 + i, ranks, MASK.count // 2))
+            votes.append(Vote(ranks, MASK.count // 2))
 
         def read(clients: int = clients) -> None:
             for i in range(clients):
@@ -93,8 +98,9 @@ def main() -> None:
         merge(clients, start, updates)
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
-        seconds = [median(read), median(lambda clients=clients: merge(clients, start, updates))]  # type: ignore[misc]
-        voting = 1000 * median(lambda votes=votes: arbitrate_budget(MASK, votes, MASK.count // 2))  # type: ignore[misc]
+        merging = partial(merge, clients, start, updates)
+        seconds = [median(work, args.repeats) for work in (read, merging)]
+        voting = 1000 * median(partial(arbitrate_budget, MASK, votes, MASK.count // 2), args.repeats)
         print(f"| {clients} | {seconds[0]:.2f} | {seconds[1]:.2f} | {peak:.0f} | {voting:.1f} |", flush=True)
 
 

@@ -1,6 +1,6 @@
 """What one training step costs by the lowest living block, with and without the frozen prefix kept (`train.cache`).
 
-    python benchmarks/speed/step.py [--data DIR] [--dtype bfloat16] [--out FILE] [--repeats 5]
+    python benchmarks/speed/step.py [--data DIR] [--dtype bfloat16] [--out FILE] [--repeats 5] [--lowest 0,3,6]
 
 MiniLM, rank 12 on every module from the lowest living block up, batches of 16 as in training, one thread. Milliseconds are of
 the process's own CPU time, medians of interleaved repetitions, so that other work on the machine counts less.
@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the backbone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lowest", default="", help="lowest living blocks; by default all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = read_settings({"data.path": args.data, "model.dtype": args.dtype, "train.cache-mb": 1024})
@@ -84,19 +86,21 @@ def main() -> None:
     rows = TASK.encode(tokenizer, data.pool.take(chosen), settings.data.max_length)
     order = np.argsort([len(row) for row in rows.ids], kind="stable").reshape(BATCHES, SIZE)
     batches = [TASK.collate(tokenizer, [rows.ids[i] for i in group], [rows.labels[i] for i in group]) for group in order]
-    blocks = adapted.spec.blocks
+    boundaries = [int(number) for number in args.lowest.split(",") if number] or range(adapted.spec.blocks + 1)
+    if adapted._prefix is None:
+        sys.exit("nothing can be kept for this model: a step with the cache is one without")
     times: dict[tuple[int, str], list[float]] = {}
     for _ in range(args.repeats + 1):
-        for lowest in range(blocks + 1):
+        for lowest in boundaries:
             optimizer = load(adapted, lowest)
             for way in ("without", "first", "kept"):
-                if way == "first" and adapted._prefix is not None:
+                if way == "first":
                     adapted._prefix.clear()
                 began = time.process_time()
                 for batch in batches:
                     step(adapted, optimizer, batch, way != "without")
                 times.setdefault((lowest, way), []).append(1000 * (time.process_time() - began) / BATCHES)
-    for lowest in range(blocks + 1):
+    for lowest in boundaries:
         load(adapted, lowest)
         line = {
             "data": Path(args.data).name or "docstrings",

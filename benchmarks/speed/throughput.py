@@ -1,7 +1,7 @@
 """Client-rounds per second of a whole FedARA run: ours, the bare PyTorch loop, and a plain Flower app like FlowerTune's.
 
     python benchmarks/speed/throughput.py [--engine inprocess|flower] [--dtypes float32,bfloat16] [--rounds 20] [--out FILE]
-        [--device cuda] [--models minilm,bert-base,qwen-1b] [--as-it-comes]
+        [--device cuda] [--models minilm,bert-base,qwen-1b] [--as-it-comes] [--clients 5]
 
 Same model (MiniLM, or by size with random weights), data, clients, batch size and number of steps. `inprocess`: every training
 message of our run is at once done again by the bare loop (the same masks, batches and optimiser, nothing else) and by the plain
@@ -33,11 +33,12 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict
-from together import MINILM, SIZES, folder
+from together import MINILM, SIZES, folder, unknown
 
 from fedara_flwr import engine, seeds, strategies
 from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli.launch import read_config, run_flower
+from fedara_flwr.cli.processes import interrupt, on_stop
 from fedara_flwr.cli.simulation import Simulation, short_folder
 from fedara_flwr.client import train as client
 from fedara_flwr.client.capacity import clock
@@ -149,13 +150,16 @@ def timer(device: str) -> Callable[[], float]:
 LIKE_PLAIN = {"head.start": "random", "train.loss": "plain", "wire.down": "float32", "wire.up": "float32"}
 
 
-def flat(dtype: str, rounds: int, data: str, ours: dict[str, Any], model: str = MINILM, device: str = "cpu") -> dict[str, Any]:
+def flat(
+    dtype: str, rounds: int, clients: int, data: str, ours: dict[str, Any], model: str = MINILM, device: str = "cpu"
+) -> dict[str, Any]:
     """Our run: the app's defaults but for `ours`."""
     where = {"model.name": model, "model.dtype": dtype, "run.device": device}
+    where |= {"strategy.fraction-train": clients / CLIENTS}
     return {**where, **ours, "num-server-rounds": rounds, "data.path": data, "strategy.round-timeout": 86400.0}
 
 
-def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[str, Any]:
+def plain_config(rounds: int, data: str, out: str = "", **changes: str | float) -> dict[str, Any]:
     """The same for the plain app."""
     import tomllib
 
@@ -164,11 +168,11 @@ def plain_config(rounds: int, data: str, out: str = "", **changes: str) -> dict[
 
 
 def in_process(
-    dtype: str, rounds: int, data: str, ours: dict[str, Any], model_name: str = MINILM, device: str = "cpu"
+    dtype: str, rounds: int, clients: int, data: str, ours: dict[str, Any], model_name: str = MINILM, device: str = "cpu"
 ) -> list[dict[str, float]]:
     """Seconds of each round, by way; on a GPU the plain app computes in `dtype` too. The head's sums are in round 1."""
     torch.set_num_threads(1)
-    settings = read_settings(flat(dtype, rounds, data, ours, model_name, device))
+    settings = read_settings(flat(dtype, rounds, clients, data, ours, model_name, device))
     model = ServerModel(settings)
     changes = {"model-name": model_name, "device": device, "dtype": dtype if device == "cuda" else "float32"}
     grid = Interleaved(settings, model.labels, plain_config(rounds, data, **changes))
@@ -183,6 +187,8 @@ def in_process(
             nonlocal began
             if record["type"] != "round":
                 return
+            if record["dropped"]:
+                raise SystemExit(f"round {record['round']} lacks clients of ours: {record['dropped']}")
             beside = grid.end_round()
             line = {
                 "round": record["round"],
@@ -212,22 +218,27 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the in-process engine")
     parser.add_argument("--models", default="minilm", help=f"in-process: minilm, {', '.join(SIZES)}, whose weights are random")
     parser.add_argument("--data", default="", help="folder of a data set; by default the built-in docstrings")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="of one alone no first one is left out")
+    parser.add_argument("--clients", type=int, default=5, help=f"of a round, of {CLIENTS}")
     parser.add_argument("--repeats", type=int, default=1, help="of whole runs under Flower")
     parser.add_argument("--as-it-comes", action="store_true", help="ours with its solved head, its loss and its formats")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     args = parser.parse_args()
+    if args.rounds < 1 or not 2 <= args.clients <= CLIENTS:
+        parser.error(f"--rounds {args.rounds}, --clients {args.clients}: allowed are 1 or more, and 2 to {CLIENTS}")
+    if unknown(args.models):
+        parser.error(f"--models {args.models}: allowed are minilm, {', '.join(SIZES)}")
     there = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     machine = f"{there}, {os.cpu_count()} CPUs, torch {torch.__version__}"
     ours = {} if args.as_it_comes else LIKE_PLAIN
     common = {"rounds": args.rounds, "data": Path(args.data).name or "docstrings", "machine": machine}
-    common |= {"as-it-comes": args.as_it_comes}
+    common |= {"as-it-comes": args.as_it_comes, "clients": args.clients}
     if args.engine == "inprocess":
         for model in args.models.split(","):
             with tempfile.TemporaryDirectory() as root:
                 path = folder(model, Path(root) / model)
                 for dtype in args.dtypes.split(","):
-                    lines = in_process(dtype, args.rounds, args.data, ours, path, args.device)
+                    lines = in_process(dtype, args.rounds, args.clients, args.data, ours, path, args.device)
                     facts = {"model": model, "dtype": dtype, "device": args.device}
                     report(args.out, {"throughput": "inprocess", **facts, **common, **summary(lines)})
         return
@@ -252,11 +263,13 @@ def summary(lines: list[dict[str, float]]) -> dict[str, float]:
 def ours_under_ray(dtype: str, ours: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     """A whole run of this app by `fedara run`'s own way."""
     with tempfile.TemporaryDirectory() as folder:
-        values = flat(dtype, args.rounds, args.data, ours) | {"run.dir": folder, "run.name": "run"}
+        values = flat(dtype, args.rounds, args.clients, args.data, ours) | {"run.dir": folder, "run.name": "run"}
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         _run(ROOT, read_config(ROOT, overrides))
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if line["type"] == "round"]
+    if dropped := [line["dropped"] for line in rounds if line["dropped"]]:
+        raise SystemExit(f"rounds lack clients of ours: {dropped}")
     return wall([(line["good"], line["seconds"]) for line in rounds])
 
 
@@ -264,8 +277,11 @@ def plain_under_ray(args: argparse.Namespace) -> dict[str, float]:
     """A whole run of the plain app."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rounds.jsonl"
-        _run(FLOWERTUNE, plain_config(args.rounds, args.data, str(out)))
+        share = {"fraction-train": args.clients / CLIENTS}
+        _run(FLOWERTUNE, plain_config(args.rounds, args.data, str(out), **share))
         lines = [json.loads(line) for line in out.read_text().splitlines()]
+    if len(lines) < args.rounds or any(line["failed"] for line in lines):
+        raise SystemExit(f"the plain app: clients failed, or rounds are missing: {lines}")
     return wall([(line["clients"], line["seconds"]) for line in lines])
 
 
@@ -274,12 +290,12 @@ def wall(rounds: list[tuple[int, float]]) -> dict[str, float]:
 
     In the first round every process of ours loads its model, which the plain app does in every call.
     """
-    total, rest = (tuple(map(sum, zip(*part, strict=True))) for part in (rounds, rounds[1:]))
+    total, rest = (tuple(map(sum, zip(*part, strict=True))) for part in (rounds, rounds[1:] or rounds))
     return {"per-second": total[0] / total[1], "per-second-after-first": rest[0] / rest[1]}
 
 
 def _run(app: Path, config: dict[str, Any]) -> None:
-    with short_folder() as neutral:
+    with on_stop(interrupt), short_folder() as neutral:  # killed, it takes Flower's processes along
         run_flower(app, config, Simulation.read(ROOT / "federation.toml"), neutral, verbose=False)
 
 

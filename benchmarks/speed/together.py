@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -62,6 +63,11 @@ SIZES: dict[str, Callable[..., PretrainedConfig]] = {
 }
 
 
+def unknown(models: str) -> set[str]:
+    """Names that no model has."""
+    return set(models.split(",")) - {"minilm", *SIZES}
+
+
 def folder(model: str, root: Path) -> str:
     """What `model.name` is to be: MiniLM, or a folder with a random model of another size and MiniLM's tokenizer."""
     if model == "minilm":
@@ -75,15 +81,15 @@ def folder(model: str, root: Path) -> str:
     return str(root)
 
 
-def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse.Namespace) -> None:
-    """Every number of clients on one open model."""
+def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse.Namespace) -> bool:
+    """Every number of clients on one open model; whether there is something to measure."""
     settings = read_settings({"model.name": path, "model.dtype": dtype})
     data = federation(settings.data, settings.seed, TASK)
     learner = open_learner(settings, data.labels, args.device)
     adapted, tokenizer = learner.adapted, learner.tokenizer
     if why := problem(adapted):
         print(json.dumps({"model": model, "dtype": dtype, "problem": why}), flush=True)
-        return
+        return False
     spec = adapted.spec
     mask = RankMask.full([RANK] * len(spec.modules))
     plan = TrainPlan(
@@ -96,6 +102,8 @@ def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse
         terms={"slot-vote": {"budget": mask.count // 2}},
         report=frozenset({"slot-vote"}),
     )
+    if max(counts) * ROWS > len(data.pool):
+        sys.exit(f"--clients {max(counts)}: there are rows for {len(data.pool) // ROWS}")
     rng = np.random.default_rng(0)
     arrays = {part: rng.normal(0, 0.02, spec.length(part, mask)).astype(np.float32) for part in PARTS}
     chosen = rng.permutation(len(data.pool))[: max(counts) * ROWS].reshape(-1, ROWS)
@@ -138,6 +146,7 @@ def measure(model: str, path: str, dtype: str, counts: list[int], args: argparse
         with args.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+    return True
 
 
 def main() -> None:
@@ -153,11 +162,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     counts = [int(count) for count in args.clients.split(",")]
+    if min(counts, default=0) < 1 or unknown(args.models):
+        parser.error(f"--clients {args.clients}, --models {args.models}: allowed are 1 or more; minilm, {', '.join(SIZES)}")
+    measured = True
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory() as root:
             path = folder(model, Path(root))
             for dtype in args.dtypes.split(","):
-                measure(model, path, dtype, counts, args)
+                measured &= measure(model, path, dtype, counts, args)
+    if not measured:
+        sys.exit("not everything was measured: see the lines with a problem")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ the sum over all clients and rounds, which is what the model takes in.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import read_plan, row_config
+from plan import append, read_plan, row_config
 from trial import Trial
 
+from fedara_flwr import strategies
 from fedara_flwr.model.parts import is_slot_part
 from fedara_flwr.model.ranks import RankMask
 from fedara_flwr.wire import upload
@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
+    if unknown := set(args.methods.split(",")) - set(strategies.methods()):
+        parser.error(f"--methods {','.join(sorted(unknown))}: allowed are {', '.join(strategies.methods())}")
     usual = row_config({"config": "fedlora.toml"})  # a drawn head, plain loss, float32
     for method in args.methods.split(","):
         for seed in args.seeds.split(","):
@@ -84,8 +86,7 @@ def main() -> None:
                 config |= {"strategy.fraction-train": 5 / args.clients, "wire.up": "int4", "wire.feedback": feedback}
                 Trial(names, config, args.clients, EVERY, args.out, (args.out,)).run(args.rounds)
                 if ledger.times:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps({**names, "round": -1, **ledger.errors()}) + "\n")
+                    append(args.out, {**names, "round": -1, **ledger.errors()})
                     print(method, seed, feedback, ledger.errors(), flush=True)
 
 

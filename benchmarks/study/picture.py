@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from plan import HERE, a_file, read
+from plan import HERE, by_round, read
 
 GROUP, ALPHA = "pieces", 0.1
 SHOWN = {  # rows of the group: how the picture calls them
@@ -27,9 +27,14 @@ Trials = dict[str, list[list[dict]]]
 def trials(files: list[Path], data: str) -> Trials:
     """What the picture shows of one data set."""
     found: Trials = {row: [] for row in SHOWN}
-    for (name, alpha, group, row, _, _), curve in sorted(read(files).items(), key=lambda item: str(item[0])):
+    alike: dict[str, set[tuple]] = {row: set() for row in SHOWN}
+    for (name, alpha, group, row, rate, _), curve in sorted(read(files).items(), key=lambda item: str(item[0])):
         if (name, alpha, group) == (data, ALPHA, GROUP) and row in SHOWN and "test-score" in curve[-1]:
             found[row].append(curve)
+            alike[row].add((rate, curve[-1]["round"]))
+    for row, kinds in alike.items():
+        if len(kinds) > 1:
+            sys.exit(f"{data}: {row!r} has trials of several rates and rounds, which are no seeds of one: {sorted(kinds)}")
     return found
 
 
@@ -59,7 +64,7 @@ def draw(panels: dict[str, Trials], target: Path) -> None:
     for axis, (data, choices) in zip(axes[0], panels.items(), strict=True):
         for choice, seeds in choices.items():
             name, color = SHOWN[choice]
-            points = list(zip(*seeds, strict=True))
+            points = by_round(seeds)
             mb = [statistics.mean(line["mb"] for line in point) for point in points]
             scores = [[line["score"] for line in point] for point in points]
             label = f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
@@ -78,10 +83,12 @@ def draw(panels: dict[str, Trials], target: Path) -> None:
 def main() -> None:
     """Print what was measured; draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=a_file, nargs="*", default=[HERE / "results.jsonl"])
+    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--sets", default="banking77,sst2")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if lacking := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(lacking)}")
     panels = {data: trials(args.files, data) for data in args.sets.split(",")}
     for data, choices in panels.items():
         for choice, seeds in choices.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 import tomllib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 PAIRED = ("set", "alpha", "group", "row", "rate", "seed")  # what names a trial; `rate` is a factor of the method's own
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Student's t for 95%, two-sided, for two values and more."""
+"""Student's t for 95%, two-sided, for two values to ten; more are taken for ten, which is a little too wide."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,55 @@ def row_config(row: dict[str, Any]) -> dict[str, Any]:
     return (flat(tomllib.loads((CONFIGS / file).read_text())) if file else {}) | own
 
 
-def a_file(name: str) -> Path:
-    """Of a command line, where a name that is nobody's would count as a file without lines."""
-    if not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name!r} is no file")
-    return Path(name)
+def row_rounds(plan: Plan, group: str, row: str, instead: int | None = None) -> int:
+    """Rounds of a row's runs: what the row itself says, else its group's, or others for a try.
+
+    Those of a file of configs/ are for a run alone: two rows of other lengths do not compare.
+    """
+    usual = plan.groups[group].rounds if instead is None else instead
+    return plan.groups[group].rows[row].get("num-server-rounds", usual)
 
 
-def read(files: list[Path]) -> dict[tuple, list[dict]]:
-    """Trial (`PAIRED`) → its evaluations in the order of rounds; of a round that was run twice, the later line."""
+def read(files: Sequence[Path]) -> dict[tuple, list[dict]]:
+    """Trial (`PAIRED`) → its evaluations in the order of rounds; of a round that was run twice, the later line.
+
+    What is no line of a trial, cut off by a kill for example, is left out, and said. Lines without a score (sums of
+    feedback.py) are no evaluations.
+    """
     found: dict[tuple, dict[int, dict]] = defaultdict(dict)
     for file in files:
-        for line in map(json.loads, file.read_text().splitlines() if file.exists() else []):
-            found[tuple(line[name] for name in PAIRED)][line["round"]] = line
+        for number, text in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else [], 1):
+            try:
+                line = json.loads(text)
+                trial, server_round = tuple(line[name] for name in PAIRED), line["round"]
+            except (ValueError, KeyError, TypeError):
+                say(f"{file}, line {number}: no line of a trial, left out: {text[:60]!r}")
+                continue
+            if "score" in line:
+                found[trial][server_round] = line
     return {key: [lines[number] for number in sorted(lines)] for key, lines in found.items()}
+
+
+@cache
+def say(text: str) -> None:
+    """A word to whoever looks, once: standard output is for tables."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def append(file: Path, line: dict) -> None:
+    """A line at the end of a file, whose last one may have been cut off."""
+    with file.open("a+b") as opened:
+        if opened.seek(0, 2):
+            opened.seek(-1, 2)
+            if opened.read(1) != b"\n":
+                opened.write(b"\n")
+        opened.write(json.dumps(line).encode() + b"\n")
+
+
+def by_round(curves: Sequence[list[dict]]) -> list[list[dict]]:
+    """The curves' evaluations round by round, of the rounds that all of them have."""
+    tables = [{line["round"]: line for line in curve} for curve in curves]
+    return [[table[number] for table in tables] for number in sorted(set.intersection(*map(set, tables)))]
 
 
 def end(curve: list[dict]) -> float:

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, Cell, Plan, a_file, read_plan, row_config
+from plan import HERE, Cell, Plan, read_plan, row_config, row_rounds
 from trial import TimeUp, Trial, keep_heads
 
 from fedara_flwr import strategies
 from fedara_flwr.keys import ConfigError
+from fedara_flwr.tasks import read_settings
 
 
 class Study:
@@ -46,11 +50,12 @@ class Study:
     def row(self, cell: Cell, row: str, seeds: Sequence[int]) -> None:
         """Successive halving of the rates on the plan's first seed, then each of the seeds with the best one."""
         group, sign = self.plan.groups[cell.group], -1 if self.plan.sets[cell.set].lower_is_better else 1
-        rounds = self.rounds(cell, row)
+        rounds = row_rounds(self.plan, cell.group, row, self.over.get("num-server-rounds"))
         trials = {rate: self.trial(cell, row, rate, self.plan.seeds[0], rounds) for rate in group.factors if rounds}
         for rung in group.rungs if trials else ():
             scores = {rate: sign * trial.run(min(rung["rounds"], rounds)) for rate, trial in trials.items()}
-            best = sorted(scores, key=lambda rate: -scores[rate])[: rung["survivors"]]
+            # a rate at which training came to no number is the worst one
+            best = sorted(scores, key=lambda rate: (math.isnan(scores[rate]), -scores[rate]))[: rung["survivors"]]
             trials = {rate: trials[rate] for rate in best}
         rate = next(iter(trials), 1.0)
         for seed in seeds:
@@ -64,11 +69,6 @@ class Study:
         where = {"data.path": str(self.data / cell.set)} if not data.built_in else {"data.name": cell.set}
         share = {"strategy.fraction-train": self.plan.base["strategy.min-train-nodes"] / data.clients}
         return {**self.plan.base, **share, **dealt, **where, **data.config, **row_config(self.row_of(cell, row)), **self.over}
-
-    def rounds(self, cell: Cell, row: str) -> int:
-        """The group's, whatever a file of configs/ has: rows are compared after as many; a row may say its own in the plan."""
-        group = self.plan.groups[cell.group]
-        return int(group.rows[row].get("num-server-rounds", group.rounds))
 
     def row_of(self, cell: Cell, row: str) -> dict[str, Any]:
         """As the plan has it."""
@@ -84,35 +84,6 @@ class Study:
         return Trial(names, config, clients, every, self.out, (*self.done, self.out), self.until)
 
 
-def chosen(plan: Plan, cells: Sequence[str], groups: Sequence[str], rows: Sequence[str]) -> list[Cell]:
-    """The cells of these names with groups of these; all where none is named.
-
-    Raises:
-        ValueError: a name that the plan does not have, or names that no cell has together.
-    """
-    found = [cell for cell in plan.cells if (not cells or str(cell) in cells) and (not groups or cell.group in groups)]
-    there = {
-        "cells": (cells, {str(cell): None for cell in plan.cells}),
-        "groups": (groups, plan.groups),
-        "rows": (rows, {row: None for cell in found for row in plan.groups[cell.group].rows}),
-    }
-    for option, (asked, allowed) in there.items():
-        for name in asked:
-            if allowed and name not in allowed:
-                raise ValueError(f"--{option} {name!r}: allowed are {', '.join(map(repr, allowed))}")
-    if not found:
-        raise ValueError(f"--groups {' '.join(groups)}: no cell of {', '.join(map(repr, cells))} has it")
-    return found
-
-
-def share(text: str) -> tuple[int, int]:
-    """i/n of `--part`."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is i/n, i from 1 to n")
-    return int(part), int(parts)
-
-
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,37 +91,78 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--done",
-        type=a_file,
+        type=Path,
         nargs="*",
         default=[HERE / "results.jsonl"],
         help="files whose trials count as run; no file: none",
     )
-    parser.add_argument("--part", type=share, default="1/1", metavar="I/N")
+    parser.add_argument("--part", default="1/1")
     parser.add_argument("--cells", nargs="*", help="as tables.py names them; all by default")
     parser.add_argument("--groups", nargs="*", help="of the plan; all by default")
     parser.add_argument("--rows", nargs="*", help="of the groups; all by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="of the plan; all by default")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no trial starts later")
     parser.add_argument("--heads", type=Path, help="folder of solved heads, shared by the parts; default: heads beside FILE")
-    parser.add_argument(
-        "--config", type=json.loads, default="{}", help="JSON, for every run: a small model to try the plan with, for example"
-    )
+    parser.add_argument("--config", default="{}", help="JSON, for every run: a small model to try the plan with, for example")
     args = parser.parse_args()
-    plan, (part, parts) = read_plan(), args.part
-    try:
-        cells = chosen(plan, args.cells or (), args.groups or (), args.rows or ())
-    except ValueError as error:
-        parser.error(str(error))
+    plan = read_plan()
     study = Study(plan, args.data, args.out, args.done, time.monotonic() + 60 * args.minutes)
-    study.over = args.config
-    keep_heads(args.heads or args.out.parent / "heads", study.over)
     try:
+        cells, part, parts = chosen(args, study)
+        args.out.parent.mkdir(exist_ok=True, parents=True)
+        args.out.open("a").close()
+        keep_heads(args.heads or args.out.parent / "heads")
         for cell in cells:
             study.cell(cell, part, parts, args.seeds or plan.seeds, args.rows or ())
     except TimeUp:
         print(f"{args.minutes:g} minutes are over; the same command goes on")
-    except ConfigError as error:
-        parser.exit(1, f"error: {error}\n")
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def chosen(args: argparse.Namespace, study: Study) -> tuple[list[Cell], int, int]:
+    """Cells that are to run, and which part of each; `study` is told what is for every run.
+
+    Raises:
+        ConfigError: something is asked for that the plan lacks, or a run would be refused.
+    """
+    plan = study.plan
+
+    def among(name: str, asked: Sequence[Any] | None, there: Sequence[Any]) -> None:
+        if unknown := [value for value in asked or () if value not in there]:
+            raise ConfigError(f"--{name} {unknown[0]!r}: allowed are {', '.join(map(repr, dict.fromkeys(there)))}")
+
+    among("cells", args.cells, [str(cell) for cell in plan.cells])
+    among("groups", args.groups, list(plan.groups))
+    among("seeds", args.seeds, plan.seeds)
+    cells = [
+        cell
+        for cell in plan.cells
+        if (not args.cells or str(cell) in args.cells) and (not args.groups or cell.group in args.groups)
+    ]
+    if not cells:
+        raise ConfigError(f"--groups {' '.join(args.groups)}: no cell of --cells is of it")
+    among("rows", args.rows, [row for cell in cells for row in plan.groups[cell.group].rows])
+    among("done", args.done, [file for file in args.done if file.is_file()])
+    match = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise ConfigError(f"--part {args.part}: allowed is i/n with i from 1 to n, 1/2 for example")
+    try:
+        study.over = json.loads(args.config)
+    except ValueError as error:
+        raise ConfigError(f"--config {args.config}: no JSON ({error})") from None
+    if not isinstance(study.over, dict) or "seed" in study.over:
+        raise ConfigError(f"--config {args.config}: allowed is a table of run configuration without 'seed', which --seeds has")
+    if lacking := sorted({c.set for c in cells if not plan.sets[c.set].built_in and not (args.data / c.set).is_dir()}):
+        raise ConfigError(f"--data {args.data}: lacks the folders {', '.join(lacking)} of what is to run; --cells chooses")
+    for cell in cells:
+        if plan.groups[cell.group].factors and "train.learning-rate" in study.over:
+            raise ConfigError(f"--config: {cell}, {cell.group} tries rates of its own, so 'train.learning-rate' is not for it")
+        for row in plan.groups[cell.group].rows:
+            settings = read_settings(study.config(cell, row))
+            strategies.find(settings.method).check(settings)
+    return cells, part, parts
 
 
 if __name__ == "__main__":

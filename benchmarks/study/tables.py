@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from plan import HERE, Cell, Plan, a_file, end, interval, read, read_plan
+from plan import HERE, Cell, Plan, by_round, end, interval, read, read_plan, row_rounds, say
 
 Trials = dict[int, list[dict]]
 """Seed → evaluations in the order of rounds."""
@@ -36,7 +36,22 @@ def ended(plan: Plan, curves: dict[tuple, list[dict]], cell: Cell) -> dict[str, 
         if rates:
             rate = max(rates, key=lambda rate: len(rates[rate]))
             found[row] = rate, dict(sorted(rates[rate].items()))
+            for other in sorted(rates.keys() - {rate}):
+                say(f"{cell}, {cell.group}: {row}: not shown: × {other:g}, seeds {sorted(rates[other])}, which ended, too")
     return found
+
+
+def remarks(plan: Plan, found: dict[str, tuple[float, Trials]], group: str) -> list[str]:
+    """Trials whose figures are of something else than the plan has: other rounds, clients that are missing."""
+    lines = []
+    for row, (_, trials) in found.items():
+        for seed, curve in trials.items():
+            last, rounds = curve[-1], row_rounds(plan, group, row)
+            if last["round"] != rounds:
+                lines.append(f"- {row}, seed {seed}: **ended after {last['round']} rounds**, where the plan has {rounds}")
+            if last.get("dropped"):
+                lines.append(f"- {row}, seed {seed}: {last['dropped']:.0f} replies of clients were dropped")
+    return lines and ["Not as planned:", "", *lines]
 
 
 def shown(values: Sequence[float], digits: int, signed: bool = False) -> str:
@@ -50,11 +65,25 @@ def partly(curves: Sequence[list[dict]]) -> str:
     return PARTLY if any("flops-below" not in curve[-1] for curve in curves) else ""
 
 
+def says_little(curves: Sequence[list[dict]]) -> bool:
+    """Whether what some of them lack is, by those that have it, most of the compute."""
+    lasts = [curve[-1] for curve in curves]
+    return bool(partly(curves)) and any(last.get("flops-below", 0.0) > last["client-flops"] / 2 for last in lasts)
+
+
+def alike(curves: Sequence[list[dict]]) -> list[list[dict]]:
+    """The curves, the compute of all of them counted in one way: without that part where one lacks it."""
+    if not partly(curves):
+        return list(curves)
+    return [[{**line, "client-flops": line["client-flops"] - line.get("flops-below", 0.0)} for line in c] for c in curves]
+
+
 def cell_table(found: dict[str, tuple[float, Trials]], digits: int) -> list[str]:
     """What each row reached, and what for."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row, (_, trials) in found.items():
-        curves = list(trials.values())
+        mark = partly(list(trials.values()))
+        curves = alike(list(trials.values()))
         last = [curve[-1] for curve in curves]
 
         def mean(name: str, unit: float, digits: int, last: list[dict] = last) -> str:
@@ -68,9 +97,9 @@ def cell_table(found: dict[str, tuple[float, Trials]], digits: int) -> list[str]
             shown([end(curve) for curve in curves], digits),
             shown([line["test-score"] for line in last], digits),
             mean("mb", 1, 1),
-            mean("client-flops", 1e12, 1) + partly(curves),
-            mean("modelled-seconds", 3600, 3) + partly(curves),
-            mean("modelled-joules", 1e3, 1) + partly(curves),
+            ("-" if says_little(list(trials.values())) else mean("client-flops", 1e12, 1)) + mark,
+            mean("modelled-seconds", 3600, 3) + mark,
+            mean("modelled-joules", 1e3, 1) + mark,
             mean("dead-modules", 1, 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -93,22 +122,27 @@ def against_table(found: dict[str, tuple[float, Trials]], against: str, lower: b
         seeds = sorted(set(trials) & set(other))
         if row == against or not seeds:
             continue
-        pairs = [(trials[seed], other[seed]) for seed in seeds]
+        curves = [curve for seed in seeds for curve in (trials[seed], other[seed])]
+        mark, counted = partly(curves), alike(curves)
+        pairs = list(zip(counted[::2], counted[1::2], strict=True))
         cells = [
             f"{row} ({len(pairs)})",
             shown([points * (end(own) - end(base)) for own, base in pairs], digits, signed=True),
             shown([points * (own[-1]["test-score"] - base[-1]["test-score"]) for own, base in pairs], digits, signed=True),
         ]
-        marks = {"client-flops": partly([curve for pair in pairs for curve in pair])}
-        cells += [
-            f"× {statistics.mean(own[-1][name] / base[-1][name] for own, base in pairs):.2f}{marks.get(name, '')}"
-            for name, _ in COSTS
-        ]
+        for name, _ in COSTS:
+            hollow = name == "client-flops" and says_little(curves)
+            ratios = [own[-1][name] / base[-1][name] for own, base in pairs if base[-1][name] and not hollow]
+            told = f"× {statistics.mean(ratios):.2f}" if len(ratios) == len(pairs) else "-"
+            cells.append(told + (mark if name == "client-flops" else ""))
         for name, unit in COSTS:
             spent = [to_target(own, end(base), better, name) for own, base in pairs]
             there = [value / unit for value in spent if value is not None]
             of = "" if len(there) == len(spent) else f" ({len(there)} of {len(spent)})"
-            cells.append(f"{statistics.mean(there):.1f}{of}" if there else "not reached")
+            cells.append(
+                (f"{statistics.mean(there):.1f}{of}" if there else "not reached")
+                + (mark if there and name == "client-flops" else "")
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -144,7 +178,7 @@ def picture(plan: Plan, cells: dict[Cell, dict[str, tuple[float, Trials]]], targ
     figure, axes = plt.subplots(down, across, figsize=(7 * across, 5 * down), squeeze=False)
     for axis, (cell, found) in zip(axes.flat, cells.items(), strict=False):
         for i, (row, (_, trials)) in enumerate(found.items()):
-            points = list(zip(*trials.values(), strict=False))
+            points = by_round(list(trials.values()))
             mb = [max(statistics.mean(line["mb"] for line in point), 0.1) for point in points]
             score = [statistics.mean(line["score"] for line in point) for point in points]
             label = f"{row} ({len(trials)})"
@@ -162,10 +196,17 @@ def picture(plan: Plan, cells: dict[Cell, dict[str, tuple[float, Trials]]], targ
 def main() -> None:
     """Parse the command line, print, and draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=a_file, nargs="*", default=[HERE / "results.jsonl"])
+    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--pictures", type=Path, help="folder: one picture for each group of the plan")
     args = parser.parse_args()
+    if lacking := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(lacking)}")
     plan, curves = read_plan(), read(args.files)
+    planned = {(cell.set, cell.alpha, cell.group, row) for cell in plan.cells for row in plan.groups[cell.group].rows}
+    for trial in sorted({str(key[:4]) for key in curves if key[:4] not in planned}):
+        say(f"left out, since plan.toml has no such row: {trial}")
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
     groups: dict[str, dict[Cell, dict[str, tuple[float, Trials]]]] = {}
     missing = []
     for cell in plan.cells:
@@ -185,6 +226,8 @@ def main() -> None:
         print("\n".join(cell_table(found, 2 if lower else 3)), end="\n\n")
         if partly([curve for _, trials in found.values() for curve in trials.values()]):
             print(NOTE, end="\n\n")
+        if told := remarks(plan, found, cell.group):
+            print("\n".join(told), end="\n\n")
         compared = against_table(found, group.against, lower, 1.0 if lower else 100.0, 2 if lower else 1)
         for block in (compared, rates_table(plan, curves, cell), ["Hardware: " + "; ".join(hardware)]):
             print("\n".join(block), end="\n\n" if block else "")

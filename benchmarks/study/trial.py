@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from flwr.app import MetricRecord
-from plan import PAIRED, read
+from plan import PAIRED, append, read
 
 from fedara_flwr import strategies
 from fedara_flwr.config import DataSettings, ModelSettings, Settings
@@ -48,37 +48,26 @@ def hardware() -> str:
     return f"{what}; torch {torch.__version__}, transformers {transformers.__version__}, flwr {flwr.__version__}"
 
 
-def head_file(settings: Settings, over: Mapping[str, Any]) -> str:
-    """Name of a solved head's file: by set, seed, start and format, and by what else of `over` a head follows from."""
-    data = settings.data
-    asked = (Path(data.path).name or data.name, data.dirichlet_alpha, settings.seed, settings.head.start)
-    named = {"data.dirichlet-alpha", "head.start", "model.dtype"}
-    more = {key: over[key] for key in sorted(over) if key.startswith(("data.", "head.", "model.")) and key not in named}
-    digest = [hashlib.sha256(json.dumps(more).encode()).hexdigest()[:8]] if more else []
-    return "-".join(map(str, (*asked, settings.model.dtype, settings.wire.up, *digest))) + ".npz"
-
-
-def keep_heads(folder: Path, over: Mapping[str, Any]) -> None:
-    """From here on a head is solved once for a set, a seed and a start, and read back from `folder` with its bytes.
-
-    `over` is what all runs are told besides the plan (`--config`).
-    """
+def keep_heads(folder: Path) -> None:
+    """From here on a head is solved once for a set, a seed and a start, and read back from `folder` with its bytes."""
     folder.mkdir(exist_ok=True, parents=True)
     solve_head = loop.solve_head
 
     def solve(settings: Settings, model: Any, state: Any, roster: Any, grid: Any) -> tuple[list[dict], list[str]]:
         if settings.head.start == "random" or "head" not in state.arrays or not model.task.classes:
             return solve_head(settings, model, state, roster, grid)
-        path = folder / head_file(settings, over)
+        path = folder / head_name(settings, model.backbone.dtype)
+        roster.wait(grid)  # what nodes are asked first counts once, whether the head is solved here or read
         if not path.exists():
             before = dict(roster.meter.total)
             lines, _ = solve_head(settings, model, state, roster, grid)
             sent = {part: size - before.get(part, 0) for part, size in roster.meter.total.items()}
             lines = [{name: line[name] for name in line if not isinstance(line[name], dict)} for line in lines]
             facts = json.dumps({"solved": state.solved, "bytes": sent, "lines": lines})
-            np.savez(path, head=state.arrays["head"], facts=np.array(facts))
+            part = path.with_name(f"{path.stem}-{os.getpid()}.part.npz")  # another part of the study may look for it meanwhile
+            np.savez(part, head=state.arrays["head"], facts=np.array(facts))
+            os.replace(part, path)
             roster.meter.total.subtract(sent)  # counted below, as it is every time
-        roster.wait(grid)
         kept = np.load(path)
         facts = json.loads(str(kept["facts"]))
         state.arrays["head"], state.solved = kept["head"], facts["solved"]
@@ -86,6 +75,16 @@ def keep_heads(folder: Path, over: Mapping[str, Any]) -> None:
         return [{**line, "bytes-down": {}, "bytes-up": {}} for line in facts["lines"]], []
 
     loop.solve_head = solve
+
+
+def head_name(settings: Settings, dtype: str) -> str:
+    """A file for each head that is another one: all that the sums come from is in its name, or in the digest there."""
+    data = settings.data
+    told = [part.model_dump(mode="json") for part in (settings.model, data, settings.head)]
+    told[1]["path"] = Path(data.path).name
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    asked = (told[1]["path"] or data.name, data.dirichlet_alpha, settings.seed, settings.head.start, dtype, settings.wire.up)
+    return "-".join(map(str, (*asked, digest))) + ".npz"
 
 
 class Trial(Callback):
@@ -106,7 +105,7 @@ class Trial(Callback):
         Args:
             names: what its lines are told apart by (`PAIRED`).
             config: run configuration with dotted keys.
-            every: rounds between evaluations.
+            every: rounds between evaluations; the last round has one anyway.
             out: file that its lines are appended to.
             done: files, `out` among them, whose lines count as run.
             until: it does not start after this time (of `time.monotonic`).
@@ -121,6 +120,7 @@ class Trial(Callback):
             "client-seconds": 0.0,
             "client-flops": 0.0,
             "flops-below": 0.0,
+            "dropped": 0.0,
         }
         self._line: dict[str, Any] = {}
 
@@ -156,7 +156,7 @@ class Trial(Callback):
         return {line["round"]: line["score"] for line in lines}
 
     def _evaluate(self, server_round: int, arrays: object) -> MetricRecord | None:
-        if server_round % self.every:
+        if server_round % self.every and server_round != self.rounds:
             return None
         return MetricRecord(dict(self.model.evaluate(self.loop.method.weights(self.loop.state))))
 
@@ -171,6 +171,7 @@ class Trial(Callback):
         self._write()
         for name in ("modelled-seconds", "modelled-joules"):
             self._summed[name] += record.get(name, 0.0)
+        self._summed["dropped"] += len(record.get("dropped", ()))
         main, number = self.model.task.metric.name, record.get("round", 0)
         if main not in record:
             return
@@ -195,7 +196,6 @@ class Trial(Callback):
         if not self._line:
             return
         line, self._line = {**self._line, **self._summed}, {}
-        with self.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.out, line)
         shown = ("set", "alpha", "row", "rate", "seed", "round", "score", "mb")
         print(time.strftime("%H:%M:%S"), json.dumps({name: line[name] for name in shown}), flush=True)

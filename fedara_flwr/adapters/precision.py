@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import platform
@@ -54,25 +55,36 @@ def fastest_type(device: str) -> str:
         device: as torch calls it: "cpu", "cuda", "cuda:1".
     """
     path, name = flwr_home() / KEPT, f"{_processor(device)}, torch {torch.__version__}"
-    kept = _read(path)
-    if kept.get(name) in ("float32", "bfloat16"):
-        return str(kept[name])
+    if stands := _kept(path, name):
+        return stands
     gain = _gain(device)
     found = "bfloat16" if gain >= GAIN else "float32"
     logger.info("model.dtype = 'auto': %s, a product in bfloat16 takes %.2f of float32's time (%s)", found, 1 / gain, name)
-    kept = {name: found} | _read(path)  # another process may have been faster: the first outcome stands
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(kept, indent=2).encode())
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if stands := _kept(path, name):  # another process was faster: the first outcome stands
+                return stands
+            write_whole(path, json.dumps(_read(path) | {name: found}, indent=2).encode())
     except OSError as error:
         logger.warning("%s cannot be kept (%s): every process times a product of its own", path, error.strerror or error)
-    return str(kept[name])
+    return found
+
+
+def _kept(path: Path, name: str) -> str:
+    """The outcome that is kept; '' where there is none, or something that cannot be one."""
+    kept = _read(path).get(name)
+    if kept is not None and kept not in ("float32", "bfloat16"):
+        logger.warning("%s: %r of %s is timed anew: allowed are 'float32', 'bfloat16'", path, kept, name)
+        return ""
+    return str(kept or "")
 
 
 def _read(path: Path) -> dict[str, object]:
     try:
         kept = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return kept if isinstance(kept, dict) else {}
 

@@ -72,10 +72,12 @@ class Keeper(Callback):
                 f"run.resume: the training data's hash is {digest[:16]!r}, it was {before[:16]!r} when the run began"
             )
         _check_tokenizer("run.resume", self.directory.facts, self.model)
-        here = self.model.backbone.dtype
-        if (dtype := self.directory.facts.get("dtypes", {}).get("server", here)) != here:
-            logger.warning("the server's figures were computed in %s, from here on in %s (model.dtype)", dtype, here)
         state, length = _newest(self.checkpoints, self.model)
+        here, types = self.model.backbone.dtype, dict(self.directory.facts.get("dtypes", {}))
+        if (dtype := types.get("server", here)) != here:
+            logger.warning("the server's figures were computed in %s, from here on in %s (model.dtype)", dtype, here)
+            earlier = types.pop("before", [])
+            self.directory.facts["dtypes"] = types | {"before": [*earlier, {**types, "rounds": state.server_round}]}
         self.directory.go_on(self.settings)
         self.directory.cut(length)
         resumed = [*self.directory.facts.get("resumed", ()), state.server_round]
@@ -185,7 +187,7 @@ class Keeper(Callback):
     def _facts(self) -> dict[str, Any]:
         method, state, spec, settings, nodes = self.method, self.state, self.model.spec, self.settings, self.nodes
         clients = Counter(self.loop.roster.dtypes.values()) if self.loop is not None else {}
-        before = self.directory.facts.get("dtypes", {}).get("clients", {})
+        types = self.directory.facts.get("dtypes", {})
         left_out = self.loop.roster.left_out() if self.loop is not None else self.directory.facts.get("left-out", {})
         return {
             "rounds": state.server_round,
@@ -205,7 +207,7 @@ class Keeper(Callback):
             "metric": self.model.task.metric.facts(),
             "metrics": list(self.model.task.metrics),
             "config": settings.to_flat(),
-            "dtypes": {"server": self.model.backbone.dtype, "clients": clients or before},
+            "dtypes": types | {"server": self.model.backbone.dtype, "clients": clients or types.get("clients", {})},
             "modules": [module.name for module in spec.modules],
             "blocks": [module.block for module in spec.modules],
             "head": state.solved,

@@ -1,6 +1,9 @@
 """`model.dtype = 'auto'`: what a machine computes faster in, once and for all of its processes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,13 +44,23 @@ def test_another_processor_and_another_torch_have_their_own(home, monkeypatch):
     assert len(json.loads(home.read_text())) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no json", b"[]", b'{"x": 1}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"no json", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
 def test_a_damaged_file_is_made_anew(home, monkeypatch, content):
     home.parent.mkdir()
     home.write_bytes(content)
     gains(monkeypatch, 2.0)
     assert precision.fastest_type("cpu") == "bfloat16"
     assert "bfloat16" in json.loads(home.read_text()).values()
+
+
+@pytest.mark.parametrize("value", ["float16", "int8", "auto", "", 1, ["bfloat16"], {}])
+def test_a_kept_value_that_is_none_is_not_taken(home, monkeypatch, caplog, value):
+    home.parent.mkdir()
+    home.write_text(json.dumps({f"{precision._processor('cpu')}, torch {torch.__version__}": value, "other": "float32"}))
+    gains(monkeypatch, 2.0)
+    assert precision.fastest_type("cpu") == "bfloat16"
+    assert "allowed are 'float32', 'bfloat16'" in caplog.text
+    assert sorted(json.loads(home.read_text()).values()) == ["bfloat16", "float32"]
 
 
 def test_what_another_process_kept_meanwhile_stands(home, monkeypatch):
@@ -58,6 +71,31 @@ def test_what_another_process_kept_meanwhile_stands(home, monkeypatch):
 
     monkeypatch.setattr(precision, "_gain", slower)
     assert precision.fastest_type("cpu") == "float32"
+
+
+AT_ONCE = """
+import sys, time
+from fedara_flwr.adapters import precision
+def gain(device):
+    print("timed", flush=True)
+    sys.stdin.readline()
+    return float(sys.argv[1])
+precision._gain = gain
+print(precision.fastest_type("cpu"))
+"""
+
+
+def test_processes_that_time_at_once_take_one_outcome(tmp_path):
+    environment = os.environ | {"FLWR_HOME": str(tmp_path / "new"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command, pipe = [sys.executable, "-c", AT_ONCE], subprocess.PIPE
+    started = [
+        subprocess.Popen([*command, gain], stdin=pipe, stdout=pipe, text=True, env=environment) for gain in ("2", "0.5", "2")
+    ]
+    assert {process.stdout.readline() for process in started} == {"timed\n"}
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert len({process.communicate(timeout=60)[0] for process in started}) == 1
 
 
 def test_a_home_that_cannot_be_written_is_said(home, monkeypatch, caplog):

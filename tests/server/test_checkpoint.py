@@ -15,6 +15,8 @@ from conftest import some_fast
 from runs_helper import CLIENTS, config, exported, prepare, stopped_in_round, turn_into_error, written
 
 from fedara_flwr import engine
+from fedara_flwr.adapters import precision
+from fedara_flwr.client import session
 from fedara_flwr.engine import InProcessGrid
 from fedara_flwr.keys import ConfigError
 from fedara_flwr.runs.directory import RunDirectory, read_facts
@@ -62,6 +64,22 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tiny_bert, tmp_path, 
     engine.run(settings(tiny_bert, tmp_path, "", method, run__resume="cut"), CLIENTS)
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     assert read_facts(tmp_path / "cut")["resumed"] == [2]
+
+
+def test_going_on_in_another_number_type_is_said_and_kept(tiny_bert, tmp_path, monkeypatch, capsys):
+    with stopped_in_round(monkeypatch, 3):
+        engine.run(settings(tiny_bert, tmp_path, "run", model__dtype="auto"), CLIENTS)
+    assert read_facts(tmp_path / "run")["dtypes"]["server"] == "float32"
+    monkeypatch.setattr(precision, "fastest_type", lambda device: "bfloat16")
+    session._resident.clear()
+    engine.run(settings(tiny_bert, tmp_path, "", model__dtype="auto", run__resume="run"), CLIENTS)
+    session._resident.clear()
+    said = capsys.readouterr()
+    assert "were computed in float32, from here on in bfloat16" in said.out + said.err
+    types = read_facts(tmp_path / "run")["dtypes"]
+    assert types["server"] == "bfloat16" and set(types["clients"]) == {"bfloat16"}
+    (before,) = types["before"]
+    assert (before["server"], set(before["clients"]), before["rounds"]) == ("float32", {"float32"}, 2)
 
 
 KILLED = """

@@ -36,6 +36,7 @@ class Timed(FedAvg):
             "round": server_round,
             "seconds": time.perf_counter() - self.began,
             "clients": sum(not reply.has_error() for reply in replies),
+            "failed": sum(reply.has_error() for reply in replies),
         }
         with Path(self.out).open("a") as file:
             file.write(json.dumps(line) + "\n")
