@@ -29,11 +29,13 @@ NOT_TAKEN = {
     "fedara_flwr/py.typed",
     "CITATION.cff",
 }
+MADE = {"runs", "dist", "comparison.html"}  # by what the README tells, and kept out of git
 
 
 def checkout() -> dict[str, Path]:
     """What Flower's collect_files gives, without a virtual environment's fifty thousand files."""
-    places = [place for place in ROOT.iterdir() if place.name in (".ci", ".gitignore") or not place.name.startswith(".")]
+    there = [place for place in ROOT.iterdir() if place.name not in MADE]
+    places = [place for place in there if place.name in (".ci", ".gitignore") or not place.name.startswith(".")]
     found = [path for place in places for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()]
     return {path.relative_to(ROOT).as_posix(): path for path in found if "__pycache__" not in path.parts}
 

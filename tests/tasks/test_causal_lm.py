@@ -25,6 +25,7 @@ from fedara_flwr.adapters.learner import Learner
 from fedara_flwr.cli import launch
 from fedara_flwr.cli.exporting import export
 from fedara_flwr.client import session
+from fedara_flwr.client.together import train_together
 from fedara_flwr.config import DataSettings
 from fedara_flwr.data.examples import Examples
 from fedara_flwr.data.partitions import check_partition
@@ -35,6 +36,7 @@ from fedara_flwr.runs.keeper import open_run
 from fedara_flwr.tasks import Encoded, causal_lm, conversations, open_task, read_settings
 from fedara_flwr.tasks.causal_lm import Answers, Perplexity
 from fedara_flwr.tasks.generation import ends, say
+from fedara_flwr.wire.plan import Update
 
 TASK = TASKS["causal-lm"]
 BLUE = [["user", "Which colour?"], ["assistant", "blue"]]
@@ -828,15 +830,22 @@ def test_numbers_that_travel_in_few_bits(folder, rows, form):
 
 
 @pytest.mark.parametrize("clients", [4, 5])
-def test_clients_that_train_together(folder, rows, caplog, clients):
+def test_clients_that_train_together(folder, rows, caplog, monkeypatch, clients):
     """As one after the other, to rounding; in a process that has trained nothing yet, and without falling back to that."""
+    trained: list[Update | Exception] = []
+
+    def noted(learner, jobs):
+        trained.extend(train_together(learner, jobs))
+        return trained
+
+    monkeypatch.setattr("fedara_flwr.client.together.train_together", noted)
     changes = {"method": "fedlora", "strategy__fraction_train": 1.0, "train__batch_tokens": 0, "num_server_rounds": 1}
     expected = start(flat_of(folder, rows, **changes), clients=clients)
     session._resident.clear()
     with caplog.at_level("WARNING"):
         loop = start(flat_of(folder, rows, run__together=clients, **changes), clients=clients)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
-    assert any(not np.array_equal(loop.state.arrays[part], values) for part, values in expected.state.arrays.items())
+    assert len(trained) == clients and all(isinstance(update, Update) for update in trained)
     for part, values in expected.state.arrays.items():
         np.testing.assert_allclose(loop.state.arrays[part], values, atol=1e-4)
     assert loop.lines[-1]["loss"] == pytest.approx(expected.lines[-1]["loss"], rel=1e-4)
