@@ -103,7 +103,7 @@ def measure(owner: Deployment, name: str, rounds: int) -> Iterator[dict[str, Any
 
     Of a round of `cycle` seconds, from the end of the round before to its own, by the node that replied last: `idle`, in
     which the SuperNode slept and had no message; `message`, from its pull to the reply, of which `train` is the client's own
-    work, and `steps` the training steps alone; `server`, the rest.
+    work, and `steps` the training steps alone; `server`, the rest, of which `evaluate` is the evaluation.
     """
     logs = [Tail(owner.root / f"node-{node.key}.log") for node in owner.nodes]
     memory = Memory(owner.root)
@@ -121,6 +121,7 @@ def measure(owner: Deployment, name: str, rounds: int) -> Iterator[dict[str, Any
         began, ended = ends[number - 1], ends[number]
         log = max(logs, key=lambda log: log.last("Sent successfully", ended))  # noqa: B023
         sent, received = log.last("Sent successfully", ended), log.last("Receiving: train", ended)
+        (told,) = (line for _, line in read if line["type"] == "round" and line["round"] == number)
         clients = [line for _, line in read if line["type"] == "client" and line["round"] == number]
         trained = max(line["seconds-all"] for line in clients)
         yield {
@@ -131,6 +132,7 @@ def measure(owner: Deployment, name: str, rounds: int) -> Iterator[dict[str, Any
             "train": trained,
             "steps": max(line["seconds-train"] for line in clients),
             "server": ended - sent,
+            "evaluate": told["seconds-evaluate"],
         }
     yield {"first-round": first, "memory": {role: dict(used) for role, used in memory.most.items()}}
 
@@ -181,14 +183,15 @@ def cpu() -> str:
 def table(path: Path) -> None:
     """Medians by way, as Markdown."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    names = ("cycle", "idle", "message", "train", "steps", "server")
+    names = ("cycle", "idle", "message", "train", "steps", "server", "evaluate")
     print("| way | rounds | " + " | ".join(names) + " | message - train | first round |")
     print("|---" * (len(names) + 4) + "|")
     for way in WAYS:
         mine = [line for line in lines if line["way"] == way and "round" in line]
         if not mine:
             continue
-        values = [statistics.median(line[name] for line in mine) for name in names]
+        nan = [float("nan")]  # lines of before lack some
+        values = [statistics.median([line[name] for line in mine if name in line] or nan) for name in names]
         values.append(statistics.median(line["message"] - line["train"] for line in mine))
         values.append(statistics.median(line["first-round"] for line in lines if line["way"] == way and "first-round" in line))
         print(f"| {way} | {len(mine)} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
