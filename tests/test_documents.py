@@ -520,4 +520,6 @@ def test_a_command_does_what_is_said(clone, command):
     said = outcome(clone, command)
     if command.startswith("make run"):
         run = max((clone / "runs").iterdir(), key=os.path.getmtime)
-        assert "test: accuracy" in said and {"report.html", "adapter", "config.json"} <= {path.name for path in run.iterdir()}
+        left = {path.name for path in run.iterdir()}
+        assert "test: accuracy" in said and {"report.html", "config.json"} <= left
+        assert ("model" if "'head'" in command else "adapter") in left
