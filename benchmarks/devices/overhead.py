@@ -115,13 +115,11 @@ def measure(owner: Deployment, name: str, rounds: int) -> Iterator[dict[str, Any
     memory.over.set()
     memory.join()
     read = [(at, json.loads(line)) for at, line in metrics.lines]
-    ends = {line["round"]: at for at, line in read if line["type"] == "round"}
-    first = next(line["seconds"] for _, line in read if line["type"] == "round")
+    told = {line["round"]: (at, line) for at, line in read if line["type"] == "round"}
     for number in range(2, rounds + 1):
-        began, ended = ends[number - 1], ends[number]
+        (began, _), (ended, whole) = told[number - 1], told[number]
         log = max(logs, key=lambda log: log.last("Sent successfully", ended))  # noqa: B023
         sent, received = log.last("Sent successfully", ended), log.last("Receiving: train", ended)
-        (told,) = (line for _, line in read if line["type"] == "round" and line["round"] == number)
         clients = [line for _, line in read if line["type"] == "client" and line["round"] == number]
         trained = max(line["seconds-all"] for line in clients)
         yield {
@@ -132,9 +130,9 @@ def measure(owner: Deployment, name: str, rounds: int) -> Iterator[dict[str, Any
             "train": trained,
             "steps": max(line["seconds-train"] for line in clients),
             "server": ended - sent,
-            "evaluate": told["seconds-evaluate"],
+            "evaluate": whole["seconds-evaluate"],
         }
-    yield {"first-round": first, "memory": {role: dict(used) for role, used in memory.most.items()}}
+    yield {"first-round": told[1][1]["seconds"], "memory": {role: dict(used) for role, used in memory.most.items()}}
 
 
 def main() -> None:

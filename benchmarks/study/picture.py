@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from plan import HERE, by_round, read
+from plan import by_round, parse_files, read
 
 GROUP, ALPHA = "pieces", 0.1
 SHOWN = {  # rows of the group: how the picture calls them
@@ -83,12 +83,9 @@ def draw(panels: dict[str, Trials], target: Path) -> None:
 def main() -> None:
     """Print what was measured; draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--sets", default="banking77,sst2")
     parser.add_argument("--picture", type=Path)
-    args = parser.parse_args()
-    if lacking := [str(file) for file in args.files if not file.is_file()]:
-        parser.error(f"no such file: {', '.join(lacking)}")
+    args = parse_files(parser)
     panels = {data: trials(args.files, data) for data in args.sets.split(",")}
     for data, choices in panels.items():
         for choice, seeds in choices.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -120,6 +121,15 @@ def read(files: Sequence[Path]) -> dict[tuple, list[dict]]:
             if "score" in line:
                 found[trial][server_round] = line
     return {key: [lines[number] for number in sorted(lines)] for key, lines in found.items()}
+
+
+def parse_files(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a script that shows trials: `files`, by default the results here; one that is missing is refused."""
+    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
+    args = parser.parse_args()
+    if lacking := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(lacking)}")
+    return args
 
 
 @cache

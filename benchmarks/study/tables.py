@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from plan import HERE, Cell, Plan, by_round, end, interval, read, read_plan, row_rounds, say
+from plan import Cell, Plan, by_round, end, interval, parse_files, read, read_plan, row_rounds, say
 
 Trials = dict[int, list[dict]]
 """Seed → evaluations in the order of rounds."""
@@ -196,11 +196,8 @@ def picture(plan: Plan, cells: dict[Cell, dict[str, tuple[float, Trials]]], targ
 def main() -> None:
     """Parse the command line, print, and draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", default=[HERE / "results.jsonl"])
     parser.add_argument("--pictures", type=Path, help="folder: one picture for each group of the plan")
-    args = parser.parse_args()
-    if lacking := [str(file) for file in args.files if not file.is_file()]:
-        parser.error(f"no such file: {', '.join(lacking)}")
+    args = parse_files(parser)
     plan, curves = read_plan(), read(args.files)
     planned = {(cell.set, cell.alpha, cell.group, row) for cell in plan.cells for row in plan.groups[cell.group].rows}
     for trial in sorted({str(key[:4]) for key in curves if key[:4] not in planned}):
